@@ -1,0 +1,250 @@
+"""What every test stands on: a home and a cache of its own, no network, and copies of the repo to break.
+
+    def test_something(make_repo, hub):
+        repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)     # a copy of the core files, with tiny rules
+        result = repo.run("prepare.py", "--num-shards", "2")
+        assert result.rc == 0, result.err
+
+`prepared_stdlib` and `prepared_climbmix` are caches made once a session under the tiny rules: read them, or
+`repo.copy_cache(prepared_stdlib)`; never write into them.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub import Hub
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE_FILES = ["constants.py", "prepare.py", "train.py", "pyproject.toml", "program.md", ".gitignore", "lab"]
+TINY_RULES = {  # dataset -> (max_seq_len, eval_tokens, vocab_size)
+    "climbmix": (32, 32 * 64, 512),
+    "tinystories": (32, 32 * 64, 512),
+    "stdlib": (64, 64 * 64, 512),
+}
+VAL_SHARD, HOLDOUT_SHARD = "shard_06542.parquet", "shard_06541.parquet"
+NOWHERE = "http://127.0.0.1:9"  # the discard port, closed: what a test would reach that forgot its hub
+
+
+class Result(NamedTuple):
+    rc: int
+    out: str
+    err: str
+
+
+def clean_environment(home, cache, **extra):
+    """The environment of a test's processes: nothing of the developer's own settings, no way to the network."""
+    ours = re.compile(
+        r"(?i)^(.*_proxy|HF_.*|HUGGING.*|AUTORESEARCH_.*|TORCHINDUCTOR_.*|XDG_.*|LOCAL_KERNELS|PYTHON.*)$"
+    )
+    env = {key: value for key, value in os.environ.items() if not ours.match(key)}
+    env |= {
+        "HOME": str(home),
+        "AUTORESEARCH_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env |= {"HF_ENDPOINT": NOWHERE, "NO_PROXY": "*", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return env | {key: str(value) for key, value in extra.items()}
+
+
+class Repo:
+    """A temporary copy of the core files, whose rules a test may edit as a human who forks would."""
+
+    def __init__(self, path, env):
+        self.path, self.env = Path(path), env
+        self.path.mkdir(parents=True)
+        for name in CORE_FILES:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, self.path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / name).exists():
+                shutil.copy(ROOT / name, self.path / name)
+
+    @property
+    def cache(self):
+        return Path(self.env["AUTORESEARCH_CACHE"])
+
+    def edit(self, file, pattern, replacement):
+        """Replaces the regular expression, which must match exactly once."""
+        text, n = re.subn(pattern, replacement, (self.path / file).read_text(), flags=re.MULTILINE)
+        assert n == 1, f"{pattern!r} matches {n} times in {file}: expected once"
+        (self.path / file).write_text(text)
+
+    def set_rules(self, dataset, max_seq_len, eval_tokens, vocab_size):
+        rules = f"Rules(max_seq_len={max_seq_len}, eval_tokens={eval_tokens}, vocab_size={vocab_size})"
+        self.edit("constants.py", rf'(?<="{dataset}": )Rules\(.*\)', rules)
+
+    def set_seconds(self, time_budget=None, grace=None):
+        if time_budget is not None:
+            self.edit("constants.py", r"^TIME_BUDGET = \S+", f"TIME_BUDGET = {time_budget}")
+        if grace is not None:
+            self.edit("constants.py", r"^GRACE = \S+", f"GRACE = {grace}")
+
+    def copy_cache(self, source):
+        shutil.copytree(source, self.cache, dirs_exist_ok=True)
+
+    def start(self, *args, wrap=(), **env):
+        """Popen of `python ARGS` in the copy, as the leader of a process group of its own."""
+        return subprocess.Popen(
+            [*wrap, sys.executable, *map(str, args)],
+            cwd=self.path,
+            env=self.env | {key: str(value) for key, value in env.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *args, timeout=120, wrap=(), **env):
+        """`python ARGS` in the copy, to its end. wrap: a command to put in front, such as ["unshare", "-rn"]."""
+        process = self.start(*args, wrap=wrap, **env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            kill_group(process)
+        return Result(process.returncode, out, err)
+
+    def run_code(self, code, **kwargs):
+        """Runs a snippet with the copy's modules importable."""
+        return self.run("-c", code, **kwargs)
+
+
+def kill_group(process):
+    """Ends the process and whatever it started and left behind."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if process.poll() is None:
+        process.wait(timeout=10)
+
+
+def assert_refused(result, *needles):
+    """Non-zero exit and exactly one line on stderr that holds each needle."""
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert result.rc not in (0, None), f"exit {result.rc}\n{result.out}\n{result.err}"
+    assert len(lines) == 1, f"{len(lines)} lines on stderr:\n{result.err}"
+    assert "Traceback" not in result.out
+    for needle in needles:
+        assert needle in lines[0], f"{needle!r} is not in: {lines[0]}"
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """A temporary home and cache, one thread, no hub, for what a test does in its own process."""
+    home = tmp_path / "home"
+    home.mkdir()
+    env = clean_environment(home, tmp_path / "cache")
+    for key in set(os.environ) - set(env):
+        if not key.startswith(("PYTEST", "PYTHON")):
+            monkeypatch.delenv(key)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    return home
+
+
+@pytest.fixture
+def make_repo(tmp_path):
+    """make_repo(dataset="stdlib", rules=None, time_budget=None, grace=None, **environment) -> Repo"""
+    made = []
+
+    def make(dataset="stdlib", rules=None, time_budget=3, grace=60, **extra):
+        place = tmp_path / f"clone{len(made)}"
+        made.append(place)
+        home, cache = tmp_path / "home", tmp_path / "cache"
+        extra.setdefault("AUTORESEARCH_DATASET", dataset)
+        return tiny_repo(place, home, cache, dataset, rules, time_budget, grace, **extra)
+
+    return make
+
+
+def tiny_repo(place, home, cache, dataset, rules=None, time_budget=3, grace=60, **extra):
+    repo = Repo(place, clean_environment(home, cache, **extra))
+    for name, tiny in TINY_RULES.items():
+        repo.set_rules(name, *(rules if rules and name == dataset else tiny))
+    repo.set_seconds(time_budget, grace)
+    return repo
+
+
+# --- data ---------------------------------------------------------------------
+
+
+def made_up_text(rng, words):
+    """Sentences of made-up words in several scripts, with numbers, accents and emoji."""
+    alphabets = [
+        "etaoinshrdlu",
+        "etaoinshrdlu",
+        "etaoinshrdlu",
+        "éàüñçøß",
+        "абвгдежз",
+        "αβγδεζ",
+        "日月火水木金土",
+        "🙂🚀🌍👩‍🚀",
+    ]
+    out = []
+    for i in range(words):
+        alphabet = rng.choice(alphabets)
+        length = rng.randint(1, 2) if alphabet is alphabets[-1] else rng.randint(1, 8)
+        word = "".join(rng.choice(alphabet) for _ in range(length))
+        out.append(
+            rng.choice([word, word, word.capitalize(), str(rng.randint(0, 99999)), f"{word}'s", f"({word})"])
+        )
+        out.append(rng.choice([" ", " ", " ", " ", ", ", ". ", "\n", "\n\n"]) if i < words - 1 else ".")
+    return "".join(out)
+
+
+def made_up_documents(seed, n):
+    """n documents whose lengths are spread as natural ones are: many short, a few very long."""
+    rng = random.Random(seed)
+    return [made_up_text(rng, max(1, min(600, int(rng.lognormvariate(2.5, 1.0))))) for _ in range(n)]
+
+
+def write_parquet(path, texts, column="text", row_group_size=100):
+    table = pa.table({column: pa.array(texts, pa.string()), "source": pa.array(["made up"] * len(texts))})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.fixture(scope="session")
+def climbmix_files(tmp_path_factory):
+    """File name -> Path of a small data set in climbmix's layout: shards 0 to 3, holdout and validation."""
+    folder = tmp_path_factory.mktemp("climbmix")
+    names = [*(f"shard_{i:05d}.parquet" for i in range(4)), HOLDOUT_SHARD, VAL_SHARD]
+    return {name: write_parquet(folder / name, made_up_documents(name, 500)) for name in names}
+
+
+@pytest.fixture
+def hub(climbmix_files):
+    with Hub(climbmix_files) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def prepared_climbmix(tmp_path_factory, climbmix_files):
+    """A cache with the small climbmix prepared under the tiny rules, two training shards. Read only."""
+    base = tmp_path_factory.mktemp("prepared_climbmix")
+    with Hub(climbmix_files) as server:
+        repo = tiny_repo(base / "clone", base, base / "cache", "climbmix", HF_ENDPOINT=server.endpoint)
+        result = repo.run("prepare.py", "--num-shards", "2")
+    assert result.rc == 0, result.err
+    return repo.cache
+
+
+@pytest.fixture(scope="session")
+def prepared_stdlib(tmp_path_factory):
+    """A cache with the standard library prepared under the tiny rules. Read only."""
+    base = tmp_path_factory.mktemp("prepared_stdlib")
+    repo = tiny_repo(base / "clone", base, base / "cache", "stdlib", AUTORESEARCH_DATASET="stdlib")
+    result = repo.run("prepare.py", timeout=250)
+    assert result.rc == 0, result.err
+    return repo.cache
