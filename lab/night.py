@@ -1,0 +1,242 @@
+"""Keeps a night going: starts the agent's command, starts it again when it ends or stalls, ends it in the morning.
+
+    uv run -m lab night --hours 8 --agent 'claude -p "Read program.md and follow it" --settings agents/claude.json'
+
+Writes night.log (what the keeper did, a line each), .lab/agent.log (what the agent printed) and
+.lab/night.lock (held while a night goes on in this tree; holds the keeper's process id).
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from datetime import datetime
+from pathlib import Path
+
+from constants import GRACE, TIME_BUDGET
+from lab.processes import adopt_orphans, descendants, end_descendants, reap, send
+
+HELP = "keep an agent at work for some hours: start it, restart it, end it in the morning"
+DESCRIPTION = """\
+Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
+for --stall-minutes (it is then ended, and with it the run that it started). An agent that ends while its
+training goes on is started again when that training is over.
+
+When the hours are over, a training in progress is not thrown away: it may end, and the agent has a few
+minutes to record it. Then the agent and all that it started are ended. Ctrl-C or `kill` ends everything
+at once: the training says "preempted" and counts as not run. Closing the terminal does not end a night.
+
+After a start that recorded nothing the next one waits, longer each time, and there are at most --restarts
+of them an hour. So an agent whose model is down for a while finds the night still there.
+
+Exit status: 0 the hours are over; 1 nothing was recorded, or there is no such command; 2 another night is
+at work in this tree, or the options are wrong; 130 stopped by Ctrl-C; 143 stopped by `kill`."""
+
+LONGEST_RUN = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
+TIME_TO_RECORD = 180  # seconds that the agent has, at the end of the night, to record a run that is over
+TIME_FOR_LEFTOVERS = 60  # seconds that what an agent left behind (a sample being made) may take
+BACKOFF, LONGEST_BACKOFF = 10, 600  # seconds before a start after one that recorded nothing, doubled each time
+HOPELESS = 3  # starts in a row that the shell answers with 126 or 127: no such command
+POLL = 1.0  # seconds
+
+
+def add_arguments(parser):
+    parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--agent", required=True, metavar="COMMAND", help="shell command that starts the agent")
+    parser.add_argument("--hours", type=float, default=8, help="how long the night is (8)")
+    parser.add_argument("--stall-minutes", type=float, default=30, help="without a record, before a restart (30)")
+    parser.add_argument("--restarts", type=int, default=6, help="starts an hour that record nothing, at most (6)")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tree that the night is about
+
+
+def recorded(root):
+    """What grows with every recorded run: the sizes of runs.jsonl and results.tsv."""
+    files = root / "runs.jsonl", root / "results.tsv"
+    return [path.stat().st_size if path.exists() else 0 for path in files]
+
+
+def training(root):
+    """Whether a run is in progress: it holds a lock on the directory of its train.py. Ask seldom: asking takes
+    that lock for a moment."""
+    fd = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def unrecorded(root):
+    """Whether run.log was written after the last record."""
+    log, runs = root / "run.log", root / "runs.jsonl"
+    return log.exists() and not (runs.exists() and runs.stat().st_mtime >= log.stat().st_mtime)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The night
+
+
+class Keeper:
+    """One night in the tree `root`. now and sleep are injectable: a test's hours pass in seconds."""
+
+    def __init__(self, root, agent, hours, stall_minutes, restarts, now, sleep):
+        self.root, self.command, self.now, self.sleep = root, agent, now, sleep
+        self.log, self.agent_log = root / "night.log", root / ".lab" / "agent.log"
+        self.end = now() + hours * 3600
+        self.stall, self.restarts = stall_minutes * 60, restarts
+        self.stopped_by = None  # the signal that ends the night early
+        self.starts, self.not_found = 0, 0
+        self.fruitless, self.in_a_row = deque(), 0  # times of the starts that recorded nothing; the latest of them
+
+    def say(self, sentence):
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
+        with open(self.log, "a") as f:
+            f.write(line + "\n")
+        try:
+            print(line, flush=True)
+        except OSError:  # the terminal was closed; the log goes on
+            pass
+
+    def signalled(self, number, frame):
+        if self.stopped_by:  # asked twice: no more patience
+            send(signal.SIGKILL, descendants(os.getpid()))
+        self.stopped_by = number
+
+    def over(self):
+        return self.stopped_by or self.now() >= self.end
+
+    def wait_while(self, busy, seconds):
+        """Waits until busy() is false, the seconds are over, or the night is stopped."""
+        until = self.now() + seconds
+        while busy() and self.now() < until and not self.stopped_by:
+            self.sleep(POLL)
+
+    # --- the agent ---
+
+    def start(self):
+        self.starts += 1
+        if self.agent_log.exists() and self.agent_log.stat().st_size > 100e6:
+            os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
+        with open(self.agent_log, "ab") as f:
+            f.write(f"\n--- start {self.starts}, {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+            f.flush()
+            self.words_start = f.tell()
+            self.process = subprocess.Popen(
+                self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                start_new_session=True,
+            )  # fmt: skip
+        self.state, self.last, self.fruitful = recorded(self.root), self.now(), False
+        self.say(f"start {self.starts} of the agent, process {self.process.pid}")
+
+    def last_words(self):
+        with open(self.agent_log, "rb") as f:
+            f.seek(max(self.words_start, self.agent_log.stat().st_size - 400))
+            words = " ".join(f.read().decode(errors="replace").split())
+        return f": {words[-200:]}" if words else ", and printed nothing"
+
+    def look(self):
+        """Notes what was recorded; the sentence why the agent must be started again, or None."""
+        if (state := recorded(self.root)) != self.state:
+            self.state, self.last, self.fruitful, self.in_a_row = state, self.now(), True, 0
+        if (status := self.process.poll()) is not None:
+            self.not_found = self.not_found + 1 if status in (126, 127) else 0
+            return f"the agent ended with status {status}{self.last_words()}"
+        idle = self.now() - self.last
+        if idle > self.stall and (idle > self.stall + LONGEST_RUN or not training(self.root)):
+            return f"nothing was recorded for {idle / 60:.0f} minutes: the agent is ended"
+        return None
+
+    def pause(self):
+        """Seconds before the next start: none after a start that recorded something."""
+        if self.fruitful:
+            return 0
+        now = self.now()
+        self.fruitless.append(now)
+        wait = min(BACKOFF * 2**self.in_a_row, LONGEST_BACKOFF)
+        self.in_a_row += 1
+        if len(self.fruitless) >= self.restarts:  # the next may come when the oldest of them is an hour old
+            wait = max(wait, self.fruitless.popleft() + 3600 - now)
+        return wait
+
+    def end_agent(self):
+        if killed := end_descendants():
+            self.say(f"{killed} processes did not end by SIGTERM and were killed")
+
+    # --- the night ---
+
+    def between(self):
+        """From the end of one agent to the start of the next."""
+        if self.process.returncode is not None:  # its training may go on, and a sample be in the making
+            if training(self.root):
+                self.say("its training goes on: waiting for that")
+                self.wait_while(lambda: training(self.root), LONGEST_RUN)
+            self.wait_while(reap, TIME_FOR_LEFTOVERS)
+        self.end_agent()
+        if (wait := self.pause()) and not self.over():
+            why = f", {self.restarts} such starts an hour are the limit" if wait > LONGEST_BACKOFF else ""
+            self.say(f"that start recorded nothing: the next in {wait:.0f} s{why}")
+            self.wait_while(lambda: not self.over(), wait)
+
+    def last_run(self):
+        """When the hours are over: a training in progress may end, and the agent record it."""
+        if training(self.root):
+            self.say("the hours are over: waiting for the training in progress and its record")
+            self.wait_while(lambda: training(self.root), LONGEST_RUN)
+        self.wait_while(lambda: self.process.poll() is None and unrecorded(self.root), TIME_TO_RECORD)
+
+    def watch(self):
+        """The night from start to end; its exit status."""
+        self.say(f"night of {(self.end - self.now()) / 3600:.2f} hours, stop it with `kill {os.getpid()}`")
+        self.say(f"agent: {self.command}")
+        at_first = recorded(self.root)
+        while not self.over():
+            self.start()
+            why = None
+            while not self.over() and not (why := self.look()):
+                self.sleep(POLL)
+            if not why:
+                self.last_run()
+                break
+            self.say(why)
+            if self.not_found >= HOPELESS:
+                self.say("given up: the shell does not find this command, or may not run it")
+                break
+            self.between()
+        self.end_agent()
+        by = signal.Signals(self.stopped_by).name if self.stopped_by else "morning"
+        nothing = recorded(self.root) == at_first
+        self.say(f"the night ended by {by} after {self.starts} starts of the agent" + ", nothing recorded" * nothing)
+        return 128 + self.stopped_by if self.stopped_by else int(nothing)
+
+
+def run(args, now=time.monotonic, sleep=time.sleep):
+    if args.hours <= 0 or args.stall_minutes <= 0 or args.restarts < 1:
+        print("--hours and --stall-minutes must be above 0, --restarts at least 1", file=sys.stderr)
+        return 2
+    root = Path.cwd()
+    (root / ".lab").mkdir(exist_ok=True)
+    with open(root / ".lab" / "night.lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            print(f"a night is at work in this tree already: process {lock.read().strip()}", file=sys.stderr)
+            return 2
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        adopt_orphans()
+        keeper = Keeper(root, args.agent, args.hours, args.stall_minutes, args.restarts, now, sleep)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, keeper.signalled)
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # not SIG_IGN, which the agent would inherit
+        return keeper.watch()

@@ -1,0 +1,74 @@
+"""What a process started, found and ended: for the helpers that must leave nothing running behind them."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PATIENCE = 20  # seconds between SIGTERM and SIGKILL
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+def adopt_orphans():
+    """Makes this process the parent of what its descendants leave behind, in whatever session (Linux). A
+    training that an agent started in the background stays in reach after the agent died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def parents():
+    """{process id: parent's process id} of all that runs here."""
+    table = {}
+    if Path("/proc/self/stat").exists():
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # ended meanwhile
+                continue
+            table[int(pid)] = int(fields[1])
+    else:
+        lines = subprocess.run(["ps", "-Ao", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+        table = {int(pid): int(parent) for pid, parent in map(str.split, lines)}
+    return table
+
+
+def descendants(pid):
+    """All processes below `pid`, parents before their children."""
+    table, found = parents(), [pid]
+    for ancestor in found:  # grows while it is walked
+        found += [child for child, parent in table.items() if parent == ancestor]
+    return found[1:]
+
+
+def send(number, pids):
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def reap():
+    """Collects this process's children that have ended; what still runs below it."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:  # there are none
+        pass
+    return descendants(os.getpid())
+
+
+def end_descendants(patience=PATIENCE):
+    """Ends all that this process started: SIGTERM to each, so that a training can say "preempted", then
+    SIGKILL. Returns how many had to be killed."""
+    send(signal.SIGTERM, reap())
+    deadline, killed = time.monotonic() + patience, set()
+    while left := reap():
+        if time.monotonic() > deadline:
+            killed |= set(left)
+            send(signal.SIGKILL, left)
+        time.sleep(0.05)
+    return len(killed)
