@@ -1,18 +1,17 @@
-"""Data, tokenizer, dataloader, clock and metric: the half of every run that no agent edits.
+"""Data, tokenizer, dataloader, clock and metric: everything about a run that is not the agent's to edit.
 
     uv run prepare.py                      download, train the tokenizer, tokenise, pack (once)
     uv run prepare.py --num-shards 4       a smaller ClimbMix; -1 for all of it
     AUTORESEARCH_DATASET=stdlib uv run prepare.py      no download: Python's own standard library
 
-Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it): <dataset>/raw/ as downloaded and
-<dataset>/<hash of the data rules>/ as a run reads it. Each file is written beside its place and moved in
-when whole, the manifest last: killing this program at any moment is safe, starting it again resumes.
+Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it). Killing it at any moment is safe and
+starting it again resumes: each file is moved in when it is whole, the manifest last. What is done once stands
+in corpus/, so that this file, the half of every run that the agent must not touch, is read at one sitting:
 
-train.py imports the other half: begin_run -> warmup_batch -> clock.start -> make_dataloader and
-clock.progress -> evaluate_bpb -> clock.summary. A refusal is a SystemExit with one sentence.
+    begin_run -> warmup_batch -> clock.start -> make_dataloader, clock.progress -> evaluate_bpb -> clock.summary
 
-torch is imported inside the functions that compute with it: preparing needs none, and its worker
-processes and its second run ("all is there") would otherwise spend seconds and memory on loading it.
+A refusal is a SystemExit with one sentence. torch is imported inside the functions that compute with it:
+preparing needs none, and its workers and its second run would spend seconds and memory on loading it.
 """
 
 import argparse
@@ -30,6 +29,7 @@ import threading
 import time
 import uuid
 from bisect import bisect_left, insort
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -133,15 +133,13 @@ class Tokenizer:
         return np.array(sizes + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
 
-
 def pack_rows(documents, capacity, counts):
     """Best-fit packing: yields each row as a list of (tokens, start, length) that together fill `capacity`.
 
     documents: iterator of (length, tokens, start). A row takes, as long as it has room, the longest buffered
     document that fits whole; where none does, the shortest, cropped to fill. Equal lengths: first come, first
     served. The buffer is kept in order of length, so that a choice is one bisection and not a scan.
-    counts["seen"] and counts["cropped"] count the tokens that were placed or thrown away, and the latter.
-    """
+    counts, a Counter: "seen" are the tokens of the documents taken so far, "cropped" those of them thrown away."""
     order = []  # ints: length << 40 | (2**40 - 1 - arrival), so that of equal lengths the first comes last
     where = {}  # arrival -> (tokens, start)
     newest = (1 << 40) - 1
@@ -176,6 +174,13 @@ def pack_rows(documents, capacity, counts):
 
 _clock = None  # of the run in progress: evaluate_bpb stops it without having to trust train.py to hand it over
 
+
+def the_clock():
+    if _clock is None:
+        raise SystemExit("no run was begun: call clock = begin_run(__file__) first")
+    return _clock
+
+
 # Dense bf16 TFLOP/s with float32 accumulation, from the vendors' datasheets; the first that the name matches.
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "GH200": 989.5, "H200": 989.5, "H100 NVL": 835.5, "H100 PCIe": 756.5, "H100": 989.5,
@@ -204,13 +209,6 @@ def peak_flops(device_name):
     return 1e12 * next(matches, 0.0)
 
 
-def synchronize(device):
-    import torch
-
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def process_age():
     """Seconds since this process started (0.0 where /proc does not tell): imports belong to a run's total too."""
     try:
@@ -228,6 +226,7 @@ class Clock:
         self.run_started = now() - process_age()
         self.started = self.last = self.stopped = self.val_bpb = None
         self.longest_step = 0.0
+        self.folder_fd = None
         self.enter("set-up", GRACE)
         threading.Thread(target=self.watch, daemon=True).start()
 
@@ -237,11 +236,18 @@ class Clock:
         if self.real and stage != "done":  # for a hang that holds the interpreter's lock, where watch() never wakes
             faulthandler.dump_traceback_later(limit + 10, exit=True, file=sys.__stderr__)
 
+    def close(self):
+        self.enter("done", 0)
+        if self.folder_fd is not None:
+            os.close(self.folder_fd)
+
     def watch(self):
         while self.stage != "done":
             time.sleep(0.2)
             if self.stage != "done" and self.watchdog_now() > self.deadline:
-                message = f"\nwatchdog: {self.stage} took longer than {self.limit:.0f} s; every thread's stack follows\n"
+                message = (
+                    f"\nwatchdog: {self.stage} took longer than {self.limit:.0f} s; every thread's stack follows\n"
+                )
                 os.write(2, message.encode())
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 os._exit(1)
@@ -254,21 +260,21 @@ class Clock:
 
         if self.stage != "set-up":
             raise SystemExit(f"clock.start: the clock was started already (now: {self.stage}); a run has one clock")
-        first = pack_rows(train_documents(open_shards(), {}), MAX_SEQ_LEN + 1, {"seen": 0, "cropped": 0})
-        rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(first)]) for _ in range(batch_size)])
-        logits, _ = warmup_batch(batch_size, MAX_SEQ_LEN), model.eval()
-        logits = checked_logits(model, logits[0])
-        x, y = (torch.from_numpy(part.astype(np.int64)).to(self.device) for part in (rows[:, :-1], rows[:, 1:]))
+        packed = pack_rows(train_documents(open_shards(), {}), MAX_SEQ_LEN + 1, Counter())
+        rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(packed)]) for _ in range(batch_size)])
+        model.eval()
+        held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # the audit needs room for two
+        x, y, _ = next(eval_batches(rows, batch_size, self.device))
         loss = token_nats(checked_logits(model, x), y).mean().item()
+        del held
         if loss < 0.7 * math.log(VOCAB_SIZE):
             raise SystemExit(
                 f"the model knows the training text before training: loss {loss:.2f}, an untrained one has about "
                 f"{math.log(VOCAB_SIZE):.2f}; start from freshly initialised weights"
             )
-        del logits
         model.train()
         self.graphs = compiled_graphs()
-        synchronize(self.device)
+        getattr(torch, self.device.type).synchronize()
         self.enter("training", 1.02 * TIME_BUDGET + 30)
         self.started = self.last = self.now()
 
@@ -284,11 +290,15 @@ class Clock:
         return (self.stopped or self.last) - self.started
 
     def stop(self):
+        import torch
+
         if self.started is None:
-            raise SystemExit("evaluate_bpb: this run never started its clock: call clock.start(model, batch_size) first")
+            raise SystemExit(
+                "evaluate_bpb: this run never started its clock: call clock.start(model, batch_size) first"
+            )
         if self.stopped is not None:
             raise SystemExit("evaluate_bpb: this run was evaluated already; a run has one val_bpb")
-        synchronize(self.device)
+        getattr(torch, self.device.type).synchronize()
         self.stopped = self.now()
         over = self.stopped - self.started - TIME_BUDGET
         if over > max(0.02 * TIME_BUDGET, min(self.longest_step, 10)):
@@ -335,7 +345,6 @@ def compiled_graphs():
 
 def end_early(number, _frame):
     """SIGTERM: the machine is wanted elsewhere. No result and no crash: such a run is simply run again."""
-    sys.stdout.flush()
     word, code = {signal.SIGTERM: ("preempted", 75), signal.SIGINT: ("interrupted", 130)}[number]
     os.write(1, f"\n{word}\n".encode())
     os._exit(code)
@@ -349,19 +358,22 @@ def begin_run(train_file, seed=42, *, now=time.monotonic, watchdog_now=time.mono
     seed_text = os.environ.get("AUTORESEARCH_SEED") or str(seed)
     if not seed_text.isdecimal():
         raise SystemExit(f"AUTORESEARCH_SEED={seed_text!r}: a whole number is needed")
-    folder = Path(train_file).resolve().parent
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a run that is killed leaves its log
-    if _clock:
-        _clock.enter("done", 0)
+    sys.stdout.reconfigure(line_buffering=True)  # a run that is killed leaves its log
     if DATASET == "stdlib":  # seconds, and no network: nobody needs to be told to do it
         from corpus.build import prepare
 
         prepare()
-    manifest = load_manifest()
-    hold_folder(folder)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compile"))
+    manifest, compile_dir = load_manifest(), cache_dir() / "compile"
+    if _clock:
+        _clock.close()
     _clock = clock = Clock(now, watchdog_now)
+    clock.folder_fd = lock_folder(Path(train_file).resolve().parent)
+    try:
+        compile_dir.mkdir(exist_ok=True)
+    except OSError:
+        pass  # read-only data: compiled graphs then go to the system's temporary folder
+    if os.access(compile_dir, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_dir))
     import torch
 
     if threading.current_thread() is threading.main_thread():
@@ -383,18 +395,19 @@ def begin_run(train_file, seed=42, *, now=time.monotonic, watchdog_now=time.mono
     return clock
 
 
-def hold_folder(folder):
+def lock_folder(folder):
     """Locks the folder of train.py until this process ends: two runs there would overwrite each other's
-    checkpoint.pt, and `lab record` must know that a run is still going. A no-op without flock (Windows)."""
+    checkpoint.pt, and `lab record` must know that a run is going on. None where there is no flock (Windows)."""
     try:
         import fcntl
 
-        hold_folder.fd = os.open(folder, os.O_RDONLY)
-        fcntl.flock(hold_folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = os.open(folder, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
     except BlockingIOError:
-        raise SystemExit(f"another run is going in {folder}: wait for it, or train in another checkout") from None
+        raise SystemExit(f"another run is going on in {folder}: wait for it, or train in another checkout") from None
     except (ImportError, OSError):
-        pass  # a file system without locks
+        return None  # a file system without locks
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -409,8 +422,8 @@ def warmup_batch(B, T):
     """Random ordinary tokens, two (B, T) int64 on the run's device: to compile and tune on before the clock starts."""
     import torch
 
-    x = torch.randint(0, VOCAB_SIZE - len(SPECIAL_TOKENS), (2, B, T), generator=torch.Generator().manual_seed(0))
-    return tuple(x.to(_clock.device))
+    x = torch.randint(0, NUM_ORDINARY, (2, B, T), generator=torch.Generator().manual_seed(0))
+    return tuple(x.to(the_clock().device))
 
 
 def open_shards():
@@ -441,15 +454,15 @@ def make_dataloader(tokenizer, B, T, split="train"):
         raise SystemExit(f"make_dataloader: split {split!r} is not handed out; evaluate_bpb scores it")
     if tokenizer.vocab_size != VOCAB_SIZE:
         raise SystemExit(f"make_dataloader: the tokenizer has {tokenizer.vocab_size} tokens, the data {VOCAB_SIZE}")
-    state, device = {}, _clock.device
-    packed = pack_rows(train_documents(open_shards(), state), T + 1, {"seen": 0, "cropped": 0})
+    state, clock, device = {}, the_clock(), the_clock().device
+    packed = pack_rows(train_documents(open_shards(), state), T + 1, Counter())
     # Two pinned buffers take turns, and each waits for the copy that reads it before it is filled again.
     pinned = device.type == "cuda"
     buffers = [torch.empty(B * (T + 1), dtype=torch.int16, pin_memory=pinned) for _ in range(2 if pinned else 1)]
     copied = [torch.cuda.Event() if pinned else None for _ in buffers]
     turn = 0
     while True:
-        if _clock.started is None:
+        if clock.started is None:
             raise SystemExit("make_dataloader: no data before clock.start(model, batch_size); warm up on warmup_batch")
         turn = (turn + 1) % len(buffers)
         if pinned:
@@ -480,7 +493,7 @@ def checked_logits(model, x):
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SystemExit(f"model(x) returned {got}: evaluation needs logits of shape (B, T, V) = {expected}")
-    if not all(torch.isfinite(row).all() for row in logits):
+    if not torch.isfinite(logits.sum(dtype=torch.float32)):
         raise SystemExit("model(x) returned logits that are not finite (NaN or infinity): the training diverged")
     return logits
 
@@ -492,7 +505,9 @@ def token_nats(logits, y):
 
     step = max(1, 2**15 // y.shape[1])
     parts = zip(logits.split(step), y.split(step), strict=True)
-    return torch.cat([F.cross_entropy(a.float().flatten(0, 1), b.flatten(), reduction="none").view_as(b) for a, b in parts])
+    return torch.cat(
+        [F.cross_entropy(a.float().flatten(0, 1), b.flatten(), reduction="none").view_as(b) for a, b in parts]
+    )
 
 
 def eval_batches(rows, batch_size, device):
@@ -540,8 +555,7 @@ def audit(model, rows, batch_size, device):
     generator = torch.Generator().manual_seed(len(rows))
     x = next(eval_batches(rows, batch_size, device))[0]
     B, T = x.shape
-    ordinary = VOCAB_SIZE - len(SPECIAL_TOKENS)
-    other = (x + torch.randint(1, ordinary, (B, T), generator=generator).to(device)) % ordinary
+    other = (x + torch.randint(1, NUM_ORDINARY, (B, T), generator=generator).to(device)) % NUM_ORDINARY
     base = checked_logits(model, x)
 
     def moves(changed, watched):
@@ -572,19 +586,18 @@ def audit(model, rows, batch_size, device):
 
 def evaluate_bpb(model, tokenizer, batch_size):
     """Stops the clock and returns the run's val_bpb (bits per byte, lower is better); refuses what is not earned."""
-    if _clock is None:
-        raise SystemExit("evaluate_bpb: no run was begun: call begin_run first")
-    _clock.stop()
-    root, files = data_dir(), _clock.manifest["files"]
+    clock = the_clock()
+    clock.stop()
+    root, files = data_dir(), clock.manifest["files"]
     if sha256_files(root / "val_rows.npy") != files["val_rows.npy"]["sha256"]:
         raise SystemExit(f"{root / 'val_rows.npy'} changed since it was prepared: run prepare.py again")
     rows, token_bytes = np.load(root / "val_rows.npy"), tokenizer.token_bytes()
     if (counted := int(token_bytes[rows[:, 1:]].sum())) != files["val_rows.npy"]["text_bytes"]:
         raise SystemExit(f"the tokenizer counts {counted} bytes of val text, the manifest has another number: refused")
     model.eval()
-    audit(model, rows, batch_size, _clock.device)
-    _clock.val_bpb = score_rows(model, rows, token_bytes, batch_size)
-    return _clock.val_bpb
+    audit(model, rows, batch_size, clock.device)
+    clock.val_bpb = score_rows(model, rows, token_bytes, batch_size)
+    return clock.val_bpb
 
 
 def main():
@@ -592,7 +605,7 @@ def main():
     parser.add_argument("--num-shards", type=int, help="climbmix: shards to train on, -1 for all (default: 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="files fetched at once (default: 8)")
     args = parser.parse_args()
-    from corpus import build  # what is done once stands there, so that this file can be read at one sitting
+    from corpus import build
 
     build.prepare(args.num_shards, args.download_workers)
     build.fetch_attention_kernel()

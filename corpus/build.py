@@ -9,7 +9,7 @@ import platform
 import shutil
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
@@ -148,7 +148,7 @@ def write_eval_rows(path, encoded, tokenizer):
                 start += length
 
     rows = np.empty((EVAL_TOKENS // MAX_SEQ_LEN, MAX_SEQ_LEN + 1), dtype=np.uint16)
-    counts = {"seen": 0, "cropped": 0}
+    counts = Counter()
     packed = pack_rows(documents(), MAX_SEQ_LEN + 1, counts)
     for i, out in enumerate(rows):
         segments = next(packed, None)
@@ -168,7 +168,9 @@ def build(root, raw, num_shards, workers):
     """Makes files one by one, noting in manifest.partial.json which are whole; a second start goes on from there."""
     sources = {split: raw_sources(split, num_shards) for split in ("train", "val", "holdout")}
     if DATASET in HUB:
-        download_all(HUB[DATASET], sorted({name for of_split in sources.values() for name, *_ in of_split}), raw, workers)
+        download_all(
+            HUB[DATASET], sorted({name for of_split in sources.values() for name, *_ in of_split}), raw, workers
+        )
     partial = root / "manifest.partial.json"
     known = (read_manifest(partial) or read_manifest(root / "manifest.json") or {"files": {}})["files"]
     files = {}

@@ -83,5 +83,3 @@ def document_batches(raw, sources):
             yield from (documents[i : i + 1024] for i in range(0, len(documents), 1024))
         else:
             yield from parquet_batches(raw / name, *rows)
-
-

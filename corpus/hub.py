@@ -19,6 +19,7 @@ from tqdm import tqdm
 def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
+
 def hub_session():
     """A requests session that waits out 429, 5xx and refused connections, with back-off, jitter and Retry-After."""
     retry = requests.adapters.Retry(
@@ -121,5 +122,3 @@ def download_all(repo, names, raw, workers):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-
