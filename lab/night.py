@@ -124,6 +124,7 @@ class Keeper:
 
     def start(self):
         self.starts += 1
+        self.state, self.last, self.fruitful = recorded(self.root), self.now(), False
         if self.agent_log.exists() and self.agent_log.stat().st_size > 100e6:
             os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
         with open(self.agent_log, "ab") as f:
@@ -134,7 +135,6 @@ class Keeper:
                 self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
                 start_new_session=True,
             )  # fmt: skip
-        self.state, self.last, self.fruitful = recorded(self.root), self.now(), False
         self.say(f"start {self.starts} of the agent, process {self.process.pid}")
 
     def last_words(self):
@@ -145,9 +145,10 @@ class Keeper:
 
     def look(self):
         """Notes what was recorded; the sentence why the agent must be started again, or None."""
+        status = self.process.poll()  # before the look at the files: its last record counts
         if (state := recorded(self.root)) != self.state:
             self.state, self.last, self.fruitful, self.in_a_row = state, self.now(), True, 0
-        if (status := self.process.poll()) is not None:
+        if status is not None:
             self.not_found = self.not_found + 1 if status in (126, 127) else 0
             return f"the agent ended with status {status}{self.last_words()}"
         idle = self.now() - self.last

@@ -20,7 +20,7 @@ def adopt_orphans():
 
 
 def parents():
-    """{process id: parent's process id} of all that runs here."""
+    """{process id: parent's process id} of all that runs here; not of the dead whom nobody has collected yet."""
     table = {}
     if Path("/proc/self/stat").exists():
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -28,10 +28,11 @@ def parents():
                 fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
             except OSError:  # ended meanwhile
                 continue
-            table[int(pid)] = int(fields[1])
+            if fields[0] != "Z":
+                table[int(pid)] = int(fields[1])
     else:
-        lines = subprocess.run(["ps", "-Ao", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
-        table = {int(pid): int(parent) for pid, parent in map(str.split, lines)}
+        lines = subprocess.run(["ps", "-Ao", "pid=,ppid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        table = {int(pid): int(parent) for pid, parent, state in map(str.split, lines) if state[0] != "Z"}
     return table
 
 

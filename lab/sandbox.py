@@ -49,7 +49,15 @@ SECRET = re.compile(r"(?i)key|token|secret|passw|credential|^ssh_")
 HOW_TO_GET = "get it: apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # In front of the command: what bubblewrap was told to ignore, the command heeds again.
-HEED = "import os,signal,sys;[signal.signal(n,signal.SIG_DFL) for n in (1,2,15)];os.execvp(sys.argv[1],sys.argv[1:])"
+HEED = """
+import os, signal, sys
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+try:
+    os.execvp(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    sys.exit(f"sandbox: {sys.argv[1]}: {error.strerror}")
+"""
 
 
 def add_arguments(parser):
@@ -126,8 +134,8 @@ def arguments(tree):
 
 def signal_command(init, number):
     """Sends to the command: the child of the sandbox's first process, which may still be about to start it."""
-    for _ in range(100):
-        if command := [pid for pid, parent in parents().items() if parent == init]:
+    while init in (table := parents()):
+        if command := [pid for pid, parent in table.items() if parent == init]:
             return send(number, command)
         time.sleep(0.01)
 

@@ -1,0 +1,406 @@
+"""lab sandbox: no network, a read-only file system, $HOME hidden. What needs bubblewrap is marked slow."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import kill_group
+
+from lab import sandbox
+
+ROOT = Path(__file__).resolve().parent.parent
+CLI = """
+import argparse
+from lab import sandbox
+parser = argparse.ArgumentParser(prog="lab")
+command = parser.add_subparsers().add_parser("sandbox")
+sandbox.add_arguments(command)
+raise SystemExit(sandbox.run(parser.parse_args()))
+"""
+# Tries what is given as JSON, [[name, expression], ...], and prints {name: the value, or the exception's name}.
+PROBE = """
+import json, os, socket, sys
+results = {}
+for name, expression in json.loads(sys.argv[1]):
+    try:
+        results[name] = repr(eval(expression))
+    except Exception as error:
+        results[name] = type(error).__name__
+print(json.dumps(results))
+"""
+REFUSED = {"OSError", "PermissionError"}  # EROFS, EBUSY; EACCES
+
+
+def bubblewrap_works():
+    if not shutil.which("bwrap"):
+        return "bubblewrap is not installed: " + sandbox.HOW_TO_GET
+    probe = ["bwrap", "--ro-bind", "/", "/", "--unshare-net", "--unshare-pid", "--proc", "/proc", "true"]
+    result = subprocess.run(probe, capture_output=True, text=True)
+    return result.returncode and f"bubblewrap does not work here: {result.stderr.strip()}"
+
+
+def needs_bubblewrap(test):
+    reason = bubblewrap_works()
+    return pytest.mark.slow(pytest.mark.skipif(bool(reason), reason=str(reason))(test))
+
+
+class Tree:
+    def __init__(self, path, home, cache):
+        self.path, self.home, self.cache = path, home, cache
+        path.mkdir()
+        for name in (
+            "constants.py",
+            "prepare.py",
+            "program.md",
+            "results.tsv",
+            "runs.jsonl",
+            "checkpoint.pt",
+        ):
+            (path / name).write_text(f"this is {name}\n")
+        (path / ".git").mkdir()
+        (path / "probe.py").write_text(PROBE)
+        (cache / "stdlib").mkdir(parents=True)
+        (cache / "stdlib" / "manifest.json").write_text("{}")
+        (home / ".ssh").mkdir()
+        (home / ".cache" / "huggingface" / "hub").mkdir(parents=True)
+        (home / ".cache" / "huggingface" / "token").write_text("hf_secret")
+        (home / ".cache" / "huggingface" / "hub" / "kernel").write_text("a kernel")
+
+    def environment(self, **env):
+        return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | env
+
+    def start(self, *command, stdout=subprocess.PIPE, **env):
+        return subprocess.Popen(
+            [sys.executable, "-c", CLI, "sandbox", *command], cwd=self.path, env=self.environment(**env),
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *command, **env):
+        process = self.start(*command, **env)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            kill_group(process)
+        return process.returncode, out, err
+
+    def probe(self, expressions, **env):
+        status, out, err = self.run(
+            "--", "uv", "run", "probe.py", json.dumps(list(expressions.items())), **env
+        )
+        assert status == 0, err
+        return json.loads(out)
+
+    def listing(self):
+        return sorted(
+            str(p.relative_to(self.path)) for p in self.path.rglob("*") if "__pycache__" not in str(p)
+        )
+
+
+@pytest.fixture
+def tree(tmp_path, isolated):
+    return Tree(tmp_path / "tree", isolated, tmp_path / "cache")
+
+
+# --- without bubblewrap -------------------------------------------------------
+
+
+def test_where_bubblewrap_is_missing_one_line_says_how_to_get_it(tree, tmp_path):
+    status, out, err = tree.run("--", "uv", "run", "train.py", PATH=str(tmp_path))
+    assert status == 1 and not out
+    assert len(err.splitlines()) == 1
+    if sys.platform == "linux":
+        assert "apt-get install bubblewrap" in err
+
+
+def test_where_bubblewrap_does_not_work_it_says_so_and_runs_nothing(tree, tmp_path):
+    fake = tmp_path / "bin" / "bwrap"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    status, out, err = tree.run("--", "touch", "new", PATH=f"{fake.parent}:{os.environ['PATH']}")
+    assert status == 1 and not out
+    assert "uid map: Permission denied" in err and "user namespaces may be forbidden" in err.lower()
+    assert not (tree.path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "given, run",
+    [
+        ("uv run train.py", "PY train.py"),
+        ("uv run --no-sync train.py --x", "PY train.py --x"),
+        ("uv run -m lab sample", "PY -m lab sample"),
+        ("uv run python -c pass", "PY -c pass"),
+        ("uv run pytest -q", "pytest -q"),
+        ("sh -c true", "sh -c true"),
+    ],
+)
+def test_uv_run_becomes_this_python(given, run):
+    assert sandbox.resolve(given.split()) == run.replace("PY", sys.executable).split()
+
+
+@pytest.mark.parametrize("command", ["uv run", "uv run --with torch train.py", "uv run --project x train.py"])
+def test_what_uv_alone_can_do_is_refused(command):
+    with pytest.raises(SystemExit, match="only `uv run"):
+        sandbox.resolve(command.split())
+
+
+def test_the_cache_is_where_prepare_keeps_it(monkeypatch, tmp_path):
+    import prepare
+
+    assert sandbox.cache_root() == prepare.cache_dir()
+    monkeypatch.delenv("AUTORESEARCH_CACHE")
+    assert sandbox.cache_root() == prepare.cache_dir() == Path.home() / ".cache" / "autoresearch"
+
+
+def test_devices_that_are_there_are_bound_as_devices(monkeypatch, tree):
+    there = {"/dev/nvidia*": ["/dev/nvidiactl", "/dev/nvidia0"], "/dev/dri": ["/dev/dri"]}
+    monkeypatch.setattr(sandbox, "glob", lambda pattern: there.get(pattern, []))
+    line = " ".join(sandbox.arguments(tree.path))
+    for node in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dri"):
+        assert f"--dev-bind {node} {node} " in line
+    assert "/dev/kfd" not in line
+    assert line.index("--dev /dev ") < line.index("--dev-bind")  # or --dev would hide them
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "DB_PASSWORD"]
+)
+def test_secrets_are_told_by_their_names(name):
+    assert sandbox.SECRET.search(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["AUTORESEARCH_SEED", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "HF_HUB_CACHE"]
+)
+def test_what_a_training_needs_to_know_is_no_secret(name):
+    assert not sandbox.SECRET.search(name)
+
+
+# --- with bubblewrap ----------------------------------------------------------
+
+
+@needs_bubblewrap
+def test_no_network_not_even_to_this_machine(tree):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = tree.probe(
+            {
+                "here": f"socket.create_connection(('127.0.0.1', {port}), 3)",
+                "out": "socket.create_connection(('1.1.1.1', 53), 3)",
+            }
+        )
+    assert found == {"here": "ConnectionRefusedError", "out": "OSError"}
+
+
+@needs_bubblewrap
+def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
+    cache = tree.cache
+    found = tree.probe(
+        {
+            "new": "open('new.txt', 'w').write('x')",
+            "save": "open('checkpoint.pt.tmp', 'w').write('weights')",
+            "move": "os.replace('checkpoint.pt.tmp', 'checkpoint.pt')",
+            "compile": f"open('{cache}/compile/graph', 'w').write('x')",
+            "tmp": "open('/tmp/x', 'w').write('x')",
+            "frozen": "open('constants.py', 'a').write('x')",
+            "replace": "os.replace('new.txt', 'prepare.py')",
+            "delete": "os.remove('results.tsv')",
+            "results": "open('results.tsv', 'a').write('x')",
+            "runs": "open('runs.jsonl', 'a').write('x')",
+            "lab": "open('.lab/journal', 'w').write('x')",
+            "git": "open('.git/config', 'w').write('x')",
+            "bytecode": "open('__pycache__/prepare.cpython-311.pyc', 'w').write('x')",
+            "environment": "open(sys.prefix + '/x', 'w').write('x')",
+            "beside": f"open('{tmp_path}/beside', 'w').write('x')",
+            "etc": "open('/etc/x', 'w').write('x')",
+            "data": f"open('{cache}/stdlib/manifest.json', 'w').write('x')",
+            "hub": "open(os.path.expanduser('~/.cache/huggingface/hub/kernel'), 'w').write('x')",
+        }
+    )
+    allowed = {"new", "save", "move", "compile", "tmp"}
+    assert {name for name, result in found.items() if result not in REFUSED} - {"beside"} == allowed
+    assert (tree.path / "checkpoint.pt").read_text() == "weights"
+    assert (cache / "compile" / "graph").exists()
+    assert not (tmp_path / "beside").exists()  # it was written to the sandbox's own /tmp, where this one lies
+    for name in ("constants.py", "prepare.py", "results.tsv", "runs.jsonl"):
+        assert (tree.path / name).read_text() == f"this is {name}\n"
+    assert not any(name.startswith((".git/", ".lab/")) for name in tree.listing())
+
+
+@needs_bubblewrap
+def test_home_and_its_secrets_are_out_of_sight_but_what_is_needed_is_there(tree):
+    found = tree.probe(
+        {
+            "home": "sorted(os.listdir(os.path.expanduser('~')))",
+            "ssh": "os.listdir(os.path.expanduser('~/.ssh'))",
+            "login": "open(os.path.expanduser('~/.cache/huggingface/token')).read()",
+            "kernel": "open(os.path.expanduser('~/.cache/huggingface/hub/kernel')).read()",
+            "data": f"open('{tree.cache}/stdlib/manifest.json').read()",
+            "offline": "os.environ['HF_HUB_OFFLINE']",
+            "key": "os.environ.get('SOME_API_KEY')",
+            "seed": "os.environ.get('AUTORESEARCH_SEED')",
+            "run": "os.listdir('/run')",
+            "processes": "sum(name.isdigit() for name in os.listdir('/proc'))",
+            "standard library": "__import__('ast').__file__ != ''",
+            "packages": "__import__('numpy').arange(3).sum()",
+            "shared memory": "open('/dev/shm/x', 'w').write('x')",
+        },
+        SOME_API_KEY="secret",
+        AUTORESEARCH_SEED="43",
+        HF_HUB_OFFLINE="0",
+    )
+    assert found["home"] == "['.cache']" and found["ssh"] == "FileNotFoundError"
+    assert (
+        found["login"] == "FileNotFoundError" and found["kernel"] == "'a kernel'" and found["data"] == "'{}'"
+    )
+    assert found["offline"] == "'1'" and found["key"] == "None" and found["seed"] == "'43'"
+    assert found["run"] == "[]" and found["processes"] == "2"
+    assert (
+        found["standard library"] == "True"
+        and found["packages"].endswith("3)")
+        and found["shared memory"] == "1"
+    )
+
+
+@needs_bubblewrap
+def test_a_sandboxed_process_cannot_make_itself_more(tree):
+    status, out, err = tree.run(
+        "--", "sh", "-c", "mount -o remount,rw / 2>/dev/null || umount constants.py 2>/dev/null || echo no"
+    )
+    assert (status, out) == (0, "no\n"), err
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("status", [0, 1, 75, 130])
+def test_the_exit_status_is_passed_on(tree, status):
+    assert tree.run("--", "sh", "-c", f"exit {status}")[0] == status
+
+
+@needs_bubblewrap
+def test_a_command_that_a_signal_ended_or_that_is_not_there(tree):
+    assert tree.run("--", "sh", "-c", "kill -9 $$")[0] == 137
+    status, _, err = tree.run("--", "no-such-command")
+    assert status == 1 and err == "sandbox: no-such-command: No such file or directory\n"
+
+
+TRAIN = """
+import fcntl, os, signal, sys, time
+def preempted(*_):
+    print("preempted", flush=True)
+    os._exit(75)
+signal.signal(signal.SIGTERM, preempted)
+fd = os.open(os.path.dirname(os.path.abspath(__file__)), os.O_RDONLY)
+fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("seed", os.environ.get("AUTORESEARCH_SEED"), flush=True)
+time.sleep(600)
+"""
+
+
+def locked(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def start_training(tree):
+    """The default command, with its output in run.log as program.md has it; returns when it trains."""
+    (tree.path / "train.py").write_text(TRAIN)
+    log = tree.path / "run.log"
+    with open(log, "w") as f:
+        process = tree.start(stdout=f, AUTORESEARCH_SEED="43")
+    deadline = time.monotonic() + 20
+    while "seed 43\n" not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return process, log
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_signals_reach_the_training_and_its_lock_is_seen_outside(tree, number, status):
+    process, log = start_training(tree)
+    try:
+        assert locked(tree.path)
+        process.send_signal(number)
+        assert process.wait(timeout=10) == status
+        deadline = time.monotonic() + 5
+        while locked(tree.path):
+            assert time.monotonic() < deadline, "the training outlived the sandbox"
+            time.sleep(0.02)
+        assert ("preempted" in log.read_text()) == (number == signal.SIGTERM)
+    finally:
+        kill_group(process)
+
+
+@needs_bubblewrap
+def test_a_signal_to_every_process_of_the_sandbox_still_lets_the_training_speak(tree):
+    """So does `lab night` end things: bubblewrap must not fall first and take the training with it."""
+    from lab.processes import descendants, send
+
+    process, log = start_training(tree)
+    try:
+        send(signal.SIGTERM, [process.pid, *descendants(process.pid)])
+        assert process.wait(timeout=10) == 75
+        assert log.read_text().count("preempted") == 1
+    finally:
+        kill_group(process)
+
+
+@needs_bubblewrap
+def test_a_second_training_in_the_tree_is_seen_inside_too(tree):
+    (tree.path / "train.py").write_text(TRAIN)
+    fd = os.open(tree.path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    status, _, err = tree.run()
+    os.close(fd)
+    assert status == 1 and "BlockingIOError" in err
+
+
+@needs_bubblewrap
+def test_code_and_settings_that_a_run_leaves_are_put_aside(tree):
+    plant = "touch json.py CLAUDE.md uv.toml .mcp.json notes.txt; mkdir torch data .claude; touch torch/__init__.py"
+    status, _, err = tree.run("--", "sh", "-c", plant)
+    assert status == 1
+    assert "left .claude, .mcp.json, CLAUDE.md, json.py, torch, uv.toml in the working tree" in err
+    left = {path.name.split("-", 1)[1] for path in (tree.path / ".lab" / "left").iterdir()}
+    assert left == {".claude", ".mcp.json", "CLAUDE.md", "json.py", "torch", "uv.toml"}
+    names = {path.name for path in tree.path.iterdir()}
+    assert not names & left and {"notes.txt", "data", "probe.py"} <= names
+
+
+@needs_bubblewrap
+def test_a_human_can_replace_a_file_while_a_run_goes_on(tree):
+    process, _ = start_training(tree)
+    try:
+        (tree.path / "edited").write_text("new words")
+        os.replace(tree.path / "edited", tree.path / "program.md")  # as editors save
+        assert (tree.path / "program.md").read_text() == "new words"
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+        kill_group(process)
+
+
+@needs_bubblewrap
+def test_a_tree_in_home_and_a_cache_in_home(tmp_path, isolated, monkeypatch):
+    monkeypatch.delenv("AUTORESEARCH_CACHE")
+    cache = isolated / ".cache" / "autoresearch"
+    tree = Tree(isolated / "autoresearch", isolated, cache)
+    found = tree.probe(
+        {"save": "open('checkpoint.pt', 'w').write('x')", "data": f"open('{cache}/stdlib/manifest.json').read()",
+         "compile": f"open('{cache}/compile/x', 'w').write('x')", "home": "sorted(os.listdir(os.path.expanduser('~')))"}
+    )  # fmt: skip
+    assert found == {"save": "1", "data": "'{}'", "compile": "1", "home": "['.cache', 'autoresearch']"}
