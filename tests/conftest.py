@@ -9,6 +9,9 @@
 `repo.copy_cache(prepared_stdlib)`; never write into them.
 """
 
+import hashlib
+import importlib
+import json
 import os
 import random
 import re
@@ -16,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +29,16 @@ import pytest
 from hub import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE_FILES = ["constants.py", "prepare.py", "train.py", "pyproject.toml", "program.md", ".gitignore", "lab"]
+CORE_FILES = [
+    "constants.py",
+    "prepare.py",
+    "corpus",
+    "train.py",
+    "pyproject.toml",
+    "program.md",
+    ".gitignore",
+    "lab",
+]
 TINY_RULES = {  # dataset -> (max_seq_len, eval_tokens, vocab_size)
     "climbmix": (32, 32 * 64, 512),
     "tinystories": (32, 32 * 64, 512),
@@ -89,6 +102,15 @@ class Repo:
         if grace is not None:
             self.edit("constants.py", r"^GRACE = \S+", f"GRACE = {grace}")
 
+    def be_impatient(self):
+        """Retries come after hundredths of a second and the server is given up after the third."""
+        self.edit(
+            "corpus/hub.py",
+            r"total=\d+, backoff_factor=[\d.]+, backoff_jitter=[\d.]+",
+            "total=3, backoff_factor=0.01",
+        )
+        self.edit("corpus/hub.py", r"time\.sleep\(min\(0\.2 \*", "time.sleep(0.01 * min(0.2 *")
+
     def copy_cache(self, source):
         shutil.copytree(source, self.cache, dirs_exist_ok=True)
 
@@ -116,7 +138,7 @@ class Repo:
 
     def run_code(self, code, **kwargs):
         """Runs a snippet with the copy's modules importable."""
-        return self.run("-c", code, **kwargs)
+        return self.run("-c", textwrap.dedent(code), **kwargs)
 
 
 def kill_group(process):
@@ -137,6 +159,44 @@ def assert_refused(result, *needles):
     assert "Traceback" not in result.out
     for needle in needles:
         assert needle in lines[0], f"{needle!r} is not in: {lines[0]}"
+
+
+def manifest_digests(cache):
+    """File name -> sha256 of the one manifest below `cache`, each checked against the file it speaks of."""
+    (path,) = Path(cache).rglob("manifest.json")
+    digests = {name: entry["sha256"] for name, entry in json.loads(path.read_text())["files"].items()}
+    for name, digest in digests.items():
+        assert hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == digest, (
+            f"{name} is not {digest}"
+        )
+    return digests
+
+
+def leftovers(cache):
+    """Half-written files below `cache`."""
+    return sorted(str(p.relative_to(cache)) for p in Path(cache).rglob("*") if re.search(r"tmp|part", p.name))
+
+
+def can(*command):
+    return (
+        shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture(scope="session")
+def no_network():
+    """A command to put in front of another, which then has no network, not even a loopback."""
+    if not can("unshare", "-rn"):
+        pytest.skip("this system lets no one make a network namespace (unshare -rn)")
+    return ["unshare", "-rn"]
+
+
+@pytest.fixture(scope="session")
+def own_mounts():
+    """A command to put in front of another, which may then mount things that nobody else sees."""
+    if not can("unshare", "-rm"):
+        pytest.skip("this system lets no one make a mount namespace (unshare -rm)")
+    return ["unshare", "-rm"]
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +226,32 @@ def make_repo(tmp_path):
         return tiny_repo(place, home, cache, dataset, rules, time_budget, grace, **extra)
 
     return make
+
+
+@pytest.fixture
+def import_prepare(monkeypatch):
+    """import_prepare(repo) -> the copy's prepare.py, imported into this process under the copy's environment.
+    What else is imported until the test ends (corpus.build, train) is the copy's too."""
+
+    def ours():
+        return [
+            name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "train")
+        ]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+
+    def load(repo):
+        for name in ours():
+            del sys.modules[name]
+        for key, value in repo.env.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.syspath_prepend(repo.path)
+        return importlib.import_module("prepare")
+
+    yield load
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
 
 
 def tiny_repo(place, home, cache, dataset, rules=None, time_budget=3, grace=60, **extra):
