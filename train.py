@@ -1,14 +1,14 @@
-"""Pretrain a small GPT for a fixed time and print how well it compresses text it has not seen.
+"""Pretrain a small GPT within a fixed time budget: the fewer bits it needs for unseen text, the better.
 
     uv run train.py > run.log 2>&1        then: grep "^val_bpb:" run.log
 
-Metric: val_bpb, bits per byte of the validation text; lower is better. Budget: constants.TIME_BUDGET seconds of
-training, from clock.start() on; compiling and warming up before it are free.
-Who edits what: the agent edits this file, and anything in it may change (model, optimizer, schedules, batch sizes).
+Metric: val_bpb, bits per byte of the validation text; lower is better. Budget: constants.TIME_BUDGET seconds
+from clock.start() on; compiling and warming up come before it and are not counted.
+Who edits: the agent, this file and no other; everything in it may change.
 Frozen: constants.py (the rules) and prepare.py (data, clock, metric).
-What every edit keeps: main() begins a run with begin_run, trains until clock.progress() is 1.0, calls evaluate_bpb
-and clock.summary; model(x) returns logits (B, T, V); save_checkpoint and load_model go on working.
-Writes: checkpoint.pt beside this file (weights, configuration, run id). All else goes to stdout.
+Every edit keeps: begin_run first, training until clock.progress() is 1, evaluate_bpb, clock.summary; model(x)
+gives logits (B, T, V); save_checkpoint and load_model work.
+Writes checkpoint.pt beside this file (weights, configuration, run id); all else goes to stdout.
 """
 
 import gc
@@ -17,11 +17,11 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections import namedtuple
+from functools import lru_cache, partial
+from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -32,80 +32,64 @@ from prepare import FA3_KERNEL, begin_run, evaluate_bpb, load_tokenizer, make_da
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters: these on a large GPU; SMALL below goes over them on CPU and Apple silicon
-# ------------------------------------------------------------------------------------------------
 
 # Model
 DEPTH = 8  # layers
 ASPECT_RATIO = 64  # model dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128
 QUERIES_PER_KV = 1  # query heads that share one key/value head; above 1 is grouped-query attention
-MLP_RATIO = 4  # hidden width of the MLP in model dims
-WINDOW_PATTERN = "SSSL"  # over the layers, repeated: L full context, S short window; the last layer is always L
+MLP_RATIO = 4  # hidden width of the MLP, in model dims
+WINDOW_PATTERN = "SSSL"  # layer by layer, repeated: L full context, S short; the last layer is always L
 SHORT_WINDOW_RATIO = 0.5  # of MAX_SEQ_LEN
 ROPE_BASE = 10_000
-SOFTCAP = 15.0  # logits stay within plus and minus this
+SOFTCAP = 15.0  # logits stay between minus and plus this
 INIT_SCALE = 1.0  # on the uniform initialisation of the matrices
-X0_INIT = 0.1  # how much of the embedding each layer mixes back in, to begin with
+X0_INIT = 0.1  # how much of the embedding each layer mixes back in, at first
 
-# Batch, in rows on the device and in tokens an optimizer step: the second is a multiple of the first * MAX_SEQ_LEN
-DEVICE_BATCH_SIZE = 128  # halved by itself where memory is short
-TOTAL_BATCH_SIZE = 2**19
+# Batch: TOTAL_BATCH_SIZE must be a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN
+DEVICE_BATCH_SIZE = 128  # rows; halved by itself where memory is short
+TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step
 
-# Optimizer. The first three are AdamW's, for matrices at dim 768: scaled by (dim / 768)**-0.5
+# AdamW: the first two learning rates are for dim 768 and are scaled by (dim / 768)**-0.5
 EMBEDDING_LR = 0.6  # token and value embeddings
 UNEMBEDDING_LR = 0.004  # lm_head
-ADAM_BETAS = (0.8, 0.95)
-SCALAR_LR = 0.5  # x0 scalars, with X0_BETAS
-X0_BETAS = (0.96, 0.95)
+SCALAR_LR = 0.5  # x0 scalars
 RESID_LR = 0.005  # residual scalars: each multiplies the whole stream
+ADAM_BETAS = (0.8, 0.95)
+X0_BETAS = (0.96, 0.95)
 EMBEDDING_WEIGHT_DECAY = 0.0
-MATRIX_LR = 0.04  # Muon, for the matrices of the blocks
-WEIGHT_DECAY = 0.2  # Muon's, cautious, falls linearly to 0
+
+# Muon, for the matrices of the blocks
+MATRIX_LR = 0.04
+WEIGHT_DECAY = 0.2  # cautious; falls linearly to 0
 MUON_MOMENTUM = (0.85, 0.95)  # from, to
-MUON_MOMENTUM_RAMP = 0.3  # share of the run in which it gets there
+MUON_MOMENTUM_RAMP = 0.3  # share of the run that the way takes
 MUON_BETA2 = 0.95  # of NorMuon's second moment; None is plain Muon
 
-# Schedule of all learning rates, as shares of the run
+# Schedule of all learning rates, in shares of the run
 WARMUP_RATIO = 0.0
-WARMUP_START = 0.1  # learning rate at the first step where WARMUP_RATIO > 0, of the full one
+WARMUP_START = 0.1  # where a warm-up begins, as a share of the full learning rate
 WARMDOWN_RATIO = 0.5
 FINAL_LR_FRAC = 0.0
 
-DTYPE = None  # None: choose_dtype decides; or torch.bfloat16, torch.float32
-COMPILE = True  # torch.compile where it works
-SEED = 42  # AUTORESEARCH_SEED goes over it: a changed seed is noise, not progress
+DTYPE = None  # of the matmuls: torch.bfloat16, torch.float32, or None: choose_dtype decides
+COMPILE = True  # torch.compile, where it works
+SEED = 42  # AUTORESEARCH_SEED goes over it; another seed is noise, not progress
 
 SMALL = dict(
-    DEPTH=4,
-    ASPECT_RATIO=64,
-    HEAD_DIM=64,
-    WINDOW_PATTERN="L",
-    DEVICE_BATCH_SIZE=max(1, 2**12 // MAX_SEQ_LEN),
-    TOTAL_BATCH_SIZE=max(2**12, MAX_SEQ_LEN),
-    WARMDOWN_RATIO=0.6,
-    FINAL_LR_FRAC=0.05,
-)
-
-
-def use_small_defaults():
-    unknown = set(SMALL) - set(globals())
-    assert not unknown, f"SMALL sets {sorted(unknown)}, which no hyperparameter above is called: correct the name"
-    globals().update(SMALL)
+    DEPTH=4, ASPECT_RATIO=64, HEAD_DIM=64, WINDOW_PATTERN="L",
+    DEVICE_BATCH_SIZE=2**12 // MAX_SEQ_LEN, TOTAL_BATCH_SIZE=2**12,
+    WARMDOWN_RATIO=0.6, FINAL_LR_FRAC=0.05,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
 # Attention: query q sees the keys k with 0 <= q - k <= window, whichever back end computes it
-# ------------------------------------------------------------------------------------------------
 
 
-class Attention(NamedTuple):
-    name: str
-    make_mask: Callable  # (T, window, device) -> what attend takes as mask; called outside the compiled graph
-    attend: Callable  # q (B, T, H, D), k and v (B, T, KV, D), window, mask -> (B, T, H, D)
-
-
-def no_mask(T, window, device):
-    return None
+# make_mask(T, window, device) gives the mask that attend takes; it is called outside the compiled graph.
+# attend(q, k, v, window, mask): q and the result are (B, T, H, D), k and v (B, T, KV, D).
+Attention = namedtuple("Attention", "name make_mask attend")
 
 
 @lru_cache(maxsize=64)
@@ -118,109 +102,92 @@ def sdpa_mask(T, window, device):
 
 def sdpa_attend(q, k, v, window, mask):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    gqa = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    grouped = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-@lru_cache(maxsize=64)
-def flex_mask(T, window, device):
-    from torch.nn.attention.flex_attention import create_block_mask
+def load_flex():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # takes seconds
 
-    def visible(b, h, q, k):
-        return (k <= q) & (q - k <= window)
+    @lru_cache(maxsize=64)
+    def flex_mask(T, window, device):
+        visible = lambda b, h, q, k: (k <= q) & (q - k <= window)  # noqa: E731
+        return create_block_mask(visible, None, None, T, T, device=device)
 
-    return create_block_mask(visible, None, None, T, T, device=device)
+    def flex_attend(q, k, v, window, mask):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
-
-def flex_attend(q, k, v, window, mask):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
-
-
-SDPA = Attention("sdpa", sdpa_mask, sdpa_attend)
-FLEX = Attention("flex", flex_mask, flex_attend)
+    return Attention("flex", flex_mask, flex_attend)
 
 
 def load_fa3():
-    """FlashAttention-3 from the local kernel cache (prepare.py fetches it: a run touches no network)."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when kernels is imported: missing files fail at once
+    """FlashAttention-3 from the local kernel cache, which prepare.py fills: a run touches no network."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when kernels is imported: what is not there fails at once
     from kernels import get_kernel
 
     kernel = get_kernel(**FA3_KERNEL)
     flash_attn_func = getattr(kernel, "flash_attn_interface", kernel).flash_attn_func
 
     def fa3_attend(q, k, v, window, mask):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))  # `window` keys to the left, and its own
+        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))  # window keys back, and its own
         return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp too
 
-    return Attention("fa3", no_mask, fa3_attend)
+    return Attention("fa3", lambda T, window, device: None, fa3_attend)
+
+
+SDPA = Attention("sdpa", sdpa_mask, sdpa_attend)
 
 
 def choose_attention(device, dtype, compiled=True, failed=()):
-    """The fastest back end that can run here, and why not a faster one; `failed` is {name: why} from the warm-up."""
-    refused = dict(failed)
+    """The fastest back end that can run here, and why; `failed` is {name: why} from the warm-up."""
     if device.type != "cuda":
         return SDPA, f"on {device.type}"
-    if "fa3" not in refused:
-        if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0) or dtype != torch.bfloat16:
-            refused["fa3"] = "needs a Hopper GPU and bfloat16"
-        else:
-            try:
-                return load_fa3(), "Hopper, bfloat16"
-            except Exception as error:  # never fetched, untrusted, built for another torch: all mean the next one
-                refused["fa3"] = one_line(error)
-    if "flex" not in refused:
-        if compiled:
-            return FLEX, not_used(refused)
+    refused = dict(failed)
+    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0) or dtype != torch.bfloat16:
+        refused["fa3"] = "needs a Hopper GPU and bfloat16"
+    if not compiled:
         refused["flex"] = "needs torch.compile"
-    return SDPA, not_used(refused)
-
-
-def not_used(refused):
-    return "; ".join(f"{name.upper()} not used: {why}" for name, why in refused.items())
+    for name, load in (("fa3", load_fa3), ("flex", load_flex), ("sdpa", lambda: SDPA)):
+        if name not in refused:
+            try:
+                attention = load()
+                break
+            except Exception as error:  # never fetched, untrusted, built for another torch: the next one
+                refused[name] = one_line(error)
+    reasons = [f"{name.upper()} not used: {why}" for name, why in refused.items()]
+    return attention, "; ".join(reasons) or "a Hopper GPU and bfloat16"
 
 
 def one_line(error, limit=200):
-    """An exception's type and first line, for a reason that is printed."""
-    text = " ".join(str(error).split("\n", 1)[0].split())
-    return f"{type(error).__name__}: {text}"[:limit]
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:limit]
 
 
 # ------------------------------------------------------------------------------------------------
 # Model
-# ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class GPTConfig:
-    sequence_len: int  # the longest T
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    n_embd: int
-    mlp_ratio: int
-    window_pattern: str
-    short_window: int
-    rope_base: float
-    softcap: float
-
-    def window(self, layer):
-        """How far back the layer looks, in tokens."""
-        long = layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
-        return self.sequence_len if long else self.short_window
-
-    def has_value_embedding(self, layer):
-        """On alternating layers, the last one always."""
-        return layer % 2 == (self.n_layer - 1) % 2
+def build_config(vocab_size):
+    n_head = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+    assert n_head % QUERIES_PER_KV == 0, f"{n_head} heads: QUERIES_PER_KV {QUERIES_PER_KV} must divide them"
+    pattern = [WINDOW_PATTERN[i % len(WINDOW_PATTERN)] for i in range(DEPTH - 1)] + ["L"]
+    short = int(MAX_SEQ_LEN * SHORT_WINDOW_RATIO)
+    return SimpleNamespace(
+        sequence_len=MAX_SEQ_LEN,  # the longest T
+        vocab_size=vocab_size,
+        n_head=n_head,
+        n_kv_head=n_head // QUERIES_PER_KV,
+        n_embd=n_head * HEAD_DIM,
+        mlp_ratio=MLP_RATIO,
+        windows=[MAX_SEQ_LEN if letter == "L" else short for letter in pattern],  # one a layer, in tokens
+        rope_base=ROPE_BASE,
+        softcap=SOFTCAP,
+    )
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype)  # under autocast it may come back as float32
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype)  # autocast may make it float32
 
 
 def rotate(x, cos, sin):  # (B, T, H, D) by (T, 1, D/2)
@@ -229,52 +196,38 @@ def rotate(x, cos, sin):  # (B, T, H, D) by (T, 1, D/2)
 
 
 class CausalSelfAttention(nn.Module):
-    GATE_CHANNELS = 32  # of the input, that the gate on the value embedding looks at
-
-    def __init__(self, config, layer):
+    def __init__(self, config, gate_channels):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
-        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
-        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.ve_gate = None
-        if config.has_value_embedding(layer):
-            self.ve_gate = nn.Linear(self.GATE_CHANNELS, self.n_kv_head, bias=False)
+        kv_dim = config.n_kv_head * self.head_dim
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        if gate_channels:  # the gate a head that mixes in the value embedding looks at so many input channels
+            self.ve_gate = nn.Linear(gate_channels, config.n_kv_head, bias=False)
 
     def forward(self, x, ve, cos, sin, attend, window, mask):
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.GATE_CHANNELS]))  # (B, T, KV), 1 at the start
-            v = v + gate.unsqueeze(-1) * ve.view(B, T, self.n_kv_head, self.head_dim)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        y = attend(q, k, v, window, mask)
+        y = attend(q, k, v, window, mask)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, -1))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
+class Block(nn.Module):
+    def __init__(self, config, gate_channels):
         super().__init__()
+        self.attn = CausalSelfAttention(config, gate_channels)
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
-
-
-class Block(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
-        self.mlp = MLP(config)
-
     def forward(self, x, *attention_inputs):
         x = x + self.attn(norm(x), *attention_inputs)
-        return x + self.mlp(norm(x))
+        return x + self.c_proj(F.relu(self.c_fc(norm(x))).square())  # the MLP
 
 
 class GPT(nn.Module):
@@ -282,45 +235,40 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.attention = config, dtype, attention
         self.network = self.eager_network  # or what torch.compile makes of it
-        kv_dim = config.n_kv_head * (config.n_embd // config.n_head)
+        n_layer, head_dim = len(config.windows), config.n_embd // config.n_head
+        ve_layers = range((n_layer - 1) % 2, n_layer, 2)  # every other layer, the last one included
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
-        self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, kv_dim)
-             for i in range(config.n_layer) if config.has_value_embedding(i)}
-        )  # fmt: skip
-        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        self.blocks = nn.ModuleList([Block(config, 32 if i in ve_layers else 0) for i in range(n_layer)])
+        ve_dim = config.n_kv_head * head_dim
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, ve_dim) for i in ve_layers})
+        self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        half = config.n_embd // config.n_head // 2
-        frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
-        angle = torch.arange(config.sequence_len, dtype=torch.float32)[:, None] * frequency  # (T, D/2)
-        self.register_buffer("cos", angle.cos()[:, None], persistent=False)  # (T, 1, D/2)
-        self.register_buffer("sin", angle.sin()[:, None], persistent=False)
+        frequency = config.rope_base ** -(torch.arange(0, head_dim, 2) / head_dim)
+        angle = torch.arange(config.sequence_len)[:, None, None] * frequency  # (T, 1, D/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, scale=1.0, x0=0.1):
-        """Output projections and gates start at zero, so that every block starts as the identity."""
-        bound = scale * (3 / self.config.n_embd) ** 0.5  # uniform with standard deviation scale * n_embd**-0.5
+    def init_weights(self):
+        """Output projections are zero, so every block begins as the identity; zero gates open half-way, at 1."""
+        bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # standard deviation INIT_SCALE * n_embd**-0.5
+        for name, p in self.named_parameters():
+            if "c_proj" in name or "ve_gate" in name:
+                p.zero_()
+            elif name.startswith(("blocks", "value_embeds")):
+                p.uniform_(-bound, bound)
         self.wte.weight.normal_(std=1.0)
         self.lm_head.weight.normal_(std=0.001)
-        for embed in self.value_embeds.values():
-            embed.weight.uniform_(-bound, bound)
-        for block in self.blocks:
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
-                linear.weight.uniform_(-bound, bound)
-            for linear in (block.attn.c_proj, block.mlp.c_proj, block.attn.ve_gate):
-                if linear is not None:
-                    linear.weight.zero_()
         self.resid_lambdas.fill_(1.0)
-        self.x0_lambdas.fill_(x0)
+        self.x0_lambdas.fill_(X0_INIT)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) in float32; with targets the mean cross-entropy in nats instead."""
-        T, device, config = idx.size(1), idx.device, self.config
-        assert T <= config.sequence_len, f"a row of {T} tokens exceeds the model's {config.sequence_len}"
-        masks = [self.attention.make_mask(T, config.window(i), device) for i in range(config.n_layer)]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        T = idx.size(1)
+        assert T <= self.config.sequence_len, f"a row of {T} tokens: the model takes {self.config.sequence_len}"
+        masks = [self.attention.make_mask(T, window, idx.device) for window in self.config.windows]
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.network(idx, targets, masks)
 
     def eager_network(self, idx, targets, masks):
@@ -329,30 +277,24 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = self.value_embeds[str(i)](idx).to(self.dtype) if str(i) in self.value_embeds else None
-            x = block(x, ve, cos, sin, self.attention.attend, self.config.window(i), masks[i])
+            x = block(x, ve, cos, sin, self.attention.attend, self.config.windows[i], masks[i])
         logits = self.lm_head(norm(x)).float()  # (B, T, V)
         logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self):
-        """Forward and backward: 6 a matmul weight, and attention counted over the whole window, causal or not."""
-        config = self.config
-        weights = sum(p.numel() for p in self.blocks.parameters()) + self.lm_head.weight.numel()
-        keys = sum(min(config.window(i), config.sequence_len) for i in range(config.n_layer))
-        return 6 * weights + 12 * config.n_embd * keys
+        """Forward and backward: 6 a matmul weight, 12 a channel and key of a window, causal or not."""
+        weights = sum(p.numel() for p in [*self.blocks.parameters(), self.lm_head.weight])
+        return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows)
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimizer
-# ------------------------------------------------------------------------------------------------
+# Optimizer, and its schedules over progress, the share of the time budget that has gone
 
-# Polar Express (arXiv:2505.16932): one quintic a step that together bring every singular value in [0.002, 1] into
-# [0.86, 1.15]. The first is widened by 2 %, which leaves room for bfloat16 around 1.
+# Polar Express (arXiv:2505.16932): a quintic (a, b, c) a step, which together bring singular values from
+# [0.002, 1] into [0.85, 1.15]. The first is stretched by 2 %: above 1, where bfloat16 can land, they blow up.
 POLAR_EXPRESS = (
     (7.996623, -21.186509, 14.381891),
     (4.042930, -2.808917, 0.500018),
@@ -362,150 +304,131 @@ POLAR_EXPRESS = (
 )
 
 
-def adamw_step(p, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay):
-    """Decoupled Adam, in place. step and lr are 0-dim tensors: a new value compiles nothing anew."""
-    beta1, beta2 = betas
-    step += 1
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+def adamw_step(p, grad, state, lr, betas, eps, weight_decay):
+    """In place. lr and state["step"] are 0-dim tensors, so that a new value compiles nothing anew."""
+    state["step"].add_(1)
+    mean = state["exp_avg"].lerp_(grad, 1 - betas[0]) / (1 - betas[0] ** state["step"])
+    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - betas[1]) / (1 - betas[1] ** state["step"])
     p.mul_(1 - lr * weight_decay)
-    p.sub_(lr * (exp_avg / (1 - beta1**step)) / denominator)
+    p.sub_(lr * mean / (mean_square.sqrt() + eps))
 
 
-def orthogonalize(G, coefficients=POLAR_EXPRESS, dtype=torch.bfloat16):
-    """The orthogonal matrix nearest to each of G (..., rows, cols), roughly: its singular values become about 1."""
+def orthogonalize(G, coefficients, dtype):
+    """The orthogonal matrix nearest to each of G (..., rows, cols), roughly: its singular values come near 1."""
     tall = G.size(-2) > G.size(-1)
-    X = G.mT if tall else G  # the Gram matrix of the shorter side is the cheaper one
+    X = G.mT if tall else G  # the Gram matrix of the shorter side is the smaller one
     X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
     for a, b, c in coefficients:
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A)) @ X
+        X = a * X + (b * A + c * A @ A) @ X
     return (X.mT if tall else X).to(G.dtype)
 
 
-def normalize_variance(update, second_moment, beta2):
-    """NorMuon (arXiv:2510.05491): even out the rows (of tall matrices) or columns, and keep the Frobenius norm."""
+def even_out(update, second_moment, beta2):
+    """NorMuon (arXiv:2510.05491): every row (of a wide matrix: column) alike in size, the whole as large as before."""
     dim = -1 if second_moment.size(-1) == 1 else -2
-    second_moment.lerp_(update.square().mean(dim=dim, keepdim=True), 1 - beta2)
-    scaled = update * second_moment.clamp_min(1e-10).rsqrt()
-    frobenius = update.norm(dim=(-2, -1), keepdim=True)
-    return scaled * (frobenius / scaled.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    second_moment.lerp_(update.square().mean(dim, keepdim=True), 1 - beta2)
+    evened = update * second_moment.clamp_min(1e-10).rsqrt()
+    size, evened_size = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, evened))
+    return evened * (size / evened_size.clamp_min(1e-10))
 
 
-def muon_step(
-    p, grad, momentum_buffer, second_moment, lr, momentum, weight_decay, beta2, coefficients=POLAR_EXPRESS,
-    dtype=torch.bfloat16,
-):  # fmt: skip
-    """Muon on stacked matrices (K, rows, cols), in place; lr, momentum and weight_decay are 0-dim tensors."""
-    momentum_buffer.lerp_(grad, 1 - momentum)
+def muon_step(p, grad, state, lr, momentum, weight_decay, beta2, coefficients, dtype):
+    """In place, on a stack of matrices (K, rows, cols). lr, momentum and weight_decay are 0-dim tensors."""
+    momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
     update = orthogonalize(grad.lerp(momentum_buffer, momentum), coefficients, dtype)  # Nesterov
     if beta2 is not None:
-        update = normalize_variance(update, second_moment, beta2)
-    agrees = update * p >= 0  # cautious: decay only what the update shrinks too
-    lr = lr * max(1, p.size(-2) / p.size(-1)) ** 0.5
-    p.sub_(lr * (update + weight_decay * agrees * p))
+        update = even_out(update, state["second_moment"], beta2)
+    agrees = update * p > 0  # cautious: decay only the weights that the update makes smaller too
+    shape_scale = max(1, p.size(-2) / p.size(-1)) ** 0.5
+    p.sub_(lr * shape_scale * (update + weight_decay * agrees * p))
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups of kind "muon" (matrices of one shape, stepped as one stack) and of kind "adamw"."""
+    """Steps groups of kind "muon", each a stack of matrices of one shape, and groups of kind "adamw"."""
 
-    def __init__(self, groups, dtype=torch.bfloat16):
-        super().__init__(groups, defaults={})
-        self.adamw_step, self.muon_step, self.dtype = adamw_step, muon_step, dtype
+    def __init__(self, groups, dtype):
+        super().__init__(groups, {})
+        self.dtype = dtype  # of the orthogonalisation
+        self.adamw_step, self.muon_step = adamw_step, muon_step  # or what torch.compile makes of them
         device = self.param_groups[0]["params"][0].device
-        self.lr, self.momentum, self.weight_decay = (torch.zeros((), device=device) for _ in range(3))
+        self.lr, self.momentum, self.weight_decay = torch.zeros(3, device=device).unbind()
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             if group["kind"] == "muon":
-                stack = torch.zeros(len(group["params"]), *group["params"][0].shape, device=device)
-                along = -1 if stack.size(-2) >= stack.size(-1) else -2
-                second_moment = torch.zeros_like(stack.mean(dim=along, keepdim=True))
-                self.state[group["params"][0]] = dict(momentum_buffer=stack, second_moment=second_moment)
+                stack = torch.zeros_like(torch.stack(group["params"]))
+                one_a_row = stack.mean(-1 if stack.size(-2) >= stack.size(-1) else -2, keepdim=True)
+                self.state[group["params"][0]] = dict(momentum_buffer=stack, second_moment=one_a_row)
             else:
                 for p in group["params"]:
-                    step = torch.zeros((), device=device)
-                    self.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    zeros = torch.zeros_like(p)
+                    self.state[p] = dict(exp_avg=zeros, exp_avg_sq=zeros.clone(), step=zeros.new_zeros(()))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            self.lr.fill_(group["lr"])
             params = group["params"]
-            if group["kind"] == "muon":
+            self.lr.fill_(group["lr"])
+            if group["kind"] == "adamw":
+                knobs = self.lr, group["betas"], group["eps"], group["weight_decay"]
+                for p in params:
+                    self.adamw_step(p, p.grad, self.state[p], *knobs)
+            else:
                 self.momentum.fill_(group["momentum"])
                 self.weight_decay.fill_(group["weight_decay"])
-                stack = torch.stack(params)
-                grads = torch.stack([p.grad for p in params])
-                state = self.state[params[0]]
-                self.muon_step(
-                    stack, grads, state["momentum_buffer"], state["second_moment"], self.lr, self.momentum,
-                    self.weight_decay, group["beta2"], group["coefficients"], self.dtype,
-                )  # fmt: skip
+                knobs = self.lr, self.momentum, self.weight_decay, group["beta2"], group["coefficients"], self.dtype
+                stack, grads = torch.stack(params), torch.stack([p.grad for p in params])
+                self.muon_step(stack, grads, self.state[params[0]], *knobs)
                 torch._foreach_copy_(params, list(stack.unbind()))
-            else:
-                for p in params:
-                    self.adamw_step(
-                        p, p.grad, **self.state[p], lr=self.lr, betas=group["betas"], eps=group["eps"],
-                        weight_decay=group["weight_decay"],
-                    )  # fmt: skip
 
 
 def build_optimizer(model, dtype):
     scale = (model.config.n_embd / 768) ** -0.5
-    adamw = dict(kind="adamw", eps=1e-10, weight_decay=0.0, betas=ADAM_BETAS)
     embeddings = [*model.wte.parameters(), *model.value_embeds.parameters()]
+    matrices = list(model.blocks.parameters())
+    adamw = dict(kind="adamw", betas=ADAM_BETAS, eps=1e-10, weight_decay=0.0)
+    muon = dict(kind="muon", lr=MATRIX_LR, beta2=MUON_BETA2, coefficients=POLAR_EXPRESS)
     groups = [
         adamw | dict(params=embeddings, lr=EMBEDDING_LR * scale, weight_decay=EMBEDDING_WEIGHT_DECAY),
         adamw | dict(params=[model.lm_head.weight], lr=UNEMBEDDING_LR * scale),
         adamw | dict(params=[model.resid_lambdas], lr=RESID_LR),
         adamw | dict(params=[model.x0_lambdas], lr=SCALAR_LR, betas=X0_BETAS),
     ]
-    muon = dict(kind="muon", lr=MATRIX_LR, beta2=MUON_BETA2, coefficients=POLAR_EXPRESS)
-    muon |= dict(momentum=MUON_MOMENTUM[0], weight_decay=WEIGHT_DECAY)
-    matrices = list(model.blocks.parameters())
     for shape in sorted({p.shape for p in matrices}):
         groups.append(muon | dict(params=[p for p in matrices if p.shape == shape]))
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), (
-        f"{len(grouped)} parameters are in groups, the model has {len(list(model.parameters()))}: "
-        "put each into exactly one group of build_optimizer"
+    grouped, every = [p for group in groups for p in group["params"]], list(model.parameters())
+    assert sorted(map(id, grouped)) == sorted(map(id, every)), (
+        f"build_optimizer has {len(grouped)} parameters in its groups, the model {len(every)}: each goes into one"
     )
-    return MuonAdamW(groups, dtype)
-
-
-# ------------------------------------------------------------------------------------------------
-# Schedules: functions of progress, the share of the time budget that has gone
-# ------------------------------------------------------------------------------------------------
+    optimizer = MuonAdamW(groups, dtype)
+    set_schedules(optimizer, progress=0)
+    return optimizer
 
 
 def lr_multiplier(progress, warmup, start, warmdown, final):
-    """Linear from start to 1 over the first `warmup` of the run, 1, linear to `final` over the last `warmdown`."""
+    """From start up to 1 over the share `warmup`, then 1, then down to final over the share `warmdown`."""
     if progress < warmup:
-        return start + (1 - start) * progress / warmup
-    if progress <= 1 - warmdown:
-        return 1.0
-    return final + (1 - final) * (1 - progress) / warmdown
+        return ramp(progress / warmup, start, 1.0)
+    return ramp((1 - progress) / warmdown, final, 1.0) if warmdown else 1.0
 
 
-def ramp(progress, start, end, over):
-    return start + (end - start) * min(progress / over, 1.0)
+def ramp(share, start, end):
+    return start + (end - start) * min(share, 1.0)
 
 
 def set_schedules(optimizer, progress):
-    """Give every group its values for this moment; returns the learning rate's multiplier."""
+    """Gives every group its values for the next step; returns the learning rates' multiplier."""
     multiplier = lr_multiplier(progress, WARMUP_RATIO, WARMUP_START, WARMDOWN_RATIO, FINAL_LR_FRAC)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
         if group["kind"] == "muon":
-            group["momentum"] = ramp(progress, *MUON_MOMENTUM, over=MUON_MOMENTUM_RAMP)
-            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+            group["momentum"] = ramp(progress / MUON_MOMENTUM_RAMP, *MUON_MOMENTUM)
+            group["weight_decay"] = ramp(progress, WEIGHT_DECAY, 0.0)
     return multiplier
 
 
 # ------------------------------------------------------------------------------------------------
-# What this machine can do
-# ------------------------------------------------------------------------------------------------
+# Warm-up: find what works on this machine before the clock starts, then put everything back
 
 
 def choose_dtype(device):
@@ -513,281 +436,179 @@ def choose_dtype(device):
         return DTYPE, "set by DTYPE"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"CUDA capability {major}.{minor}"
-        return torch.float32, f"CUDA capability {major}.{minor} has no bfloat16"
-    if device.type == "cpu":
-        for name in ("avx512_bf16", "amx_tile"):
-            if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)():
-                return torch.bfloat16, f"the CPU has {name}"
-        return torch.float32, "the CPU has neither avx512_bf16 nor AMX"
-    return torch.float32, f"on {device.type}"
+        return torch.bfloat16 if major >= 8 else torch.float32, f"CUDA capability {major}.{minor}"
+    for feature in ("avx512_bf16", "amx_tile"):
+        if device.type == "cpu" and getattr(torch.cpu, f"_is_{feature}_supported", bool)():
+            return torch.bfloat16, f"the CPU has {feature}"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
 
 
 def choose_compile(device):
-    if not COMPILE:
-        return False, "COMPILE is off"
-    if device.type == "mps":
-        return False, "torch.compile is slow to mature on MPS"
-    if device.type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if not shutil.which(compiler):
-            return False, f"no C++ compiler: {compiler} is not on the PATH"
-    elif not importlib.util.find_spec("triton"):
-        return False, "triton is not installed"
-    return True, f"on {device.type}"
+    if not COMPILE or device.type == "mps":
+        return False, "not tried on mps" if COMPILE else "COMPILE is off"
+    if device.type == "cuda":
+        return (True, "triton") if importlib.util.find_spec("triton") else (False, "triton is not installed")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as inductor has it
+    return (True, compiler) if shutil.which(compiler) else (False, f"no C++ compiler: {compiler} not found")
 
 
 def set_compile(model, optimizer, compiled):
-    """Compile the network and the optimizer's two steps, or go back to plain functions."""
-    model.network, optimizer.adamw_step, optimizer.muon_step = model.eager_network, adamw_step, muon_step
+    """Compile the network and the optimizer's two steps, or go back to the plain functions."""
+    wrap = partial(torch.compile, dynamic=False) if compiled else lambda function: function
     if compiled:
-        import torch._dynamo
-
-        torch._dynamo.reset()  # graphs of an attempt that failed
-        torch._dynamo.config.recompile_limit = 64  # one optimizer graph a shape
-        model.network = torch.compile(model.network, dynamic=False)
-        optimizer.adamw_step = torch.compile(adamw_step, dynamic=False)
-        optimizer.muon_step = torch.compile(muon_step, dynamic=False)
-
-
-def graphs_compiled():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def synchronize(device):
-    getattr(torch, device.type).synchronize()
-
-
-def free_memory(device):
-    gc.collect()
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
-
-
-# ------------------------------------------------------------------------------------------------
-# Warm-up: compile and find what fits before the clock starts, then put everything back
-# ------------------------------------------------------------------------------------------------
+        torch.compiler.reset()  # the graphs of an attempt that failed
+        torch._dynamo.config.recompile_limit = 64  # the optimizer has a graph a shape
+    model.network = wrap(model.eager_network)
+    optimizer.adamw_step, optimizer.muon_step = wrap(adamw_step), wrap(muon_step)
 
 
 def snapshot(model, optimizer, device):
-    """All that a training step changes, copied: state_dict() would leave out non-persistent buffers."""
+    """Copies all that a training step changes; returns the function that puts it back, in place."""
+    tensors = [*model.parameters(), *model.buffers()]  # state_dict() would leave out non-persistent buffers
+    tensors += [t for state in optimizer.state.values() for t in state.values()]
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in tensors]
+    stepped, on_device = set(optimizer.state), getattr(torch, device.type)
+    rng = random.getstate(), torch.get_rng_state(), None if device.type == "cpu" else on_device.get_rng_state()
 
-    def copy(value):
-        return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+    @torch.no_grad()
+    def restore():
+        for tensor, value in copies:
+            tensor.copy_(value)
+        for p in set(optimizer.state) - stepped:  # state that an optimizer creates at its first step
+            del optimizer.state[p]
+        optimizer.zero_grad(set_to_none=True)
+        random.setstate(rng[0])
+        torch.set_rng_state(rng[1])
+        if device.type != "cpu":
+            on_device.set_rng_state(rng[2])
 
-    return dict(
-        tensors=[(tensor, copy(tensor)) for tensor in [*model.parameters(), *model.buffers()]],
-        state={p: {key: copy(value) for key, value in state.items()} for p, state in optimizer.state.items()},
-        groups=[{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups],
-        rng=(random.getstate(), torch.get_rng_state()),
-        device_rng=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
-    )
-
-
-@torch.no_grad()
-def restore(saved, optimizer, device):
-    """Put a snapshot back, in place."""
-    for tensor, value in saved["tensors"]:
-        tensor.copy_(value)
-    for p in list(optimizer.state):
-        before = saved["state"].get(p, {})
-        for key, value in list(optimizer.state[p].items()):
-            if key not in before:
-                del optimizer.state[p][key]
-            elif torch.is_tensor(value):
-                value.copy_(before[key])
-            else:
-                optimizer.state[p][key] = before[key]
-    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update(values)
-    optimizer.zero_grad(set_to_none=True)
-    random.setstate(saved["rng"][0])
-    torch.set_rng_state(saved["rng"][1])
-    if device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(saved["device_rng"])
+    return restore
 
 
-def train_step(model, optimizer, next_batch, micro_batches):
-    """One optimizer step over the mean of the micro-batches' gradients; returns the mean loss, on the device."""
+def train_step(model, optimizer, batches, micro_batches):
+    """One optimizer step on the mean of the micro-batches; returns its loss, still on the device, and the epoch."""
     losses = []
-    for _ in range(micro_batches):
-        x, y = next_batch()
+    for x, y, epoch in islice(batches, micro_batches):  # noqa: B007 (returned)
         loss = model(x, y) / micro_batches
         loss.backward()
         losses.append(loss.detach())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sum(losses)
+    return sum(losses), epoch
 
 
 def rehearse(model, optimizer, device, batch_size, micro_batches):
-    """Two steps as in training and a forward as in evaluation: every graph is compiled, the memory peak is seen."""
+    """Two steps as in training, then evaluation: compiles every graph and reaches the peak of memory."""
+    batches = ((*warmup_batch(batch_size, MAX_SEQ_LEN), 1) for _ in count())
     for _ in range(2):
-        train_step(model, optimizer, lambda: warmup_batch(batch_size, MAX_SEQ_LEN), min(micro_batches, 2))
+        train_step(model, optimizer, batches, min(micro_batches, 2))
     model.eval()
     with torch.no_grad():
-        model(warmup_batch(batch_size, MAX_SEQ_LEN)[0])
+        x, _, _ = next(batches)
+        _both = model(x), model(x)  # the audit holds the logits of two passes at once
     model.train()
-    synchronize(device)
+    getattr(torch, device.type).synchronize()
 
 
 def is_out_of_memory(error):
-    text = str(error).lower()
-    if "out of resource" in text:  # a kernel short of shared memory: a smaller batch does not help
-        return False
-    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in signs)
+    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")  # CUDA, cuBLAS, CPU
+    found = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in signs)
+    return found and "out of resource" not in str(error)  # of shared memory: no smaller batch helps
 
 
 def warm_up(model, optimizer, device, batch_size, rows):
-    """Rehearse until it works: on failure a smaller batch, the next attention back end, or eager.
+    """Rehearses until it works: after a failure with a smaller batch, the next attention back end, or eager.
 
-    Returns the device batch size, which divides `rows` (those of an optimizer step), and whether it is compiled.
-    """
-    saved = snapshot(model, optimizer, device)
-    (compiled, why), failed = choose_compile(device), {}
-    while True:
+    rows: those of an optimizer step. Returns the device batch size, which divides them."""
+    restore = snapshot(model, optimizer, device)
+    (compiled, why), failed, remedy = choose_compile(device), {}, "first"
+    while remedy:
         model.attention, why_attention = choose_attention(device, model.dtype, compiled, failed)
         set_compile(model, optimizer, compiled)
         try:
             rehearse(model, optimizer, device, batch_size, rows // batch_size)
             remedy = None
         except Exception as error:
-            reason = one_line(error)
+            remedy = one_line(error)
             if is_out_of_memory(error):
                 if batch_size == 1:
-                    raise SystemExit(f"out of memory with one row on the device: make the model smaller ({reason})") from None
+                    raise SystemExit(f"one row is too much memory: make the model smaller ({remedy})") from None
                 batch_size = max(n for n in range(1, batch_size // 2 + 1) if rows % n == 0)
                 remedy = f"out of memory: device batch {batch_size}, {rows // batch_size} micro-batches a step"
             elif model.attention.name != "sdpa":
-                failed[model.attention.name] = reason
-                remedy = f"attention {model.attention.name} failed in the warm-up: {reason}"
+                failed[model.attention.name] = remedy
             elif compiled:
-                (compiled, why), failed = (False, f"torch.compile failed: {reason}"), {}
-                remedy = why
+                compiled, why, failed = False, remedy, {}
             else:
                 raise
-        # Here and not in the except clause, whose frames hold the activations.
+        # Not in the except clause: its traceback holds the activations.
         model.train()
-        restore(saved, optimizer, device)
-        free_memory(device)
-        if remedy is None:
-            break
-        print(remedy, flush=True)
+        restore()
+        gc.collect()
+        if device.type != "cpu":
+            getattr(torch, device.type).empty_cache()
+        if remedy:
+            print(f"warm-up, trying again after {remedy}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     print(f"attention: {model.attention.name} ({why_attention})")
     print(f"torch.compile: {'yes' if compiled else 'no, eager'} ({why})")
     print(f"device batch: {batch_size} rows of {MAX_SEQ_LEN} tokens, {rows // batch_size} micro-batches a step")
-    return batch_size, compiled
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoint
-# ------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path, model, run_id):
-    beside = Path(f"{path}.tmp")
-    torch.save({"model": model.state_dict(), "config": asdict(model.config), "run_id": run_id}, beside)
-    os.replace(beside, path)
-
-
-def load_model(path, device):
-    """The model of a checkpoint that this file wrote, ready to call on any T up to its sequence_len."""
-    device = torch.device(device)
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    model = GPT(GPTConfig(**checkpoint["config"]), choose_dtype(device)[0])
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval()
+    return batch_size
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
-# ------------------------------------------------------------------------------------------------
 
 
-def build_config(vocab_size):
-    n_head = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
-    assert n_head % QUERIES_PER_KV == 0, f"QUERIES_PER_KV {QUERIES_PER_KV} must divide the {n_head} heads"
-    return GPTConfig(
-        sequence_len=MAX_SEQ_LEN,
-        vocab_size=vocab_size,
-        n_layer=DEPTH,
-        n_head=n_head,
-        n_kv_head=n_head // QUERIES_PER_KV,
-        n_embd=n_head * HEAD_DIM,
-        mlp_ratio=MLP_RATIO,
-        window_pattern=WINDOW_PATTERN,
-        short_window=int(MAX_SEQ_LEN * SHORT_WINDOW_RATIO),
-        rope_base=ROPE_BASE,
-        softcap=SOFTCAP,
-    )
+def save_checkpoint(path, model, run_id):
+    beside = Path(f"{path}.tmp")
+    torch.save({"model": model.state_dict(), "config": vars(model.config), "run_id": run_id}, beside)
+    os.replace(beside, path)
 
 
-def check_batch_sizes():
-    """Rows of an optimizer step."""
-    tokens = DEVICE_BATCH_SIZE * MAX_SEQ_LEN
-    if TOTAL_BATCH_SIZE % tokens or not TOTAL_BATCH_SIZE:
-        raise SystemExit(
-            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = "
-            f"{DEVICE_BATCH_SIZE} * {MAX_SEQ_LEN} = {tokens}: set it to {max(1, TOTAL_BATCH_SIZE // tokens) * tokens}"
-        )
-    return TOTAL_BATCH_SIZE // MAX_SEQ_LEN
+def load_model(path, device):
+    """The model of a checkpoint that this file wrote, in eval mode, for any T up to its sequence_len."""
+    device = torch.device(device)
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    model = GPT(SimpleNamespace(**checkpoint["config"]), choose_dtype(device)[0])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
 
 
-def check_loss(loss, step):
+def checked(loss, step):
     if not loss <= 100:  # NaN compares false
         print(flush=True)
-        raise SystemExit(f"FAIL: the loss is {loss} after {step} steps: lower the learning rates or undo the last edit")
+        raise SystemExit(f"FAIL: loss {loss} at step {step}: lower the learning rates, or undo the last edit")
+    return loss
 
 
 def train(clock, model, optimizer, loader, micro_batches):
-    """Until the budget is spent; returns the number of steps."""
-    on_terminal = sys.stdout.isatty()
-    flops_per_token = model.flops_per_token()
-    step, average, pending, last_print = 0, 0.0, None, float("-inf")
-    epoch = 1
-
-    def next_batch():
-        nonlocal epoch
-        x, y, epoch = next(loader)
-        return x, y
-
-    gc.collect()
-    gc.freeze()  # a collection in the loop would stall the device
-    gc.disable()
+    """Trains until the budget is spent; returns the number of steps."""
+    on_terminal, flops_per_token = sys.stdout.isatty(), model.flops_per_token()
+    step, average, pending, next_print = 0, 0.0, None, 0.0
     progress = clock.progress()
-    while progress < 1.0:
+    while progress < 1:
         began = clock.training_seconds()
         multiplier = set_schedules(optimizer, progress)
-        loss = train_step(model, optimizer, next_batch, micro_batches)
-        if pending is not None:  # the loss of the step before: reading this one's would wait for the device
-            value = pending.item()
-            check_loss(value, step)
-            average = 0.9 * average + 0.1 * value
-        pending = loss
-        step += 1
-        progress = clock.progress()
-        now = clock.training_seconds()
-        if step > 1 and (on_terminal or now - last_print >= 10 or progress >= 1.0):
-            last_print = now
-            seconds = max(now - began, 1e-9)
+        loss, epoch = train_step(model, optimizer, loader, micro_batches)
+        if step:  # the loss of the step before: reading this one's would wait for the device
+            average += 0.1 * (checked(pending.item(), step) - average)
+        pending, step = loss, step + 1
+        progress, now = clock.progress(), clock.training_seconds()
+        if step > 1 and (on_terminal or now >= next_print or progress == 1):
+            seconds, next_print = max(now - began, 1e-9), now + 10
             print(
-                f"step {step:05d} ({100 * progress:.1f}%) | loss {average / (1 - 0.9 ** (step - 1)):.6f}"
+                f"step {step:05d} ({progress:.1%}) | loss {average / (1 - 0.9 ** (step - 1)):.6f}"
                 f" | lrm {multiplier:.2f} | {1000 * seconds:.0f} ms | {TOTAL_BATCH_SIZE / seconds:,.0f} tok/s"
                 f" | mfu {clock.mfu_percent(flops_per_token, TOTAL_BATCH_SIZE, seconds):.1f}%"
-                f" | epoch {epoch} | {now * (1 - progress) / progress:.0f} s left",
-                end="\r" if on_terminal else "\n",
-                flush=True,
-            )
+                f" | epoch {epoch} | {now / progress - now:.0f} s left",
+                end="\r" if on_terminal else "\n", flush=True,
+            )  # fmt: skip
     if step:
-        check_loss(pending.item(), step)
+        checked(pending.item(), step)
     if on_terminal:
         print()
-    gc.enable()
-    gc.unfreeze()
     return step
 
 
@@ -795,8 +616,14 @@ def main():
     clock = begin_run(__file__, seed=SEED)
     device = clock.device
     if device.type != "cuda":
-        use_small_defaults()
-    rows = check_batch_sizes()
+        assert SMALL.keys() <= globals().keys(), "SMALL sets what is no hyperparameter: correct the name"
+        globals().update(SMALL)
+    rows, tokens = TOTAL_BATCH_SIZE // MAX_SEQ_LEN, DEVICE_BATCH_SIZE * MAX_SEQ_LEN
+    if rows < 1 or TOTAL_BATCH_SIZE % tokens:
+        raise SystemExit(
+            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = {tokens}: "
+            f"set it to {-(-TOTAL_BATCH_SIZE // tokens) * tokens}, or change DEVICE_BATCH_SIZE"
+        )
     tokenizer = load_tokenizer()
     random.seed(clock.seed)
     torch.manual_seed(clock.seed)
@@ -805,26 +632,25 @@ def main():
     dtype, why = choose_dtype(device)
     print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})")
     model = GPT(build_config(tokenizer.vocab_size), dtype)
-    model.init_weights(INIT_SCALE, X0_INIT)  # on the CPU: a seed means the same weights on every device
+    model.init_weights()  # on the CPU: a seed gives the same weights on every device
     model.to(device)
     optimizer = build_optimizer(model, dtype)
-    print(f"model: {model.num_params():,} parameters, {model.config}", flush=True)
+    num_params = sum(p.numel() for p in model.parameters())
+    print(f"model: {num_params:,} parameters, {vars(model.config)}", flush=True)
 
-    batch_size, compiled = warm_up(model, optimizer, device, DEVICE_BATCH_SIZE, rows)
-    graphs = graphs_compiled() if compiled else 0
+    batch_size = warm_up(model, optimizer, device, DEVICE_BATCH_SIZE, rows)
     clock.start(model, batch_size)
     loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "train")
+    gc.freeze()
+    gc.disable()  # a collection would stall the device; warm_up has just made one
     num_steps = train(clock, model, optimizer, loader, rows // batch_size)
+    gc.enable()
+    gc.unfreeze()
+    evaluate_bpb(model, tokenizer, batch_size)  # stops the clock: saving before it would count as training
     save_checkpoint(Path(__file__).with_name("checkpoint.pt"), model, clock.run_id)
-    evaluate_bpb(model, tokenizer, batch_size)
-    if compiled:
-        print(f"graphs compiled after the clock started: {graphs_compiled() - graphs}")
+    tokens, flops = num_steps * TOTAL_BATCH_SIZE, model.flops_per_token()
     clock.summary(
-        num_steps=num_steps,
-        total_tokens=num_steps * TOTAL_BATCH_SIZE,
-        num_params=model.num_params(),
-        flops_per_token=model.flops_per_token(),
-        depth=DEPTH,
+        num_steps=num_steps, total_tokens=tokens, num_params=num_params, flops_per_token=flops, depth=DEPTH
     )
 
 
