@@ -4,8 +4,7 @@
 
 Metric: val_bpb, bits per byte of the validation text; lower is better. Budget: constants.TIME_BUDGET seconds
 from clock.start() on; compiling and warming up come before it and are not counted.
-Who edits: the agent, this file and no other; everything in it may change.
-Frozen: constants.py (the rules) and prepare.py (data, clock, metric).
+The agent edits this file and no other. Frozen: constants.py (the rules), prepare.py (data, clock, metric).
 Every edit keeps: begin_run first, training until clock.progress() is 1, evaluate_bpb, clock.summary; model(x)
 gives logits (B, T, V); save_checkpoint and load_model work.
 Writes checkpoint.pt beside this file (weights, configuration, run id); all else goes to stdout.
@@ -85,7 +84,6 @@ SMALL = dict(
 
 # ------------------------------------------------------------------------------------------------
 # Attention: query q sees the keys k with 0 <= q - k <= window, whichever back end computes it
-
 
 # make_mask(T, window, device) gives the mask that attend takes; it is called outside the compiled graph.
 # attend(q, k, v, window, mask): q and the result are (B, T, H, D), k and v (B, T, KV, D).
@@ -167,23 +165,16 @@ def one_line(error, limit=200):
 # ------------------------------------------------------------------------------------------------
 # Model
 
-
 def build_config(vocab_size):
     n_head = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
     assert n_head % QUERIES_PER_KV == 0, f"{n_head} heads: QUERIES_PER_KV {QUERIES_PER_KV} must divide them"
     pattern = [WINDOW_PATTERN[i % len(WINDOW_PATTERN)] for i in range(DEPTH - 1)] + ["L"]
     short = int(MAX_SEQ_LEN * SHORT_WINDOW_RATIO)
     return SimpleNamespace(
-        sequence_len=MAX_SEQ_LEN,  # the longest T
-        vocab_size=vocab_size,
-        n_head=n_head,
-        n_kv_head=n_head // QUERIES_PER_KV,
-        n_embd=n_head * HEAD_DIM,
-        mlp_ratio=MLP_RATIO,
+        sequence_len=MAX_SEQ_LEN, vocab_size=vocab_size, rope_base=ROPE_BASE, softcap=SOFTCAP,
+        n_head=n_head, n_kv_head=n_head // QUERIES_PER_KV, n_embd=n_head * HEAD_DIM, mlp_ratio=MLP_RATIO,
         windows=[MAX_SEQ_LEN if letter == "L" else short for letter in pattern],  # one a layer, in tokens
-        rope_base=ROPE_BASE,
-        softcap=SOFTCAP,
-    )
+    )  # fmt: skip
 
 
 def norm(x):
@@ -196,7 +187,7 @@ def rotate(x, cos, sin):  # (B, T, H, D) by (T, 1, D/2)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, gate_channels):
+    def __init__(self, config, gated):
         super().__init__()
         self.head_dim = config.n_embd // config.n_head
         kv_dim = config.n_kv_head * self.head_dim
@@ -204,8 +195,8 @@ class CausalSelfAttention(nn.Module):
         self.c_k = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        if gate_channels:  # the gate a head that mixes in the value embedding looks at so many input channels
-            self.ve_gate = nn.Linear(gate_channels, config.n_kv_head, bias=False)
+        if gated:  # mixes in a value embedding: one gate a head, which looks at 32 of the input's channels
+            self.ve_gate = nn.Linear(min(32, config.n_embd), config.n_kv_head, bias=False)
 
     def forward(self, x, ve, cos, sin, attend, window, mask):
         B, T, _ = x.shape
@@ -219,9 +210,9 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, gate_channels):
+    def __init__(self, config, gated):
         super().__init__()
-        self.attn = CausalSelfAttention(config, gate_channels)
+        self.attn = CausalSelfAttention(config, gated)
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
 
@@ -238,9 +229,9 @@ class GPT(nn.Module):
         n_layer, head_dim = len(config.windows), config.n_embd // config.n_head
         ve_layers = range((n_layer - 1) % 2, n_layer, 2)  # every other layer, the last one included
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList([Block(config, 32 if i in ve_layers else 0) for i in range(n_layer)])
-        ve_dim = config.n_kv_head * head_dim
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, ve_dim) for i in ve_layers})
+        self.blocks = nn.ModuleList([Block(config, gated=i in ve_layers) for i in range(n_layer)])
+        ve_shape = config.vocab_size, config.n_kv_head * head_dim
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(*ve_shape) for i in ve_layers})
         self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -251,7 +242,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Output projections are zero, so every block begins as the identity; zero gates open half-way, at 1."""
+        """Output projections begin at zero, so each block as the identity; a zero gate lets through 1."""
         bound = INIT_SCALE * (3 / self.config.n_embd) ** 0.5  # standard deviation INIT_SCALE * n_embd**-0.5
         for name, p in self.named_parameters():
             if "c_proj" in name or "ve_gate" in name:
@@ -265,8 +256,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) in float32; with targets the mean cross-entropy in nats instead."""
-        T = idx.size(1)
-        assert T <= self.config.sequence_len, f"a row of {T} tokens: the model takes {self.config.sequence_len}"
+        T, longest = idx.size(1), self.config.sequence_len
+        assert T <= longest, f"a row has {T} tokens, the model takes {longest}: cut the row"
         masks = [self.attention.make_mask(T, window, idx.device) for window in self.config.windows]
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.network(idx, targets, masks)
@@ -314,7 +305,7 @@ def adamw_step(p, grad, state, lr, betas, eps, weight_decay):
 
 
 def orthogonalize(G, coefficients, dtype):
-    """The orthogonal matrix nearest to each of G (..., rows, cols), roughly: its singular values come near 1."""
+    """Near the orthogonal matrix nearest to each of G (..., rows, cols): singular values of about 1."""
     tall = G.size(-2) > G.size(-1)
     X = G.mT if tall else G  # the Gram matrix of the shorter side is the smaller one
     X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
@@ -325,7 +316,7 @@ def orthogonalize(G, coefficients, dtype):
 
 
 def even_out(update, second_moment, beta2):
-    """NorMuon (arXiv:2510.05491): every row (of a wide matrix: column) alike in size, the whole as large as before."""
+    """NorMuon (arXiv:2510.05491): rows (of a wide matrix: columns) of like size, the norm as before."""
     dim = -1 if second_moment.size(-1) == 1 else -2
     second_moment.lerp_(update.square().mean(dim, keepdim=True), 1 - beta2)
     evened = update * second_moment.clamp_min(1e-10).rsqrt()
@@ -352,7 +343,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.dtype = dtype  # of the orthogonalisation
         self.adamw_step, self.muon_step = adamw_step, muon_step  # or what torch.compile makes of them
         device = self.param_groups[0]["params"][0].device
-        self.lr, self.momentum, self.weight_decay = torch.zeros(3, device=device).unbind()
+        self.lr, self.momentum, self.weight_decay = (torch.zeros((), device=device) for _ in range(3))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             if group["kind"] == "muon":
@@ -376,9 +367,9 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 self.momentum.fill_(group["momentum"])
                 self.weight_decay.fill_(group["weight_decay"])
-                knobs = self.lr, self.momentum, self.weight_decay, group["beta2"], group["coefficients"], self.dtype
+                knobs = self.momentum, self.weight_decay, group["beta2"], group["coefficients"], self.dtype
                 stack, grads = torch.stack(params), torch.stack([p.grad for p in params])
-                self.muon_step(stack, grads, self.state[params[0]], *knobs)
+                self.muon_step(stack, grads, self.state[params[0]], self.lr, *knobs)
                 torch._foreach_copy_(params, list(stack.unbind()))
 
 
@@ -398,7 +389,7 @@ def build_optimizer(model, dtype):
         groups.append(muon | dict(params=[p for p in matrices if p.shape == shape]))
     grouped, every = [p for group in groups for p in group["params"]], list(model.parameters())
     assert sorted(map(id, grouped)) == sorted(map(id, every)), (
-        f"build_optimizer has {len(grouped)} parameters in its groups, the model {len(every)}: each goes into one"
+        f"{len(grouped)} parameters in groups, {len(every)} in the model: put each into one group"
     )
     optimizer = MuonAdamW(groups, dtype)
     set_schedules(optimizer, progress=0)
@@ -430,7 +421,6 @@ def set_schedules(optimizer, progress):
 # ------------------------------------------------------------------------------------------------
 # Warm-up: find what works on this machine before the clock starts, then put everything back
 
-
 def choose_dtype(device):
     if DTYPE is not None:
         return DTYPE, "set by DTYPE"
@@ -438,7 +428,7 @@ def choose_dtype(device):
         major, minor = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float32, f"CUDA capability {major}.{minor}"
     for feature in ("avx512_bf16", "amx_tile"):
-        if device.type == "cpu" and getattr(torch.cpu, f"_is_{feature}_supported", bool)():
+        if device.type == "cpu" and getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)():
             return torch.bfloat16, f"the CPU has {feature}"
     return torch.float32, f"no fast bfloat16 on this {device.type}"
 
@@ -465,10 +455,10 @@ def set_compile(model, optimizer, compiled):
 def snapshot(model, optimizer, device):
     """Copies all that a training step changes; returns the function that puts it back, in place."""
     tensors = [*model.parameters(), *model.buffers()]  # state_dict() would leave out non-persistent buffers
-    tensors += [t for state in optimizer.state.values() for t in state.values()]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     copies = [(t, t.detach().to("cpu", copy=True)) for t in tensors]
-    stepped, on_device = set(optimizer.state), getattr(torch, device.type)
-    rng = random.getstate(), torch.get_rng_state(), None if device.type == "cpu" else on_device.get_rng_state()
+    stepped, rng = set(optimizer.state), (random.getstate(), torch.get_rng_state())
+    device_rng = None if device.type == "cpu" else getattr(torch, device.type).get_rng_state()
 
     @torch.no_grad()
     def restore():
@@ -479,14 +469,14 @@ def snapshot(model, optimizer, device):
         optimizer.zero_grad(set_to_none=True)
         random.setstate(rng[0])
         torch.set_rng_state(rng[1])
-        if device.type != "cpu":
-            on_device.set_rng_state(rng[2])
+        if device_rng is not None:
+            getattr(torch, device.type).set_rng_state(device_rng)
 
     return restore
 
 
 def train_step(model, optimizer, batches, micro_batches):
-    """One optimizer step on the mean of the micro-batches; returns its loss, still on the device, and the epoch."""
+    """One optimizer step on the mean of micro-batches; returns the loss, still on the device, and epoch."""
     losses = []
     for x, y, epoch in islice(batches, micro_batches):  # noqa: B007 (returned)
         loss = model(x, y) / micro_batches
@@ -511,7 +501,7 @@ def rehearse(model, optimizer, device, batch_size, micro_batches):
 
 
 def is_out_of_memory(error):
-    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")  # CUDA, cuBLAS, CPU
+    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
     found = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in signs)
     return found and "out of resource" not in str(error)  # of shared memory: no smaller batch helps
 
@@ -521,8 +511,8 @@ def warm_up(model, optimizer, device, batch_size, rows):
 
     rows: those of an optimizer step. Returns the device batch size, which divides them."""
     restore = snapshot(model, optimizer, device)
-    (compiled, why), failed, remedy = choose_compile(device), {}, "first"
-    while remedy:
+    (compiled, why), failed = choose_compile(device), {}
+    while True:
         model.attention, why_attention = choose_attention(device, model.dtype, compiled, failed)
         set_compile(model, optimizer, compiled)
         try:
@@ -532,13 +522,15 @@ def warm_up(model, optimizer, device, batch_size, rows):
             remedy = one_line(error)
             if is_out_of_memory(error):
                 if batch_size == 1:
-                    raise SystemExit(f"one row is too much memory: make the model smaller ({remedy})") from None
+                    raise SystemExit(f"out of memory at one row: make the model smaller ({remedy})") from None
                 batch_size = max(n for n in range(1, batch_size // 2 + 1) if rows % n == 0)
-                remedy = f"out of memory: device batch {batch_size}, {rows // batch_size} micro-batches a step"
+                remedy = f"out of memory, with a device batch of {batch_size}"
             elif model.attention.name != "sdpa":
                 failed[model.attention.name] = remedy
+                remedy = f"{model.attention.name} failed, with the next attention: {remedy}"
             elif compiled:
                 compiled, why, failed = False, remedy, {}
+                remedy = f"torch.compile failed, in eager mode: {remedy}"
             else:
                 raise
         # Not in the except clause: its traceback holds the activations.
@@ -547,19 +539,19 @@ def warm_up(model, optimizer, device, batch_size, rows):
         gc.collect()
         if device.type != "cpu":
             getattr(torch, device.type).empty_cache()
-        if remedy:
-            print(f"warm-up, trying again after {remedy}", flush=True)
+        if remedy is None:
+            break
+        print(f"warm-up again: {remedy}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     print(f"attention: {model.attention.name} ({why_attention})")
     print(f"torch.compile: {'yes' if compiled else 'no, eager'} ({why})")
-    print(f"device batch: {batch_size} rows of {MAX_SEQ_LEN} tokens, {rows // batch_size} micro-batches a step")
+    print(f"device batch: {batch_size} x {MAX_SEQ_LEN} tokens, {rows // batch_size} micro-batches a step")
     return batch_size
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
-
 
 def save_checkpoint(path, model, run_id):
     beside = Path(f"{path}.tmp")
@@ -621,8 +613,8 @@ def main():
     rows, tokens = TOTAL_BATCH_SIZE // MAX_SEQ_LEN, DEVICE_BATCH_SIZE * MAX_SEQ_LEN
     if rows < 1 or TOTAL_BATCH_SIZE % tokens:
         raise SystemExit(
-            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = {tokens}: "
-            f"set it to {-(-TOTAL_BATCH_SIZE // tokens) * tokens}, or change DEVICE_BATCH_SIZE"
+            f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = "
+            f"{tokens}: set it to {-(-TOTAL_BATCH_SIZE // tokens) * tokens}, or change DEVICE_BATCH_SIZE"
         )
     tokenizer = load_tokenizer()
     random.seed(clock.seed)
@@ -635,23 +627,21 @@ def main():
     model.init_weights()  # on the CPU: a seed gives the same weights on every device
     model.to(device)
     optimizer = build_optimizer(model, dtype)
-    num_params = sum(p.numel() for p in model.parameters())
-    print(f"model: {num_params:,} parameters, {vars(model.config)}", flush=True)
+    params = sum(p.numel() for p in model.parameters())
+    print(f"model: {params:,} parameters, {vars(model.config)}", flush=True)
 
     batch_size = warm_up(model, optimizer, device, DEVICE_BATCH_SIZE, rows)
     clock.start(model, batch_size)
     loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "train")
-    gc.freeze()
-    gc.disable()  # a collection would stall the device; warm_up has just made one
-    num_steps = train(clock, model, optimizer, loader, rows // batch_size)
+    gc.freeze()  # of the collection that warm_up made; one in the loop would stall the device
+    gc.disable()
+    steps = train(clock, model, optimizer, loader, rows // batch_size)
     gc.enable()
     gc.unfreeze()
     evaluate_bpb(model, tokenizer, batch_size)  # stops the clock: saving before it would count as training
     save_checkpoint(Path(__file__).with_name("checkpoint.pt"), model, clock.run_id)
-    tokens, flops = num_steps * TOTAL_BATCH_SIZE, model.flops_per_token()
-    clock.summary(
-        num_steps=num_steps, total_tokens=tokens, num_params=num_params, flops_per_token=flops, depth=DEPTH
-    )
+    tokens, flops = steps * TOTAL_BATCH_SIZE, model.flops_per_token()
+    clock.summary(num_steps=steps, total_tokens=tokens, num_params=params, flops_per_token=flops, depth=DEPTH)
 
 
 if __name__ == "__main__":
