@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from constants import GRACE, TIME_BUDGET
+from lab.locks import run_in_progress
 from lab.processes import adopt_orphans, descendants, end_descendants, reap, send
 
 HELP = "keep an agent at work for some hours: start it, restart it, end it in the morning"
@@ -60,19 +61,6 @@ def recorded(root):
     """What grows with every recorded run: the sizes of runs.jsonl and results.tsv."""
     files = root / "runs.jsonl", root / "results.tsv"
     return [path.stat().st_size if path.exists() else 0 for path in files]
-
-
-def training(root):
-    """Whether a run is in progress: it holds a lock on the directory of its train.py. Ask seldom: asking takes
-    that lock for a moment."""
-    fd = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
 
 
 def unrecorded(root):
@@ -152,7 +140,7 @@ class Keeper:
             self.not_found = self.not_found + 1 if status in (126, 127) else 0
             return f"the agent ended with status {status}{self.last_words()}"
         idle = self.now() - self.last
-        if idle > self.stall and (idle > self.stall + LONGEST_RUN or not training(self.root)):
+        if idle > self.stall and (idle > self.stall + LONGEST_RUN or not run_in_progress(self.root)):
             return f"nothing was recorded for {idle / 60:.0f} minutes: the agent is ended"
         return None
 
@@ -177,9 +165,9 @@ class Keeper:
     def between(self):
         """From the end of one agent to the start of the next."""
         if self.process.returncode is not None:  # its training may go on, and a sample be in the making
-            if training(self.root):
+            if run_in_progress(self.root):
                 self.say("its training goes on: waiting for that")
-                self.wait_while(lambda: training(self.root), LONGEST_RUN)
+                self.wait_while(lambda: run_in_progress(self.root), LONGEST_RUN)
             self.wait_while(reap, TIME_FOR_LEFTOVERS)
         self.end_agent()
         if (wait := self.pause()) and not self.over():
@@ -189,9 +177,9 @@ class Keeper:
 
     def last_run(self):
         """When the hours are over: a training in progress may end, and the agent record it."""
-        if training(self.root):
+        if run_in_progress(self.root):
             self.say("the hours are over: waiting for the training in progress and its record")
-            self.wait_while(lambda: training(self.root), LONGEST_RUN)
+            self.wait_while(lambda: run_in_progress(self.root), LONGEST_RUN)
         self.wait_while(lambda: self.process.poll() is None and unrecorded(self.root), TIME_TO_RECORD)
 
     def watch(self):

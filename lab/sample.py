@@ -15,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 
+from lab.errors import Refused, Stop
+
 HELP = "text from an archived checkpoint"
 
 
@@ -23,7 +25,7 @@ def add_arguments(parser):
         "Loads RUN/checkpoint.pt with the load_model of RUN/train.py and prints the prompt and what the model "
         "makes of it, up to --max-tokens or the end of the document."
     )
-    parser.add_argument("run", nargs="?", default="runs/best", help="folder, its name or its number (runs/best)")
+    parser.add_argument("archive", metavar="RUN", nargs="?", default="runs/best", help="folder, its name or its number (runs/best)")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--max-tokens", type=int, default=100, help="tokens after the prompt, at most (100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
@@ -36,13 +38,13 @@ def add_arguments(parser):
 def find_run(name, root):
     """The folder of an archived run: a path, a folder's name in runs/, or its number."""
     numbered = sorted((root / "runs").glob(f"{int(name):04d}-*")) if name.isdecimal() else []
-    for path in (Path(name), root / "runs" / name, *numbered):
+    for path in (root / name, root / "runs" / name, *numbered):
         if path.is_dir():
             missing = [file for file in ("train.py", "checkpoint.pt") if not (path / file).is_file()]
             if missing:
-                raise SystemExit(f"sample: {path} has no {' and no '.join(missing)}: it cannot be sampled from")
+                raise Refused(f"{path} has no {' and no '.join(missing)}: it cannot be sampled from")
             return path
-    raise SystemExit(f"sample: no archived run {name}: `lab record` makes one in runs/ of every run that it keeps")
+    raise Refused(f"no archived run {name}: `lab record` makes one in runs/ of every run that it keeps")
 
 
 def dataset_of(folder):
@@ -110,7 +112,7 @@ def sample(folder, args):
     import prepare
 
     if dataset and constants.DATASET != dataset:
-        raise SystemExit(f"it was trained on {dataset}, this process is set to {constants.DATASET}")
+        raise Refused(f"it was trained on {dataset}, this process is set to {constants.DATASET}")
     model = load_train(folder / "train.py").load_model(folder / "checkpoint.pt", args.device)
     return generate(
         model, prepare.load_tokenizer(), args.prompt, args.max_tokens, args.temperature, args.top_k, args.seed,
@@ -120,16 +122,15 @@ def sample(folder, args):
 
 def run(args):
     if args.max_tokens < 0 or args.top_k < 0 or args.temperature < 0:
-        raise SystemExit("sample: --max-tokens, --top-k and --temperature cannot be negative")
-    folder = find_run(args.run, Path.cwd())
+        raise Refused("--max-tokens, --top-k and --temperature cannot be negative")
+    folder = find_run(args.archive, Path.cwd())
     try:
         text = sample(folder, args)
         if args.output:
             write(Path(args.output), text + "\n")
     except (Exception, SystemExit) as error:  # the archived train.py is an agent's: anything may be wrong with it
-        reason = " ".join(str(error).split())[:300]
-        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-        raise SystemExit(f"sample: {folder}: {kind}{reason}") from None
+        kind = "" if isinstance(error, (Stop, SystemExit)) else f"{type(error).__name__}: "
+        raise Refused(f"{folder}: {kind}{' '.join(str(error).split())[:300]}") from None
     if not args.output:
         print(text)
     return 0

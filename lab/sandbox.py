@@ -20,6 +20,7 @@ import time
 from glob import glob
 from pathlib import Path
 
+from lab.errors import Refused
 from lab.processes import parents, send
 
 HELP = "run a training without network, with a read-only file system and $HOME hidden (Linux, bubblewrap)"
@@ -73,7 +74,7 @@ def resolve(command):
     while rest and rest[0] in ("--no-sync", "--frozen", "--locked", "--offline", "--quiet", "-q"):
         rest = rest[1:]
     if not rest or (rest[0].startswith("-") and rest[0] != "-m"):
-        raise SystemExit(f"sandbox: {' '.join(command)}: only `uv run [-m MODULE | FILE.py | COMMAND]` is understood")
+        raise Refused(f"{' '.join(command)}: only `uv run [-m MODULE | FILE.py | COMMAND]` is understood")
     if rest[0] == "-m" or rest[0].endswith(".py"):
         return [sys.executable, *rest]
     return [sys.executable if rest[0] in ("python", "python3") else rest[0], *rest[1:]]

@@ -1,21 +1,15 @@
 """lab sample: text from an archived checkpoint, by the train.py archived beside it."""
 
+import base64
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import TINY_RULES, assert_refused
 
 from lab import sample
-
-CLI = """
-import argparse
-from lab import sample
-parser = argparse.ArgumentParser()
-sample.add_arguments(parser)
-raise SystemExit(sample.run(parser.parse_args()))
-"""
 
 # A train.py after an architecture change: its model prefers, after any token, the one that its checkpoint names.
 ARCHIVED = """
@@ -84,6 +78,17 @@ def archive(repo, favourite, name="0007-1a2b3c4", dataset="stdlib"):
     return folder
 
 
+def give_tokenizer(repo):
+    """What load_tokenizer reads, without preparing a dataset: all bytes, and as many pairs as the vocabulary has
+    room for besides the four special tokens."""
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [bytes([97 + i // 16, 97 + i % 16]) for i in range(TINY_RULES["stdlib"][2] - 4 - len(tokens))]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    where = repo.run_code("import prepare; print(prepare.data_dir())", AUTORESEARCH_DATASET="stdlib").out.strip()
+    Path(where).mkdir(parents=True)
+    (Path(where) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+
+
 # --- generation ---------------------------------------------------------------
 
 
@@ -141,14 +146,14 @@ def test_command_samples_the_best_run_with_its_own_code(make_repo, prepared_stdl
     (repo.path / "runs" / "best").symlink_to(folder.name)
     (repo.path / "train.py").write_text("raise SystemExit('the working copy must not be imported')\n")
     length = 100  # more than the tiny rules' MAX_SEQ_LEN of 64
-    result = repo.run("-c", CLI, "--prompt", "a tale", "--max-tokens", length)
+    result = repo.run("-m", "lab", "sample", "--prompt", "a tale", "--max-tokens", length)
     assert result.rc == 0, result.err
     text = result.out.rstrip("\n")
     assert text.startswith("a tale") and len(set(text[6:])) == 1 and len(text) == 6 + length
     for name in ("7", "0007-1a2b3c4", "runs/0007-1a2b3c4"):
         assert sample.find_run(name, repo.path).resolve() == folder
 
-    result = repo.run("-c", CLI, "7", "--prompt", "b", "--max-tokens", 3, "--output", "text.txt")
+    result = repo.run("-m", "lab", "sample", "7", "--prompt", "b", "--max-tokens", 3, "--output", "text.txt")
     assert (result.rc, result.out) == (0, ""), result.err
     assert (repo.path / "text.txt").read_text() == "b" + text[-1] * 3 + "\n"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "run.log", "train.py"]
@@ -167,13 +172,13 @@ def test_failure_is_one_line_and_leaves_the_old_output(make_repo, break_it, says
     repo = make_repo("stdlib")
     break_it(archive(repo, favourite=1))
     (repo.path / "text.txt").write_text("old")
-    assert_refused(repo.run("-c", CLI, "7", "--output", "text.txt"), "sample: ", says)
+    assert_refused(repo.run("-m", "lab", "sample", "7", "--output", "text.txt"), "lab sample: ", says)
     assert (repo.path / "text.txt").read_text() == "old"
     assert not list(repo.path.glob("*.tmp"))
 
 
 def test_no_such_run_and_bad_numbers(make_repo):
     repo = make_repo("stdlib")
-    assert_refused(repo.run("-c", CLI), "no archived run runs/best")
-    assert_refused(repo.run("-c", CLI, "99"), "no archived run 99")
-    assert_refused(repo.run("-c", CLI, "--max-tokens", "-1"), "negative")
+    assert_refused(repo.run("-m", "lab", "sample"), "no archived run runs/best")
+    assert_refused(repo.run("-m", "lab", "sample", "99"), "no archived run 99")
+    assert_refused(repo.run("-m", "lab", "sample", "--max-tokens", "-1"), "negative")

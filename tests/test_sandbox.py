@@ -15,16 +15,10 @@ import pytest
 from conftest import kill_group
 
 from lab import sandbox
+from lab.errors import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
-CLI = """
-import argparse
-from lab import sandbox
-parser = argparse.ArgumentParser(prog="lab")
-command = parser.add_subparsers().add_parser("sandbox")
-sandbox.add_arguments(command)
-raise SystemExit(sandbox.run(parser.parse_args()))
-"""
+
 # Tries what is given as JSON, [[name, expression], ...], and prints {name: the value, or the exception's name}.
 PROBE = """
 import json, os, socket, sys
@@ -79,7 +73,7 @@ class Tree:
 
     def start(self, *command, stdout=subprocess.PIPE, **env):
         return subprocess.Popen(
-            [sys.executable, "-c", CLI, "sandbox", *command], cwd=self.path, env=self.environment(**env),
+            [sys.executable, "-m", "lab", "sandbox", *command], cwd=self.path, env=self.environment(**env),
             stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -148,7 +142,7 @@ def test_uv_run_becomes_this_python(given, run):
 
 @pytest.mark.parametrize("command", ["uv run", "uv run --with torch train.py", "uv run --project x train.py"])
 def test_what_uv_alone_can_do_is_refused(command):
-    with pytest.raises(SystemExit, match="only `uv run"):
+    with pytest.raises(Refused, match="only `uv run"):
         sandbox.resolve(command.split())
 
 
