@@ -120,8 +120,12 @@ class Tokenizer:
         self.num_ordinary, self.vocab_size = len(ranks), len(ranks) + len(specials)
         self.bos_id = len(ranks)
 
+    def pieces(self, text):
+        """The text in pieces: on a run of a million spaces the regular expression would overflow tiktoken's stack."""
+        return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+
     def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+        return [i for piece in self.pieces(text) for i in self.encoding.encode_ordinary(piece)]
 
     def decode(self, ids):
         return self.encoding.decode(list(ids))

@@ -9,8 +9,11 @@ import platform
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import numpy as np
@@ -86,14 +89,21 @@ def encode_documents(tokenizer, texts):
     bos = np.array([tokenizer.bos_id], dtype=np.uint16)
     parts, lengths = [], []
     for text in texts:
-        ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
-        parts += [bos, ids.astype(np.uint16)]
-        lengths.append(len(ids) + 1)
+        ids = [tokenizer.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in tokenizer.pieces(text)]
+        parts += [bos, *(i.astype(np.uint16) for i in ids)]
+        lengths.append(1 + sum(map(len, ids)))
     return np.concatenate(parts), np.array(lengths, dtype=np.int64)
 
 
-def _start_worker(path):
+def _start_worker(path, parent):
     global _worker_tokenizer
+
+    def end_with_parent():  # one that was killed can't tell its workers, and they would wait for ever
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _worker_tokenizer = Tokenizer(path)
 
@@ -172,7 +182,8 @@ def build(root, raw, num_shards, workers):
             HUB[DATASET], sorted({name for of_split in sources.values() for name, *_ in of_split}), raw, workers
         )
     partial = root / "manifest.partial.json"
-    known = (read_manifest(partial) or read_manifest(root / "manifest.json") or {"files": {}})["files"]
+    described = (read_manifest(root / "manifest.json") or {"files": {}})["files"]
+    known = (read_manifest(partial) or {"files": described})["files"]
     files = {}
 
     def save(path, **content):
@@ -183,6 +194,9 @@ def build(root, raw, num_shards, workers):
         """write(path of names[0], *args) -> counts, unless the files are there, whole and made from the same."""
         entries = {name: known.get(name, {"bytes": -1}) for name in names}
         if entries[names[0]].get("made_from") != made_from or damaged_file(root, entries):
+            if names[0] in described:  # manifest.json never speaks of files that are no more
+                save(partial, files=known)
+                (root / "manifest.json").unlink(missing_ok=True)
             counts = write(root / names[0], *args)
             for name in names:
                 digest = sha256_files(root / name)
@@ -199,7 +213,7 @@ def build(root, raw, num_shards, workers):
     if DATASET in HUB:  # the standard library is tokenised sooner than worker processes have started
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(cores, context, _start_worker, (root / "tokenizer.tiktoken",))
+        pool = ProcessPoolExecutor(cores, context, _start_worker, (root / "tokenizer.tiktoken", os.getpid()))
     try:
         for split in ("val", "holdout"):
             encoded = encoded_batches(document_batches(raw, sources[split]), tokenizer, pool)
@@ -255,6 +269,10 @@ def prepare(num_shards=None, workers=8):
                 if not whole_manifest(root, num_shards):
                     print(f"preparing {DATASET} in {root}", flush=True)
                     build(root, raw, num_shards, workers)
+    except BrokenProcessPool:
+        raise SystemExit(
+            "a tokenising process was killed (out of memory?): free some, then run again, it goes on where it stopped"
+        ) from None
     except OSError as e:
         raise SystemExit(
             f"{e.filename or root}: {e.strerror or one_line(e)}: free space or mend permissions there, or set "

@@ -5,9 +5,11 @@ import re
 import sysconfig
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as pq
 
 from constants import DATASET, MAX_SEQ_LEN
+from corpus.hub import one_line
 
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # pinned shards; 0 ... 6540 may be trained on
 TINYSTORIES_EVAL_ROWS = 10_000  # rows 0-9,999 are holdout, the next 10,000 val, the rest train
@@ -17,14 +19,17 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages
 def parquet_batches(path, first=0, stop=None):
     """Column `text`, rows first ... stop - 1, as lists of at most 1,024 strings; null and empty ones left out."""
     row = 0
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
-        for batch in parquet.iter_batches(1024, columns=["text"]):
-            lo, hi = max(first - row, 0), len(batch) if stop is None else min(stop - row, len(batch))
-            row += len(batch)
-            if lo < hi and (texts := [t for t in batch.column(0)[lo:hi].to_pylist() if t]):
-                yield texts
-            if stop is not None and row >= stop:
-                return
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+            for batch in parquet.iter_batches(1024, columns=["text"]):
+                lo, hi = max(first - row, 0), len(batch) if stop is None else min(stop - row, len(batch))
+                row += len(batch)
+                if lo < hi and (texts := [t for t in batch.column(0)[lo:hi].to_pylist() if t]):
+                    yield texts
+                if stop is not None and row >= stop:
+                    return
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"{path} cannot be read near row {row} ({one_line(e)}): delete it, then run again") from e
 
 
 def cut_module(source):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow
 import pyarrow.parquet as pq
 import requests
+import urllib3
 from tqdm import tqdm
 
 
@@ -52,11 +53,12 @@ def hub_request(session, method, repo, name, **kwargs):
 def check_parquet(path):
     try:
         with pq.ParquetFile(path) as parquet:
-            columns = parquet.schema_arrow.names
+            schema = parquet.schema_arrow
     except (pyarrow.ArrowException, OSError) as e:
         raise SystemExit(f"{path.name}: what arrived is no whole parquet file ({one_line(e)}): run again") from e
-    if "text" not in columns:
-        raise SystemExit(f"{path.name}: has no column 'text' (but {', '.join(columns)}): not the data set it should be")
+    if "text" not in schema.names or schema.field("text").type not in (pyarrow.string(), pyarrow.large_string()):
+        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise SystemExit(f"{path.name}: has no column 'text' of strings ({columns}): is HF_ENDPOINT right?")
 
 
 def download(session, repo, name, target, bar):
@@ -78,10 +80,10 @@ def download(session, repo, name, target, bar):
                 error = "it ends early"
                 with open(part, "ab" if start else "wb") as f:
                     try:
-                        for block in response.iter_content(1 << 20):
+                        while block := response.raw.read1(1 << 20):  # read would drop what a cut leaves of a block
                             f.write(block)
                             bar.update(len(block))
-                    except requests.RequestException as e:
+                    except urllib3.exceptions.HTTPError as e:
                         error = one_line(e)
                 if size in (-1, part.stat().st_size):
                     break
