@@ -1,0 +1,567 @@
+"""The model against a naive one, what it counts, what the warm-up puts back and survives, and the checkpoint."""
+
+import itertools
+import json
+import math
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+
+CPU = torch.device("cpu")
+
+
+def tiny_model(init="torch", **overrides):
+    """init: "fresh" as a run begins, "torch" with the modules' own random weights."""
+    torch.manual_seed(0)
+    config = dict(sequence_len=16, vocab_size=64, n_head=2, n_kv_head=2, n_embd=32, mlp_ratio=4)
+    config |= dict(rope_base=10_000, softcap=15.0)
+    n_layer = overrides.pop("n_layer", 2)
+    config |= dict(windows=[5] * (n_layer - 1) + [16]) | overrides
+    model = train.GPT(SimpleNamespace(**config))
+    model.init_weights()
+    return model if init == "fresh" else random_weights(model)
+
+
+def random_weights(model):
+    """Nothing zero, so that nothing hides."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5))
+    return model
+
+
+def tokens(B=2, T=16, seed=0, V=64):
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# --- The function -------------------------------------------------------------
+
+
+def naive_gpt(model, row):
+    """The architecture in words of one syllable: one row, one position, one head at a time, in float64."""
+    c, T = model.config, len(row)
+    W = {name: p.detach().double() for name, p in model.named_parameters()}
+    D, n_layer = c.n_embd // c.n_head, len(c.windows)
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turn(x, position):
+        y = x.clone()
+        for i in range(D // 2):
+            angle = torch.tensor(position * c.rope_base ** (-2 * i / D), dtype=torch.float64)
+            a, b = x[i], x[i + D // 2]
+            y[i], y[i + D // 2] = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
+        return y
+
+    x = x0 = norm(W["wte.weight"][row])
+    for layer in range(n_layer):
+        w = {k.removeprefix(f"blocks.{layer}."): v for k, v in W.items() if k.startswith(f"blocks.{layer}.")}
+        x = W["resid_lambdas"][layer] * x + W["x0_lambdas"][layer] * x0
+        h = norm(x)
+        q = (h @ w["attn.c_q.weight"].T).view(T, c.n_head, D)
+        k = (h @ w["attn.c_k.weight"].T).view(T, c.n_kv_head, D)
+        v = (h @ w["attn.c_v.weight"].T).view(T, c.n_kv_head, D)
+        if (n_layer - 1 - layer) % 2 == 0:  # the last layer and every other one before it
+            gate = 2 * torch.sigmoid(h[:, :32] @ w["attn.ve_gate.weight"].T)
+            v = v + gate[:, :, None] * W[f"value_embeds.{layer}.weight"][row].view(T, c.n_kv_head, D)
+        y = torch.zeros(T, c.n_head, D, dtype=torch.float64)
+        for head in range(c.n_head):
+            group = head // (c.n_head // c.n_kv_head)
+            for i in range(T):
+                keys = range(max(0, i - c.windows[layer]), i + 1)
+                mine = norm(turn(q[i, head], i))
+                scores = torch.stack([mine @ norm(turn(k[j, group], j)) / D**0.5 for j in keys])
+                y[i, head] = scores.softmax(0) @ v[list(keys), group]
+        x = x + y.view(T, -1) @ w["attn.c_proj.weight"].T
+        x = x + (norm(x) @ w["c_fc.weight"].T).clamp(min=0) ** 2 @ w["c_proj.weight"].T
+    return c.softcap * torch.tanh(norm(x) @ W["lm_head.weight"].T / c.softcap)
+
+
+@pytest.mark.parametrize("overrides", [dict(n_layer=3), dict(n_layer=2, n_head=4, n_kv_head=2, windows=[1, 16])])
+def test_the_model_is_the_naive_one(overrides):
+    model, idx = tiny_model(**overrides), tokens(T=12)
+    for logits, row in zip(model(idx), idx, strict=True):
+        torch.testing.assert_close(logits.double(), naive_gpt(model, row), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_are_float32_and_capped_and_the_loss_is_their_mean_cross_entropy():
+    model, idx, targets = tiny_model(), tokens(), tokens(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    logits = model(idx)
+    assert logits.shape == (2, 16, 64) and logits.dtype == torch.float32
+    assert 14 < logits.abs().max() <= 15
+    torch.testing.assert_close(model(idx, targets), F.cross_entropy(logits.view(-1, 64), targets.view(-1)))
+
+
+def test_in_bfloat16_it_owns_its_autocast_and_stays_near_float32():
+    model, idx = tiny_model(), tokens()
+    expected = model(idx)
+    model.dtype = torch.bfloat16
+    logits = model(idx)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
+    assert (logits - expected).norm() / expected.norm() < 0.05
+    model(idx, idx).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 16])
+def test_any_shorter_row_gets_the_logits_of_its_beginning(T):
+    model, idx = tiny_model(), tokens()
+    torch.testing.assert_close(model(idx[:, :T]), model(idx)[:, :T], rtol=1e-4, atol=1e-4)
+
+
+def test_a_longer_row_is_refused_with_both_lengths():
+    with pytest.raises(AssertionError, match="17 tokens.* 16"):
+        tiny_model()(tokens(T=17))
+
+
+def test_a_fresh_model_knows_nothing_and_its_blocks_are_the_identity():
+    model, idx = tiny_model(init="fresh"), tokens()
+    assert model(idx, tokens(seed=1)).item() == pytest.approx(math.log(64), abs=0.02)
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    args = (model.cos[:4], model.sin[:4], train.sdpa_attend, 5, None)
+    assert torch.equal(model.blocks[0](x, None, *args), x)
+    assert model.x0_lambdas.tolist() == pytest.approx([train.X0_INIT] * 2)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_baseline_has_the_published_size(monkeypatch):
+    monkeypatch.setattr(train, "MAX_SEQ_LEN", 2048)
+    with torch.device("meta"):
+        model = train.GPT(train.build_config(vocab_size=8192))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(50.3, abs=0.05)
+    assert model.flops_per_token() / 1e6 == pytest.approx(239.1, abs=0.05)
+
+
+def test_the_width_is_rounded_up_to_whole_heads(monkeypatch):
+    for name, value in dict(DEPTH=9, ASPECT_RATIO=57, HEAD_DIM=128, QUERIES_PER_KV=5).items():
+        monkeypatch.setattr(train, name, value)
+    config = train.build_config(64)
+    assert (config.n_embd, config.n_head, config.n_kv_head) == (640, 5, 1)
+
+
+# --- A step and the warm-up ---------------------------------------------------
+
+
+class Recorder:
+    """An optimizer that keeps the gradients of its only step."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.model.parameters()]
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def test_a_step_does_not_depend_on_the_device_batch_size():
+    model, rows = tiny_model(), tokens(8)
+    model.lm_head.weight.data.mul_(0.05)
+
+    def step(device_batch_size):
+        recorder = Recorder(model)
+        batches = ((x, x.flip(1), 3) for x in rows.split(device_batch_size))
+        loss, epoch = train.train_step(model, recorder, batches, 8 // device_batch_size)
+        assert epoch == 3 and all(p.grad is None for p in model.parameters())
+        return [loss, *recorder.grads]
+
+    for a, b, c in zip(step(8), step(4), step(1), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(c, a, rtol=1e-4, atol=1e-6)
+
+
+class Drifting(torch.nn.Module):
+    """The model, with a buffer that every forward changes and no state_dict holds, and a draw of each RNG."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, *args):
+        self.seen += random.random()
+        self.count += torch.rand(())
+        return self.model(*args)
+
+
+@pytest.fixture
+def warmup(monkeypatch):
+    """Rows of 16 random tokens as warm-up batches, none of the machine's own limits."""
+    monkeypatch.setattr(train, "MAX_SEQ_LEN", 16)
+    monkeypatch.setattr(train, "COMPILE", False)
+    monkeypatch.setattr(train, "warmup_batch", lambda B, T: (tokens(B, T), tokens(B, T, seed=1)))
+
+
+def everything(model, optimizer):
+    """Every tensor that a step may change, by name."""
+    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    for i, state in enumerate(optimizer.state.values()):
+        found |= {f"state {i} {key}": value for key, value in state.items()}
+    return found
+
+
+def test_restore_puts_back_every_parameter_buffer_state_and_rng_in_place(warmup):
+    inner = tiny_model()
+    model, optimizer = Drifting(inner), train.build_optimizer(inner, torch.float32)
+    train.rehearse(model, optimizer, CPU, 2, 1)  # so that the state is that of a run under way
+    before = {name: tensor.detach().clone() for name, tensor in everything(model, optimizer).items()}
+    places = {name: tensor.data_ptr() for name, tensor in everything(model, optimizer).items()}
+    rng = random.getstate(), torch.get_rng_state()
+
+    restore = train.snapshot(model, optimizer, CPU)
+    train.rehearse(model, optimizer, CPU, 2, 1)
+    changed = [n for n, t in everything(model, optimizer).items() if not torch.equal(t, before[n])]
+    constant = {"model.cos", "model.sin"}
+    assert set(changed) == set(before) - constant  # otherwise this test would prove nothing
+    inner.cos.add_(1)
+    restore()
+
+    after = everything(model, optimizer)
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) and tensor.data_ptr() == places[name], name
+    assert random.getstate() == rng[0] and torch.equal(torch.get_rng_state(), rng[1])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_restore_forgets_state_that_an_optimizer_creates_at_its_first_step():
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    restore = train.snapshot(model, optimizer, CPU)
+    model(tokens(), tokens()).backward()
+    optimizer.step()
+    restore()
+    assert not optimizer.state
+
+
+def warm_up(model, batch_size=8, rows=8):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch_size = train.warm_up(model, train.build_optimizer(model, model.dtype), CPU, batch_size, rows)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return batch_size
+
+
+def short_of_memory(model, limit, error):
+    """Above `limit` rows the forward fails, after it has allocated."""
+    network = model.eager_network
+
+    def eager_network(idx, targets, masks):
+        out = network(idx, targets, masks)
+        if len(idx) > limit:
+            raise error
+        return out
+
+    model.eager_network = eager_network
+    return model
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_halves_the_device_batch_and_says_so(error, warmup, capsys):
+    assert warm_up(short_of_memory(tiny_model(), 2, error)) == 2
+    out = capsys.readouterr().out
+    assert re.findall(r"warm-up again: out of memory, with a device batch of (\d+)", out) == ["4", "2"]
+    assert "device batch: 2 x 16 tokens, 4 micro-batches a step" in out
+
+
+def test_the_smaller_device_batch_divides_the_rows_of_a_step(warmup):
+    error = torch.OutOfMemoryError("out of memory")
+    assert warm_up(short_of_memory(tiny_model(), 4, error), batch_size=9, rows=27) == 3
+
+
+def test_out_of_memory_at_one_row_is_refused_in_a_sentence(warmup):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(SystemExit, match="out of memory at one row: make the model smaller"):
+        warm_up(short_of_memory(tiny_model(), 0, error))
+
+
+def test_a_failed_attempt_leaves_no_activations_behind(warmup):
+    """The retry must not stand on the memory that the failed attempt still holds."""
+    held = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    model = tiny_model()
+    network = model.eager_network
+
+    def eager_network(idx, targets, masks):
+        import weakref
+
+        assert not [ref for ref in held if ref() is not None], "an activation of the failed attempt is alive"
+        out = Watched.apply(network(idx, targets, masks))
+        if len(idx) > 4:
+            held.append(weakref.ref(out))
+            raise torch.OutOfMemoryError("out of memory")
+        return out
+
+    model.eager_network = eager_network
+    assert warm_up(model) == 4 and held
+
+
+def test_shared_memory_is_not_memory():
+    for text in ("out of resource: shared memory, Required: 1", "No valid triton configs. out of resource: x"):
+        assert not train.is_out_of_memory(torch.OutOfMemoryError(text))
+    assert not train.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_attention_that_fails_in_the_warm_up_makes_way_for_the_next(warmup, monkeypatch, capsys):
+    """FA3 of the wrong build, then flex without shared memory, then SDPA; the batch stays as it is."""
+
+    def broken(name, error):
+        def attend(*args):
+            raise error
+
+        return train.Attention(name, lambda T, window, device: None, attend)
+
+    backends = {
+        "fa3": broken("fa3", RuntimeError("no kernel image is available")),
+        "flex": broken("flex", torch.OutOfMemoryError("out of resource: shared memory, Required: 200000")),
+        "sdpa": train.SDPA,
+    }
+
+    def choose(device, dtype, compiled, failed):
+        name = next(n for n in backends if n not in failed)
+        return backends[name], "; ".join(failed.values())
+
+    monkeypatch.setattr(train, "choose_attention", choose)
+    assert warm_up(tiny_model()) == 8
+    out = capsys.readouterr().out
+    assert "fa3 failed, with the next attention: RuntimeError: no kernel image is available" in out
+    assert "flex failed, with the next attention: OutOfMemoryError: out of resource" in out
+    assert "attention: sdpa (RuntimeError: no kernel image" in out
+
+
+def fake_compile(monkeypatch, error=None):
+    def compile(function, dynamic):
+        def compiled(*args):
+            if error:
+                raise error
+            return function(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(train, "choose_compile", lambda device: (True, "fake"))
+
+
+def test_a_compiler_that_fails_means_eager_and_the_reason(warmup, monkeypatch, capsys):
+    fake_compile(monkeypatch, RuntimeError("C++ compile error"))
+    model = tiny_model()
+    assert warm_up(model) == 8
+    assert model.network == model.eager_network
+    out = capsys.readouterr().out
+    assert "torch.compile failed, in eager mode: RuntimeError: C++ compile error" in out
+    assert "torch.compile: no, eager (RuntimeError: C++ compile error)" in out
+
+
+def test_a_mistake_in_the_model_is_raised_as_it_is(warmup):
+    model = tiny_model()
+    model.lm_head = torch.nn.Linear(3, 64, bias=False)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        train.warm_up(model, train.build_optimizer(model, model.dtype), CPU, 8, 8)
+
+
+# --- What the machine can do --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "capability, expected",
+    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_dtype_on_cuda(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    dtype, reason = train.choose_dtype(torch.device("cuda"))
+    assert dtype == expected and f"{capability[0]}.{capability[1]}" in reason
+
+
+@pytest.mark.parametrize("has", ["", "avx512_bf16", "amx_tile"])
+def test_dtype_on_cpu_is_bfloat16_only_where_the_cpu_has_it(has, monkeypatch):
+    for feature in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda f=feature: f == has, raising=False)
+    dtype, reason = train.choose_dtype(CPU)
+    assert dtype == (torch.bfloat16 if has else torch.float32)
+    assert has in reason
+
+
+def test_dtype_on_mps_is_float32_and_a_set_one_wins(monkeypatch):
+    assert train.choose_dtype(torch.device("mps"))[0] == torch.float32
+    monkeypatch.setattr(train, "DTYPE", torch.bfloat16)
+    assert train.choose_dtype(CPU) == (torch.bfloat16, "set by DTYPE")
+
+
+def test_compile_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train.choose_compile(CPU) == (False, "no C++ compiler: no-such-compiler not found")
+    assert train.choose_compile(torch.device("mps"))[0] is False
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert train.choose_compile(CPU)[0] is True
+    monkeypatch.setattr(train, "COMPILE", False)
+    assert train.choose_compile(CPU) == (False, "COMPILE is off")
+
+
+# --- The run ------------------------------------------------------------------
+
+
+def test_small_defaults_set_only_hyperparameters():
+    assert set(train.SMALL) <= {name for name in vars(train) if name.isupper()}
+
+
+class FakeClock:
+    """A step takes 4 seconds of a budget of 100."""
+
+    def __init__(self):
+        self.calls = self.seconds = 0
+
+    def progress(self):
+        self.seconds = 4 * self.calls
+        self.calls += 1
+        return min(self.seconds / 100, 1.0)
+
+    def training_seconds(self):
+        return float(self.seconds)
+
+    def mfu_percent(self, flops_per_token, tokens, seconds):
+        return 12.5
+
+
+def loop(model, losses=None, rows=2):
+    """train() over random batches, or with these losses; returns the steps and how often the clock was asked."""
+    clock, optimizer = FakeClock(), train.build_optimizer(model, torch.float32)
+    loader = ((tokens(rows, seed=i), tokens(rows, seed=i + 1), 1) for i in itertools.count())
+    if losses is not None:
+        values, network = iter(losses), model.eager_network
+        model.network = lambda *args: network(*args) * 0 + next(values)
+    return train.train(clock, model, optimizer, loader, 1), clock.calls
+
+
+def test_training_ends_when_the_budget_is_spent_and_asks_the_clock_once_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 32)
+    steps, calls = loop(tiny_model(init="fresh"))
+    assert (steps, calls) == (25, 26)
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line[5:10]) for line in lines] == [2, 5, 8, 11, 14, 17, 20, 23, 25]  # one about every 10 seconds
+    for line in lines:
+        assert re.fullmatch(
+            r"step \d{5} \(\d+\.\d%\) \| loss \d\.\d{6} \| lrm [01]\.\d\d \| 4000 ms \| 8 tok/s"
+            r" \| mfu 12\.5% \| epoch 1 \| \d+ s left",
+            line,
+        ), line
+
+
+def test_the_printed_loss_is_an_unbiased_running_mean(capsys):
+    losses = [4.0, 2.0] + [3.0] * 23
+    loop(tiny_model(), losses)
+    first, second = re.findall(r"loss (\S+)", capsys.readouterr().out)[:2]
+    mean = weight = 0.0
+    seen = []
+    for loss in losses:
+        mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
+        seen.append(mean / weight)
+    assert [float(first), float(second)] == pytest.approx([seen[0], seen[3]], abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 100.5])
+@pytest.mark.parametrize("at", [1, 7, 25])  # the last: a loss that is read after the loop
+def test_a_loss_that_diverged_ends_the_run(bad, at):
+    losses = [3.0] * 25
+    losses[at - 1] = bad
+    with pytest.raises(SystemExit, match=rf"^FAIL: loss {bad} at step {at}: "):
+        loop(tiny_model(), losses)
+
+
+def run_main(monkeypatch, **knobs):
+    """main() up to the loading of the tokenizer."""
+    for name in train.SMALL:
+        monkeypatch.setattr(train, name, getattr(train, name))  # main changes them: put back afterwards
+    for name, value in knobs.items():
+        monkeypatch.setitem(train.SMALL, name, value)
+    monkeypatch.setattr(train, "MAX_SEQ_LEN", 256)
+    monkeypatch.setattr(train, "begin_run", lambda file, seed: SimpleNamespace(device=CPU, seed=seed))
+
+    def load_tokenizer():
+        raise KeyError("got as far as the tokenizer")
+
+    monkeypatch.setattr(train, "load_tokenizer", load_tokenizer)
+    train.main()
+
+
+@pytest.mark.parametrize("total, remedy", [(1000, 2048), (5000, 6144), (128, 2048)])
+def test_a_total_batch_that_does_not_divide_is_refused_with_the_numbers(total, remedy, monkeypatch):
+    with pytest.raises(SystemExit) as refusal:
+        run_main(monkeypatch, TOTAL_BATCH_SIZE=total, DEVICE_BATCH_SIZE=8)
+    text = str(refusal.value)
+    assert f"TOTAL_BATCH_SIZE {total} " in text and "= 2048:" in text and f"set it to {remedy}" in text
+    with pytest.raises(KeyError):
+        run_main(monkeypatch, TOTAL_BATCH_SIZE=remedy, DEVICE_BATCH_SIZE=8)
+
+
+def test_small_defaults_hold_where_there_is_no_cuda(monkeypatch):
+    with pytest.raises(KeyError):
+        run_main(monkeypatch, DEPTH=3)
+    assert train.DEPTH == 3
+
+
+# --- Checkpoint ---------------------------------------------------------------
+
+
+def test_a_checkpoint_loads_in_eval_mode_with_the_same_logits_at_any_length(tmp_path, monkeypatch):
+    model = tiny_model(n_layer=3, n_head=4, n_kv_head=2)
+    fake_compile(monkeypatch)
+    train.set_compile(model, SimpleNamespace(), True)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"an older one")
+    train.save_checkpoint(path, model, "abc123")
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["checkpoint.pt"]
+
+    saved = torch.load(path, weights_only=True)
+    assert saved.keys() == {"model", "config", "run_id"} and saved["run_id"] == "abc123"
+    assert saved["model"].keys() == dict(model.named_parameters()).keys()
+    assert json.loads(json.dumps(saved["config"])) == saved["config"]  # plain values only
+
+    loaded = train.load_model(path, "cpu")
+    assert not loaded.training
+    for T in (16, 5):
+        assert torch.equal(loaded(tokens(T=T)), model(tokens(T=T)))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"an older one")
+
+    def save(value, file):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space"):
+        train.save_checkpoint(path, tiny_model(), "abc123")
+    assert path.read_bytes() == b"an older one"
