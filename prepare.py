@@ -1,14 +1,12 @@
 """Data, tokenizer, dataloader, clock and metric: everything about a run that is not the agent's to edit.
 
-    uv run prepare.py                      download, train the tokenizer, tokenise, pack (once)
-    uv run prepare.py --num-shards 4       a smaller ClimbMix; -1 for all of it
+    uv run prepare.py                                  download, tokenise, pack: once, resumed after any kill
+    uv run prepare.py --num-shards 4                   a smaller ClimbMix; -1 for all of it
     AUTORESEARCH_DATASET=stdlib uv run prepare.py      no download: Python's own standard library
 
-Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it). Killing it at any moment is safe and
-starting it again resumes: each file is moved in when it is whole, the manifest last. What is done once stands
-in corpus/, so that this file, the half of every run that the agent must not touch, is read at one sitting:
-
-    begin_run -> warmup_batch -> clock.start -> make_dataloader, clock.progress -> evaluate_bpb -> clock.summary
+Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it). What is done once stands in corpus/, so
+that this file, the half of every run that the agent must not touch, is read at one sitting:
+begin_run -> warmup_batch -> clock.start -> make_dataloader, clock.progress -> evaluate_bpb -> clock.summary.
 
 A refusal is a SystemExit with one sentence. torch is imported inside the functions that compute with it:
 preparing needs none, and its workers and its second run would spend seconds and memory on loading it.
@@ -180,9 +178,7 @@ _clock = None  # of the run in progress: evaluate_bpb stops it without having to
 
 
 def the_clock():
-    if _clock is None:
-        raise SystemExit("no run was begun: call clock = begin_run(__file__) first")
-    return _clock
+    return _clock or sys.exit("no run was begun: call clock = begin_run(__file__) first")
 
 
 # Dense bf16 TFLOP/s with float32 accumulation, from the vendors' datasheets; the first that the name matches.
@@ -205,12 +201,6 @@ def pick_device():
     model = re.search(r"model name\s*: (.*)", cpuinfo)
     name = f"{model[1] if model else platform.processor() or platform.machine()}, {cores} cores"
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu"), name
-
-
-def peak_flops(device_name):
-    """Dense bf16 FLOP/s of a GPU, 0.0 where no datasheet was looked up: an unknown MFU is 0, not a guess."""
-    matches = (peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}(?!\w)", device_name))
-    return 1e12 * next(matches, 0.0)
 
 
 def process_age():
@@ -249,9 +239,7 @@ class Clock:
         while self.stage != "done":
             time.sleep(0.2)
             if self.stage != "done" and self.watchdog_now() > self.deadline:
-                message = (
-                    f"\nwatchdog: {self.stage} took longer than {self.limit:.0f} s; every thread's stack follows\n"
-                )
+                message = f"\nwatchdog: {self.stage} took longer than {self.limit:.0f} s; all stacks follow\n"
                 os.write(2, message.encode())
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 os._exit(1)
@@ -272,10 +260,7 @@ class Clock:
         loss = token_nats(checked_logits(model, x), y).mean().item()
         del held
         if loss < 0.7 * math.log(VOCAB_SIZE):
-            raise SystemExit(
-                f"the model knows the training text before training: loss {loss:.2f}, an untrained one has about "
-                f"{math.log(VOCAB_SIZE):.2f}; start from freshly initialised weights"
-            )
+            raise SystemExit(f"the model knows the text before training (loss {loss:.2f}): start from fresh weights")
         model.train()
         self.graphs = compiled_graphs()
         getattr(torch, self.device.type).synchronize()
@@ -297,9 +282,7 @@ class Clock:
         import torch
 
         if self.started is None:
-            raise SystemExit(
-                "evaluate_bpb: this run never started its clock: call clock.start(model, batch_size) first"
-            )
+            raise SystemExit("evaluate_bpb: the clock was never started: call clock.start(model, batch_size) first")
         if self.stopped is not None:
             raise SystemExit("evaluate_bpb: this run was evaluated already; a run has one val_bpb")
         getattr(torch, self.device.type).synchronize()
@@ -307,14 +290,14 @@ class Clock:
         over = self.stopped - self.started - TIME_BUDGET
         if over > max(0.02 * TIME_BUDGET, min(self.longest_step, 10)):
             raise SystemExit(
-                f"training overran its {TIME_BUDGET} s by {over:.1f} s: stop when clock.progress() reaches 1, with steps "
-                "short enough to stop in time (a smaller TOTAL_BATCH_SIZE)"
+                f"training overran its {TIME_BUDGET} s by {over:.1f} s: stop at progress 1, with shorter steps"
             )
         self.enter("evaluation", GRACE)
 
     def mfu_percent(self, flops_per_token, tokens, seconds):
-        peak = peak_flops(self.device_name) * seconds
-        return 100 * flops_per_token * tokens / peak if peak else 0.0
+        """0.0 where no datasheet was looked up: an unknown peak is not guessed."""
+        peaks = [peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}(?!\w)", self.device_name)]
+        return 100 * flops_per_token * tokens / (seconds * peaks[0] * 1e12) if peaks and seconds else 0.0
 
     def summary(self, *, num_steps, total_tokens, num_params, flops_per_token, depth):
         """Prints the block that ends a complete run; what train.py passes in is reported, not verified."""
@@ -509,9 +492,8 @@ def token_nats(logits, y):
 
     step = max(1, 2**15 // y.shape[1])
     parts = zip(logits.split(step), y.split(step), strict=True)
-    return torch.cat(
-        [F.cross_entropy(a.float().flatten(0, 1), b.flatten(), reduction="none").view_as(b) for a, b in parts]
-    )
+    nats = [F.cross_entropy(a.float().flatten(0, 1), b.flatten(), reduction="none").view_as(b) for a, b in parts]
+    return torch.cat(nats)
 
 
 def eval_batches(rows, batch_size, device):
@@ -519,11 +501,10 @@ def eval_batches(rows, batch_size, device):
     import torch
 
     for i in range(0, len(rows), batch_size):
-        part = rows[i : i + batch_size].astype(np.int64)
-        real = len(part)
-        part = np.concatenate([part, np.repeat(rows[:1].astype(np.int64), batch_size - real, axis=0)])
+        index = np.arange(i, i + batch_size)
+        part = rows[np.where(index < len(rows), index, 0)].astype(np.int64)
         part = torch.from_numpy(part).to(device)
-        yield part[:, :-1].contiguous(), part[:, 1:].contiguous(), real
+        yield part[:, :-1].contiguous(), part[:, 1:].contiguous(), min(batch_size, len(rows) - i)
 
 
 def score_rows(model, rows, token_bytes, batch_size):
