@@ -1,0 +1,60 @@
+"""The command line of lab: each command is a module with HELP, add_arguments(parser) and run(args) -> exit status.
+
+Only the module of the command that is called gets imported, so that what is called often starts fast.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+from lab.errors import Stop, Unfinished, os_reason
+
+COMMANDS = ["record", "status", "sample", "night", "sandbox"]
+EPILOG = """\
+exit status: 0 done; 1 refused or failed, nothing was changed; 2 wrong usage; 3 stopped half-way (disk full and
+the like): nothing is lost, the same command completes it; 75 the run was killed or preempted: run it again.
+Some commands have others: see `uv run -m lab COMMAND --help`."""
+
+
+def parser_of(called):
+    """The parser with the called command's arguments; with the help of all where none or another is called."""
+    parser = argparse.ArgumentParser(
+        prog="uv run -m lab",
+        description="Helpers around the loop of autoresearch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in [called] if called in COMMANDS else COMMANDS:
+        if importlib.util.find_spec(f"lab.{name}") is None:
+            continue
+        module = importlib.import_module(f"lab.{name}")
+        sub = commands.add_parser(name, help=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.description = module.HELP[0].upper() + module.HELP[1:] + "."
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    called = argv[0] if argv else None
+    args = parser_of(called).parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale: a description may hold any character
+        stream.reconfigure(errors="replace")
+    try:
+        return args.run(args)
+    except Stop as stop:
+        print(f"lab {called}: {stop}", file=sys.stderr)
+        return stop.code
+    except OSError as error:
+        print(f"lab {called}: {os_reason(error)}", file=sys.stderr)
+        return Unfinished.code
+    except KeyboardInterrupt:
+        print(f"lab {called}: interrupted; the same command completes it", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
