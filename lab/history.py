@@ -14,10 +14,13 @@ class History:
         self.kept = [r for r in records if r["verdict"] == "keep" and r["row"]]
         self.rows = sorted((r for r in records if r["row"]), key=lambda r: r["row"])
         self.complete = [r for r in records if r["summary"]]
+        self.by_code = {}
+        for r in self.complete:
+            self.by_code.setdefault(r["code"], []).append(r)
 
     def runs(self, code):
         """Complete runs of this code, oldest first."""
-        return [r for r in self.complete if r["code"] == code]
+        return self.by_code.get(code, [])
 
     def values(self, code):
         return [r["summary"]["val_bpb"] for r in self.runs(code)]
@@ -41,8 +44,8 @@ class History:
     def noise(self):
         if not self.baseline:
             return verdict.Noise(None, 0)
-        others = dict.fromkeys(r["code"] for r in self.complete if not self.is_baseline(r["code"]))
-        return verdict.noise(self.values(self.baseline["code"]), [self.values(code) for code in others])
+        others = [self.values(code) for code in self.by_code if not self.is_baseline(code)]
+        return verdict.noise(self.values(self.baseline["code"]), others)
 
     def failures(self, anchor):
         """How many experiments were measured against the anchor and discarded."""
