@@ -39,6 +39,8 @@ def find_run(name, root):
     """The folder of an archived run: a path, a folder's name in runs/, or its number."""
     numbered = sorted((root / "runs").glob(f"{int(name):04d}-*")) if name.isdecimal() else []
     for path in (root / name, root / "runs" / name, *numbered):
+        if path.is_file():  # runs/best where the system has no links: it holds a name
+            path = path.with_name(path.read_text().strip())
         if path.is_dir():
             missing = [file for file in ("train.py", "checkpoint.pt") if not (path / file).is_file()]
             if missing:
