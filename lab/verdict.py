@@ -20,8 +20,8 @@ LUCK, LUCK_GROWTH = 0.4, 0.3  # σ by which a kept value is flattered: it was ch
 #   experiments have failed against it, the likelier it is that it was luck: LUCK + LUCK_GROWTH·ln(1 + failures)
 EARNED, EARNED_RUNS = 0.0002, 6  # what a run earns, in val_bpb: 0.028 in 126 runs of a published night; and how
 #   many runs' worth of evidence that is against what this night's own runs have earned
-SELECTED = 1.2  # the square of the difference between two runs of a close call is larger than of any two runs, as
-#   the first was selected for being close: this much in the simulation, in the mean over its settings
+SELECTED = 1.2  # two runs of a close call differ more than any two, as the first was selected for being close: with
+#   their squared difference divided by this, σ² is right in the mean over simulated nights
 SIMPLER = 0.5  # σ that a simplification may be worse than the best ever
 HOPELESS = 2.0  # σ above the best ever: the second run of a simplification would have to be extraordinary
 RESOLUTION = 1e-6  # val_bpb is printed with six decimals: σ is never taken for smaller
