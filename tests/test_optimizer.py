@@ -33,10 +33,10 @@ def relative_error(a, b):
 # --- AdamW --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_is_torchs_adamw(weight_decay):
+@pytest.mark.parametrize("weight_decay, eps", [(0.0, 1e-10), (0.1, 1e-10), (0.0, 0.1)])
+def test_adamw_is_torchs_adamw(weight_decay, eps):
     ours, theirs = parameters((7, 5), (3,)), parameters((7, 5), (3,))
-    knobs = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
+    knobs = dict(lr=0.02, betas=(0.8, 0.95), eps=eps, weight_decay=weight_decay)
     optimizer = train.MuonAdamW([dict(kind="adamw", params=ours, **knobs)], torch.float32)
     reference = torch.optim.AdamW(theirs, **knobs)
     for step in range(20):
@@ -102,6 +102,13 @@ def test_orthogonalize_keeps_the_singular_vectors(shape):
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     assert relative_error(train.orthogonalize(G, train.POLAR_EXPRESS, torch.float32), U @ Vh) < 0.15
+
+
+def test_polar_express_holds_for_every_singular_value_and_a_little_above_one():
+    x = torch.linspace(0.002, 1.03, 10_001, dtype=torch.float64)
+    for a, b, c in train.POLAR_EXPRESS:
+        x = a * x + b * x**3 + c * x**5
+    assert 0.85 <= x.min() and x.max() <= 1.15
 
 
 def test_a_matrix_of_rank_one_does_not_blow_up_in_bfloat16():
@@ -223,7 +230,7 @@ def test_new_values_of_a_schedule_compile_nothing_anew(monkeypatch):
     compiled.network = network  # only the optimizer is looked at here
     for step in range(3):
         for model, optimizer in zip((eager, compiled), optimizers, strict=True):
-            train.set_schedules(optimizer, step / 10)
+            train.set_schedules(optimizer, progress=0.6 + step / 10)
             set_grads(list(model.parameters()), step)
             optimizer.step()
         if step == 0:
