@@ -29,6 +29,7 @@ import uuid
 from bisect import bisect_left, insort
 from collections import Counter
 from datetime import datetime, timezone
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -135,36 +136,31 @@ class Tokenizer:
         return np.array(sizes + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
 
-def pack_rows(documents, capacity, counts):
+def pack_rows(documents, capacity, state):
     """Best-fit packing: yields each row as a list of (tokens, start, length) that together fill `capacity`.
 
     documents: iterator of (length, tokens, start). A row takes, as long as it has room, the longest buffered
     document that fits whole; where none does, the shortest, cropped to fill. Equal lengths: first come, first
     served. The buffer is kept in order of length, so that a choice is one bisection and not a scan.
-    counts, a Counter: "seen" are the tokens of the documents taken so far, "cropped" those of them thrown away."""
+    state, a Counter: "cropped" grows by the tokens that are thrown away."""
     order = []  # ints: length << 40 | (2**40 - 1 - arrival), so that of equal lengths the first comes last
-    where = {}  # arrival -> (tokens, start)
-    newest = (1 << 40) - 1
-    arrival = newest
+    where = {}  # the low 40 bits -> document
+    arrival = low_bits = (1 << 40) - 1
     while True:
         row, room = [], capacity
         while room:
             while len(order) < PACKING_BUFFER and (document := next(documents, None)):
-                length, tokens, start = document
-                insort(order, length << 40 | arrival)
-                where[arrival] = tokens, start
+                insort(order, document[0] << 40 | arrival)
+                where[arrival] = document
                 arrival -= 1
             if not order:
                 return
             i = bisect_left(order, (room + 1) << 40) - 1
             if i < 0:
                 i = bisect_left(order, ((order[0] >> 40) + 1) << 40) - 1
-            key = order.pop(i)
-            tokens, start = where.pop(key & newest)
-            length = key >> 40
-            counts["seen"] += length
+            length, tokens, start = where.pop(order.pop(i) & low_bits)
             if length > room:
-                counts["cropped"] += length - room
+                state["cropped"] += length - room
                 length = room
             row.append((tokens, start, length))
             room -= length
@@ -252,7 +248,7 @@ class Clock:
 
         if self.stage != "set-up":
             raise SystemExit(f"clock.start: the clock was started already (now: {self.stage}); a run has one clock")
-        packed = pack_rows(train_documents(open_shards(), {}), MAX_SEQ_LEN + 1, Counter())
+        packed = pack_rows(train_documents(open_shards(), Counter()), MAX_SEQ_LEN + 1, Counter())
         rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(packed)]) for _ in range(batch_size)])
         model.eval()
         held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # the audit needs room for two
@@ -420,15 +416,13 @@ def open_shards():
 
 
 def train_documents(shards, state):
-    """Endless (length, tokens, start), in order; state["epoch"] counts the passes."""
-    state["epoch"] = 0
+    """Endless (length, tokens, start), in order; state, a Counter, counts each "epoch"."""
     while True:
         state["epoch"] += 1
         for tokens, offsets in shards:
             for i in range(0, len(offsets) - 1, 1 << 16):
-                bounds = offsets[i : i + (1 << 16) + 1].tolist()
-                for start, end in zip(bounds, bounds[1:]):  # noqa: B905 (the second is one shorter)
-                    yield end - start, tokens, start
+                bounds = np.asarray(offsets[i : i + (1 << 16) + 1])
+                yield from zip(np.diff(bounds).tolist(), repeat(tokens), bounds[:-1].tolist())  # noqa: B905 (repeat)
 
 
 def make_dataloader(tokenizer, B, T, split="train"):
@@ -441,8 +435,8 @@ def make_dataloader(tokenizer, B, T, split="train"):
         raise SystemExit(f"make_dataloader: split {split!r} is not handed out; evaluate_bpb scores it")
     if tokenizer.vocab_size != VOCAB_SIZE:
         raise SystemExit(f"make_dataloader: the tokenizer has {tokenizer.vocab_size} tokens, the data {VOCAB_SIZE}")
-    state, clock, device = {}, the_clock(), the_clock().device
-    packed = pack_rows(train_documents(open_shards(), state), T + 1, Counter())
+    state, clock, device = Counter(), the_clock(), the_clock().device
+    packed = pack_rows(train_documents(open_shards(), state), T + 1, state)
     # Two pinned buffers take turns, and each waits for the copy that reads it before it is filled again.
     pinned = device.type == "cuda"
     buffers = [torch.empty(B * (T + 1), dtype=torch.int16, pin_memory=pinned) for _ in range(2 if pinned else 1)]
@@ -462,8 +456,11 @@ def make_dataloader(tokenizer, B, T, split="train"):
         rows = buffers[turn].to(device, non_blocking=True)
         if pinned:
             copied[turn].record()
-        rows = rows.to(torch.int64).bitwise_and_(0xFFFF).view(B, T + 1)  # int16 holds what is uint16
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), state["epoch"]
+        rows = rows.view(B, T + 1)
+        x, y = rows[:, :-1].to(torch.int64), rows[:, 1:].to(torch.int64)
+        if VOCAB_SIZE > 2**15:  # int16 stands in for uint16, which not every device can copy
+            x, y = x.bitwise_and_(0xFFFF), y.bitwise_and_(0xFFFF)
+        yield x, y, state["epoch"]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def write_eval_rows(path, encoded, tokenizer):
                 start += length
 
     rows = np.empty((EVAL_TOKENS // MAX_SEQ_LEN, MAX_SEQ_LEN + 1), dtype=np.uint16)
-    counts = Counter()
-    packed = pack_rows(documents(), MAX_SEQ_LEN + 1, counts)
+    state = Counter()
+    packed = pack_rows(documents(), MAX_SEQ_LEN + 1, state)
     for i, out in enumerate(rows):
         segments = next(packed, None)
         if segments is None:
@@ -170,7 +170,7 @@ def write_eval_rows(path, encoded, tokenizer):
     target_bytes = tokenizer.token_bytes()[rows[:, 1:]]
     return {
         "rows": len(rows), "targets": int((target_bytes > 0).sum()), "text_bytes": int(target_bytes.sum()),
-        "cropped_share": round(counts["cropped"] / counts["seen"], 4),
+        "cropped_share": round(state["cropped"] / (state["cropped"] + rows.size), 4),
     }  # fmt: skip
 
 
