@@ -193,7 +193,8 @@ class Keeper:
             while not self.over() and not (why := self.look()):
                 self.sleep(POLL)
             if not why:
-                self.last_run()
+                if not self.stopped_by:
+                    self.last_run()
                 break
             self.say(why)
             if self.not_found >= HOPELESS:
