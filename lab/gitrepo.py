@@ -143,12 +143,14 @@ class Repo:
         head = self.git("rev-parse", "HEAD:train.py").strip()
         if self.ask("hash-object", "--path=train.py", "train.py") == entry[2] != head:
             self.git("checkout", "--quiet", "HEAD", "--", "train.py")  # a reset that was killed came this far
+        self.ask("update-index", "-q", "--refresh")  # or a train.py that was only touched would look edited
         self.git("reset", "--quiet", "--keep", tip)
+        self.index.unlink(missing_ok=True)
         return True
 
     def transplant(self, commit, parent, entry):
         """The commit again on another parent, with train.py as in `entry`; its new name."""
-        index = {"GIT_INDEX_FILE": str(self.git_path("autoresearch-index"))}
+        index = {"GIT_INDEX_FILE": str(self.index)}
         self.git("read-tree", commit, env=index)
         self.git("update-index", "--add", "--cacheinfo", f"{entry[0]},{entry[2]},train.py", env=index)
         tree = self.git("write-tree", env=index).strip()
@@ -166,8 +168,10 @@ class Repo:
         body = b"\n".join(lines) + b"\n\n" + message
         return self.git("hash-object", "-t", "commit", "-w", "--stdin", stdin=body).strip()
 
-    def git_path(self, name):
-        return (self.top / self.git("rev-parse", "--git-path", name).strip()).resolve()
+    @property
+    def index(self):
+        """A second index file, to make trees in."""
+        return self.top / ".lab" / "index"
 
 
 class GitError(Stop):

@@ -51,15 +51,16 @@ def read_runs(path):
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return [], []
+    *lines, last = text.split("\n")  # last: empty, or cut short
     records, foreign = [], []
-    for line in text.split("\n"):
+    for line in lines + [last] * last.endswith("}"):
         try:
-            record = json.loads(line) if line.strip() else None
+            record = json.loads(line)
         except ValueError:
-            record = ()
+            record = None
         if isinstance(record, dict) and {"run_id", "tag", "commit", "verdict"} <= record.keys():
             records.append(record)
-        elif record is not None and not (record == () and line is text.rpartition("\n")[2]):
+        elif line.strip() and line is not last:
             foreign.append(line)
     return records, foreign
 

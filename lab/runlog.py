@@ -71,7 +71,8 @@ def read(path):
         raise
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + head + tail).hexdigest()[:16]
     gap = b"\n" if start > len(head) else b""
-    text = (head + gap + tail).decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+    text = re.sub(r"\r\n?", "\n", (head + gap + tail).decode(errors="replace"))
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", "", text)  # colours, bells, binary
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text
     block, summary = last_summary(after)

@@ -72,6 +72,7 @@ class FakeNight:
         shutil.copytree(self.path, path, symlinks=True)
         twin = copy.copy(self)
         twin.path = Path(path)
+        twin.git("status", "--short")  # the index knows the files by their old inodes
         return twin
 
     # --- git and files ---

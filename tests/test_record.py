@@ -320,6 +320,15 @@ def test_uncommitted_and_staged_work_survives_a_discard(begun):
     assert begun.read("train.py") == TRAIN.format(0)
 
 
+def test_a_train_py_that_was_only_touched_does_not_stop_a_discard(begun):
+    begun.change_train()
+    begun.commit("idea")
+    begun.run(1.02)
+    os.utime(begun.path / "train.py", (1e9, 1e9))
+    assert begun.recorded("worse").verdict == "discard"
+    begun.check()
+
+
 def test_a_keep_under_a_humans_commit_is_the_experiments_commit(begun):
     begun.change_train()
     commit = begun.commit("idea")

@@ -1,0 +1,517 @@
+"""lab record where files are broken, the machine fails, or it is killed: one row, one archive, nothing lost."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from fakenight import CLOSE, ROOT, FakeNight
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A baseline, a keep, a discard."""
+    night = FakeNight(tmp_path_factory.mktemp("faults") / "night")
+    night.baseline()
+    night.experiment("good", 0.99)
+    night.experiment("bad", 1.01)
+    return night
+
+
+@pytest.fixture
+def night(template, tmp_path):
+    return template.copy(tmp_path / "night")
+
+
+def ready(night, val_bpb=0.98, **run):
+    """An experiment that has run and is not recorded; its commit."""
+    night.change_train()
+    commit = night.commit("idea")
+    night.run(val_bpb, **run)
+    return commit
+
+
+# --- results.tsv ---------------------------------------------------------------------
+
+GOOD_ROWS = ["keep", "keep", "discard", "keep"]
+
+
+@pytest.mark.parametrize(
+    "broken, strange",
+    [
+        (None, False),
+        ("", False),
+        (HEADER, False),
+        ("crlf", False),
+        ("\ufeff" + HEADER, False),
+        ("commit,val_bpb,status\n", True),
+        (HEADER + "abc1234\t0.9\t44.0\tok\twritten by hand\n", True),
+        (HEADER + "abc1234\tabout 0.9\t44.0\tkeep\ttext for a number\n", True),
+        (HEADER + "abc1234\t0.900000\t44.0\tkeep\ta row that no record wrote\n", True),
+        (HEADER + "abc1234\t0.9\n\n\n", True),
+        (b"\xff\xfe\x00binary\n", True),
+    ],
+)
+def test_results_tsv_is_made_right_again_and_what_was_in_it_is_kept(night, broken, strange):
+    path = night.path / "results.tsv"
+    if broken is None:
+        path.unlink()
+    elif broken == "crlf":
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    else:
+        path.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    before = path.read_bytes() if path.exists() else b""
+    ready(night)
+    result = night.recorded("idea")
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+    assert ("results.tsv held what record did not write" in result.out) == strange
+    copies = list((night.path / ".lab").glob("results-*.tsv"))
+    assert len(copies) == strange
+    if strange and isinstance(broken, str):
+        assert copies[0].read_bytes() == before
+    night.check()
+
+
+def test_a_last_line_of_runs_jsonl_cut_short_is_left_out_and_foreign_lines_stay(night):
+    path = night.path / "runs.jsonl"
+    path.write_text("# a note of mine\n" + path.read_text() + '{"run_id": "cut sho')
+    ready(night)
+    night.recorded("idea")
+    text = path.read_text()
+    assert text.startswith("# a note of mine\n") and "cut sho" not in text
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+
+
+def test_numbers_go_on_where_the_refs_are_even_if_the_results_were_deleted(night):
+    for name in ("runs.jsonl", "results.tsv"):
+        (night.path / name).unlink()
+    night.git("reset", "-q", "--keep", "main")
+    night.baseline()
+    assert "refs/autoresearch/test/0004" in night.refs() and len(night.refs().splitlines()) == 4
+    assert len(night.rows()) == 1
+
+
+# --- descriptions --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "tabs\tand\ttabs",
+        "lines\nand\r\nlines\u2028and\u2029more\x0b\x0c\x85",
+        'quotes " and \' and \\ and `$(rm -rf x)`',
+        "emoji 🚀👩‍🚀 and ünïcödé",
+        "x" * 10_000,
+        "word " * 2_000,
+        "\x1b[31mred\x1b[0m\x07",
+        "--looks like=an option",
+        "NaN",
+    ],
+)
+def test_any_description_makes_a_row_that_every_reader_reads(night, description):
+    import csv
+    import io
+
+    import pandas
+
+    ready(night)
+    night.recorded("--", description)
+    rows = night.rows()
+    assert len(rows) == 4 and len(rows[-1][4]) <= 200 and '"' not in rows[-1][4]
+    text = night.read("results.tsv")
+    assert list(csv.reader(io.StringIO(text), delimiter="\t"))[1:] == rows
+    table = pandas.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False)
+    assert table.shape == (4, 5) and table["description"].tolist() == [row[4] for row in rows]
+    night.check()
+
+
+# --- run.log and checkpoint.pt ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, needle",
+    [
+        (None, "there is no run.log: uv run train.py > run.log 2>&1"),
+        (b"", "run.log is empty"),
+        (b"\n\n", "run.log is empty"),
+        (bytes(range(256)) * 4000, "the run did not begin"),
+        (b"bash: uv: command not found\n", "the run did not begin (bash: uv: command not found)"),
+        (b"climbmix is not prepared in /x: uv run prepare.py once\n", "uv run prepare.py once"),
+        (b'run: {"run_id": "cut', "the run did not begin"),
+        (b'run: {"run_id": 7}\n---\nval_bpb: 0.1\n', "run it again"),
+    ],
+)
+def test_a_log_that_is_none_is_refused_with_what_it_says(night, content, needle):
+    ready(night)
+    path = night.path / "run.log"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert needle.lower() in night.refused("idea").lower()
+
+
+def test_a_log_from_another_commit_is_refused(night):
+    ready(night)
+    night.change_train()
+    night.commit("another")
+    assert "another train.py than HEAD's: uv run train.py" in night.refused("idea")
+
+
+def test_a_log_without_a_header_that_is_older_than_the_commit_is_refused(night):
+    (night.path / "run.log").write_text("Traceback (most recent call last):\nSyntaxError: of yesterday\n")
+    os.utime(night.path / "run.log", (1e9, 1e9))
+    night.change_train()
+    night.commit("idea")
+    assert "older than HEAD" in night.refused("idea")
+
+
+def test_a_log_of_200_mb_is_read_at_both_ends_and_archived_short(night):
+    ready(night)
+    path = night.path / "run.log"
+    head, _, tail = path.read_text().partition("step 00123")
+    with open(path, "w") as f:
+        f.write(head)
+        for _ in range(200):
+            f.write("noise " * 174_762 + "\n")
+        f.write("step 00123" + tail)
+    assert path.stat().st_size > 200e6
+    start = time.monotonic()
+    assert night.recorded("idea").verdict == "keep"
+    assert time.monotonic() - start < 20
+    assert (night.path / "runs" / "best" / "run.log").stat().st_size < 20e6
+    night.check()
+
+
+def test_carriage_returns_and_noise_after_the_summary_do_no_harm(night):
+    ready(night)
+    path = night.path / "run.log"
+    progress = "".join(f"\rstep {i:05d} ({i / 10:.1f}%) | loss 3.1" for i in range(1000))
+    path.write_text(path.read_text().replace("---\n", f"{progress}\n---\n") + "sys:1: ResourceWarning: unclosed\n")
+    assert night.recorded("idea").verdict == "keep"
+
+
+def test_the_last_of_two_runs_in_one_log_counts(night):
+    ready(night, 0.5)
+    first = night.read("run.log")
+    night.run(0.98)
+    (night.path / "run.log").write_text(first + night.read("run.log"))
+    night.recorded("idea")
+    assert night.records()[-1]["mean"] == 0.98
+    night.change_train()
+    night.commit("killed after a complete one")
+    night.run(0.5)
+    first = night.read("run.log")
+    night.run(tail="")
+    (night.path / "run.log").write_text(first + night.read("run.log"))
+    assert "killed" in night.refused("idea", rc=75)
+
+
+def test_a_checkpoint_of_another_run_is_not_archived_and_left_alone(night):
+    night.run(0.5)
+    other = (night.path / "checkpoint.pt").read_bytes()
+    ready(night, checkpoint=False)
+    result = night.recorded("idea")
+    assert "checkpoint.pt is another run's: not archived" in result.out
+    assert (night.path / "checkpoint.pt").read_bytes() == other
+    assert not (night.path / "runs" / "best" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut"])
+def test_a_missing_or_broken_checkpoint_does_not_stop_a_record(night, content):
+    ready(night, checkpoint=False)
+    (night.path / "checkpoint.pt").unlink(missing_ok=True)
+    if content is not None:
+        (night.path / "checkpoint.pt").write_bytes(content)
+    result = night.recorded("idea")
+    assert result.verdict == "keep" and "checkpoint.pt" in result.out
+    night.check()
+
+
+# --- the machine -------------------------------------------------------------------------
+
+
+def test_git_without_a_name_can_record_everything(night):
+    night.git("config", "user.useConfigOnly", "true")
+    assert night.git("config", "user.name", check=False) == "Some One"  # by -c, in this test's own calls only
+    night.change_train()
+    night.commit("idea")
+    night.human_commits("on top")
+    night.run(1.02)
+    assert night.recorded("idea").verdict == "discard"
+    assert night.chain()[0] == "human: on top"
+    night.check()
+
+
+def test_two_records_at_once_make_one_row(night):
+    ready(night)
+    command = [sys.executable, "-m", "lab", "record", "idea"]
+    both = [
+        subprocess.Popen(command, cwd=night.path, env=night.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    ends = [(process.communicate(timeout=60), process.returncode) for process in both]
+    assert sorted(rc for _, rc in ends) == [0, 1]
+    (refusal,) = [err for (_, err), rc in ends if rc == 1]
+    assert "recorded already" in refusal
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+    night.check()
+
+
+def test_runs_that_cannot_be_written_stop_it_in_one_line_and_the_same_command_completes_it(night):
+    commit = ready(night)
+    (night.path / "runs").rename(night.path / "away")
+    (night.path / "runs").write_text("a file in the way")
+    result = night.record("idea")
+    assert result.rc == 3 and len(result.err.splitlines()) == 1 and "nothing is lost" in result.err
+    assert len(night.rows()) == 3 and night.head() == commit and (night.path / "checkpoint.pt").exists()
+    (night.path / "runs").unlink()
+    (night.path / "away").rename(night.path / "runs")
+    again = night.recorded("idea")
+    assert again.verdict == "keep" and len(night.rows()) == 4
+    assert (night.path / "runs" / "best" / "checkpoint.pt").exists()
+    night.check()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_stops_it_in_one_line(night):
+    ready(night)
+    os.chmod(night.path / "runs", 0o555)
+    result = night.record("idea")
+    os.chmod(night.path / "runs", 0o755)
+    assert result.rc == 3 and "Permission denied" in result.err
+    night.recorded("idea")
+    night.check()
+
+
+@pytest.mark.parametrize("limit", [100, 12_000])
+def test_a_full_disk_stops_it_in_one_line_and_the_same_command_completes_it(night, limit):
+    """No file may grow beyond `limit` bytes: at 100 not even the plan can be written, at 12,000 the archive cannot."""
+    commit = ready(night)
+    log = night.path / "run.log"
+    log.write_text(log.read_text().replace("---\n", "x" * 79 + "\n" + "some line\n" * 5000 + "---\n"))
+    process = subprocess.run(
+        [sys.executable, "-m", "lab", "record", "idea"], cwd=night.path, env=night.env, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert process.returncode == 3 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert "the disk is full" in process.stderr
+    assert len(night.rows()) == 3 and night.head() == commit
+    assert night.recorded("idea").verdict == "keep"
+    assert (night.path / "runs" / "best" / "checkpoint.pt").exists()
+    night.check()
+
+
+def test_archives_on_another_file_system_that_is_full_then_has_room(night, own_mounts):
+    ready(night)
+    with zipfile.ZipFile(night.path / "checkpoint.pt", "a") as f:
+        f.writestr("checkpoint/data/1", random.randbytes(300_000))
+    size = (night.path / "checkpoint.pt").stat().st_size
+    kept = night.path.parent / "kept"  # what is left of the mount when its namespace ends
+    record = f"{sys.executable} -m lab record idea"
+
+    def under_mount(kilobytes):
+        script = f"mount -t tmpfs -o size={kilobytes}k none runs && {record}; code=$?; cp -a runs {kept}; exit $code"
+        return subprocess.run(
+            [*own_mounts, "sh", "-c", script], cwd=night.path, env=night.env, capture_output=True, text=True
+        )
+
+    full = under_mount(64)
+    assert full.returncode == 3 and "the disk is full" in full.stderr, full.stderr
+    assert (night.path / "checkpoint.pt").stat().st_size == size and len(night.rows()) == 3
+    shutil.rmtree(kept)
+    done = under_mount(4096)
+    assert done.returncode == 0, done.stderr
+    assert (kept / "best" / "checkpoint.pt").stat().st_size == size
+    assert not (night.path / "checkpoint.pt").exists() and len(night.rows()) == 4
+
+
+def test_a_lock_that_a_killed_git_left_is_removed(night):
+    ready(night, 1.02)
+    (night.path / ".git" / "index.lock").write_text("")
+    assert night.recorded("idea").verdict == "discard"
+    night.check()
+
+
+def test_a_lock_that_a_living_git_holds_is_waited_for(night):
+    ready(night, 1.02)
+    lock = night.path / ".git" / "index.lock"
+    lock.write_text("")
+    holder = subprocess.Popen(["git", "cat-file", "--batch"], cwd=night.path, stdin=subprocess.PIPE)
+    try:
+        result = night.record("idea")
+        assert result.rc == 3 and "another git holds" in result.err and lock.exists()
+    finally:
+        holder.communicate()
+    lock.unlink()
+    night.recorded("idea")
+    night.check()
+
+
+# --- kills ---------------------------------------------------------------------------------
+
+# Runs `lab record` and dies by its own hand just before the n-th event (argument 1) that changes anything: a file
+# opened for writing, renamed or removed, a folder or link made, a git that writes. n = 0 prints how many there are.
+KILL_AT = """
+import os, sys
+n, count, died = int(sys.argv.pop(1)), 0, os._exit
+GIT = {"update-ref", "read-tree", "update-index", "write-tree", "hash-object", "reset", "checkout"}
+def changes(event, args):
+    if event == "open":
+        return isinstance(args[0], str) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if event == "subprocess.Popen":
+        return args[1][1] in GIT
+    return event in ("os.rename", "os.remove", "os.mkdir", "os.symlink")
+def hook(event, args):
+    global count
+    if changes(event, args):
+        count += 1
+        if count == n:
+            died(137)
+from lab.__main__ import main
+sys.addaudithook(hook)
+status = main(sys.argv[1:])
+if not n:
+    print("EVENTS", count)
+sys.exit(status)
+"""
+
+
+def scenario(night, name):
+    """Leaves a run to be recorded; the arguments of its record."""
+    if name == "keep":
+        ready(night)
+    elif name == "discard under a human's commit":
+        night.change_train()
+        night.commit("idea")
+        night.human_commits("on top")
+        night.run(1.02)
+    elif name == "crash":
+        night.change_train()
+        night.commit("idea")
+        night.run(tail="FAIL: loss is nan\n")
+    elif name == "close a commit that waits, and keep":
+        night.change_train(night.read("train.py").replace("WIDTH = 512\n", ""))
+        night.commit("waits")
+        night.run(0.99)
+        assert night.recorded("waits", "--simpler").verdict == "confirm"
+        night.git("reset", "-q", "--keep", "HEAD^")
+        ready(night)
+    return ["record", "idea"]
+
+
+SCENARIOS = ["keep", "discard under a human's commit", "crash", "close a commit that waits, and keep"]
+
+
+def what_is_left(night):
+    """All that must be the same however often a record was interrupted."""
+    night.check()
+    rows = [row[1:] for row in night.rows()]
+    files = sorted(str(p.relative_to(night.path / "runs"))[5:] for p in (night.path / "runs").rglob("*"))
+    best = os.readlink(night.path / "runs" / "best")
+    return rows, [len(files), best[:4]], night.chain(), night.git("status", "--porcelain"), night.read("train.py")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_at_any_step_the_same_command_completes_it(template, tmp_path, name):
+    first = template.copy(tmp_path / "first")
+    args = scenario(first, name)
+
+    def attempt(path, n):
+        twin = first.copy(path)
+        done = subprocess.run(
+            [sys.executable, "-c", KILL_AT, str(n), *args], cwd=twin.path, env=twin.env, capture_output=True, text=True
+        )  # fmt: skip
+        return twin, done
+
+    whole, done = attempt(tmp_path / "whole", 0)
+    assert done.returncode == 0, done.stderr
+    events = int(done.stdout.rpartition("EVENTS ")[2])
+    expected = what_is_left(whole)
+    assert events > 10
+    for n in range(1, events + 1):
+        twin, done = attempt(tmp_path / f"kill{n}", n)
+        assert done.returncode == 137, f"event {n}: {done.stdout}{done.stderr}"
+        again = twin.lab(*args)
+        completed = again.rc == 0 or (again.rc == 1 and "recorded already" in again.err)
+        assert completed, f"killed at event {n} of {events}: {again.err}"
+        assert what_is_left(twin) == expected, f"killed at event {n} of {events}"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_a_random_moment_with_all_its_children_the_same_command_completes_it(template, tmp_path, seed):
+    name = SCENARIOS[seed % len(SCENARIOS)]
+    night = template.copy(tmp_path / "night")
+    args = scenario(night, name)
+    whole = night.copy(tmp_path / "whole")
+    command = [sys.executable, "-m", "lab", *args]
+    start = time.monotonic()
+    assert whole.lab(*args).rc == 0
+    duration = time.monotonic() - start
+    process = subprocess.Popen(
+        command, cwd=night.path, env=night.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )  # fmt: skip
+    time.sleep(random.Random(seed).uniform(0.2, 1) * duration)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = night.lab(*args)
+    assert again.rc == 0 or "recorded already" in again.err, again.err
+    assert what_is_left(night) == what_is_left(whole)
+
+
+def test_another_record_completes_an_interrupted_one_first(night):
+    ready(night)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_AT.replace("count == n", 'event == "os.rename" and "runs.jsonl" in str(args[1])'),
+         "1", "record", "idea"], cwd=night.path, env=night.env, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == 137 and len(night.rows()) == 3
+    assert "a record was interrupted: uv run -m lab record" in night.lab("status").out
+    night.change_train()
+    night.commit("worse")
+    night.run(1.03)
+    result = night.recorded("worse")
+    assert result.out.startswith("first, an interrupted record was completed: keep")
+    assert [row[3] for row in night.rows()] == [*GOOD_ROWS, "discard"]
+    night.check()
+
+
+def test_an_interrupted_discard_leaves_alone_what_was_committed_on_top_of_it(night):
+    ready(night, 1.02)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_AT.replace("count == n", 'event == "os.rename" and "runs.jsonl" in str(args[1])'),
+         "1", "record", "idea"], cwd=night.path, env=night.env, capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == 137
+    night.change_train()
+    night.commit("on top of the discard")
+    night.run(0.97)
+    result = night.recorded("both")
+    assert "keep" in result.out and night.chain()[:2] == ["on top of the discard", "idea"]
+    assert [row[3] for row in night.rows()] == ["keep", "keep", "discard", "discard", "keep"]
+
+
+def test_on_another_branch_an_interrupted_record_is_not_touched(night):
+    ready(night)
+    subprocess.run(
+        [sys.executable, "-c", KILL_AT.replace("count == n", 'event == "os.rename" and "runs.jsonl" in str(args[1])'),
+         "1", "record", "idea"], cwd=night.path, env=night.env, capture_output=True,
+    )  # fmt: skip
+    night.git("switch", "-q", "-c", "autoresearch/other", "main")
+    result = night.record("idea")
+    assert result.rc == 1 and "git switch autoresearch/test" in result.err
+    night.git("switch", "-q", "autoresearch/test")
+    night.recorded("idea")
+    night.check()
+
+
+def test_the_fakes_close_call_is_one(template, tmp_path):
+    night = FakeNight(tmp_path / "fresh")
+    night.baseline()
+    assert night.experiment("close", CLOSE)[1].verdict == "confirm"
+    assert ROOT.is_dir()
