@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 from collections import namedtuple
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,8 +233,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, gated=i in ve_layers) for i in range(n_layer)])
         ve_shape = config.vocab_size, config.n_kv_head * head_dim
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(*ve_shape) for i in ve_layers})
-        self.resid_lambdas = nn.Parameter(torch.empty(n_layer))
-        self.x0_lambdas = nn.Parameter(torch.empty(n_layer))
+        self.resid_lambdas = nn.Parameter(torch.ones(n_layer))
+        self.x0_lambdas = nn.Parameter(torch.full((n_layer,), X0_INIT))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         frequency = config.rope_base ** -(torch.arange(0, head_dim, 2) / head_dim)
         angle = torch.arange(config.sequence_len)[:, None, None] * frequency  # (T, 1, D/2)
@@ -252,8 +252,6 @@ class GPT(nn.Module):
                 p.uniform_(-bound, bound)
         self.wte.weight.normal_(std=1.0)
         self.lm_head.weight.normal_(std=0.001)
-        self.resid_lambdas.fill_(1.0)
-        self.x0_lambdas.fill_(X0_INIT)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) in float32; with targets the mean cross-entropy in nats instead."""
@@ -443,14 +441,16 @@ def choose_compile(device):
     return (True, compiler) if shutil.which(compiler) else (False, f"no C++ compiler: {compiler} not found")
 
 
-def set_compile(model, optimizer, compiled):
-    """Compile the network and the optimizer's two steps, or go back to the plain functions."""
-    wrap = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+def set_compile(model, optimizer, compiled, device):
+    """Compiles the network and, on CUDA, the optimizer's two steps; or goes back to the plain functions."""
+    model.network, optimizer.adamw_step, optimizer.muon_step = model.eager_network, adamw_step, muon_step
     if compiled:
         torch.compiler.reset()  # the graphs of an attempt that failed
-        torch._dynamo.config.recompile_limit = 64  # the optimizer has a graph a shape
-    model.network = wrap(model.eager_network)
-    optimizer.adamw_step, optimizer.muon_step = wrap(adamw_step), wrap(muon_step)
+        model.network = torch.compile(model.eager_network, dynamic=False)
+    if compiled and device.type == "cuda":  # on a CPU it takes a minute more and saves little
+        torch._dynamo.config.recompile_limit = 64  # a graph for each shape
+        optimizer.adamw_step = torch.compile(adamw_step, dynamic=False)
+        optimizer.muon_step = torch.compile(muon_step, dynamic=False)
 
 
 def snapshot(model, optimizer, device):
@@ -515,7 +515,7 @@ def warm_up(model, optimizer, device, batch_size, rows):
     (compiled, why), failed = choose_compile(device), {}
     while True:
         model.attention, why_attention = choose_attention(device, model.dtype, compiled, failed)
-        set_compile(model, optimizer, compiled)
+        set_compile(model, optimizer, compiled, device)
         try:
             rehearse(model, optimizer, device, batch_size, rows // batch_size)
             remedy = None

@@ -536,7 +536,7 @@ def test_small_defaults_hold_where_there_is_no_cuda(monkeypatch):
 def test_a_checkpoint_loads_in_eval_mode_with_the_same_logits_at_any_length(tmp_path, monkeypatch):
     model = tiny_model(n_layer=3, n_head=4, n_kv_head=2)
     fake_compile(monkeypatch)
-    train.set_compile(model, SimpleNamespace(), True)
+    train.set_compile(model, SimpleNamespace(), True, CPU)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"an older one")
     train.save_checkpoint(path, model, "abc123")

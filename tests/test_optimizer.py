@@ -226,7 +226,7 @@ def test_new_values_of_a_schedule_compile_nothing_anew(monkeypatch):
     eager, compiled = tiny_model(), tiny_model()
     optimizers = [train.build_optimizer(model, torch.float32) for model in (eager, compiled)]
     network = compiled.network
-    train.set_compile(compiled, optimizers[1], True)
+    train.set_compile(compiled, optimizers[1], True, torch.device("cuda"))
     compiled.network = network  # only the optimizer is looked at here
     for step in range(3):
         for model, optimizer in zip((eager, compiled), optimizers, strict=True):
