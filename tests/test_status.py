@@ -1,0 +1,193 @@
+"""lab status: what an agent that knows nothing else reads first. It must name the right next step in every state."""
+
+import fcntl
+import json
+import os
+import sys
+import time
+
+import pytest
+from fakenight import CLOSE, PROGRESS, FakeNight
+
+RUN = "uv run train.py > run.log 2>&1"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    night = FakeNight(tmp_path_factory.mktemp("status") / "night")
+    night.baseline()
+    return night
+
+
+@pytest.fixture
+def begun(template, tmp_path):
+    return template.copy(tmp_path / "night")
+
+
+def status(night, *args):
+    """(its text, the sentence after `next:`); nothing has changed by asking."""
+    before = night.state()
+    result = night.lab("status", *args)
+    assert result.rc == 0 and result.err == "", result.err
+    assert night.state() == before
+    return result.out, result.out.rpartition("next: ")[2].strip()
+
+
+def as_json(night):
+    return json.loads(night.lab("status", "--json").out)
+
+
+def test_before_anything_ran_the_baseline_is_next(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    assert status(night)[1] == f"the baseline has not run: {RUN}"
+    night.run(1.0)
+    assert 'not recorded: uv run -m lab record "what this tried"' in status(night)[1]
+    night.recorded("baseline")
+    text, sentence = status(night)
+    assert sentence.endswith(f"waits for a repeat: AUTORESEARCH_SEED=43 {RUN}") and "not known yet" in text
+    night.run(1.0, seed=43)
+    assert sentence != status(night)[1] and status(night)[1].endswith("not recorded: uv run -m lab record")
+
+
+def test_each_step_of_an_experiment_is_followed_by_the_next(begun):
+    assert "is recorded: edit train.py, commit it as the next experiment" in status(begun)[1]
+    begun.change_train()
+    assert "commit them as the next experiment" in status(begun)[1]
+    commit = begun.commit("idea")
+    assert status(begun)[1] == f"{commit[:7]} has not run yet: {RUN}"
+    begun.run(tail="\npreempted\n")
+    assert status(begun)[1] == f"the last run was preempted, it is no result: {RUN}"
+    begun.run(tail="")
+    assert "the last run was killed" in status(begun)[1]
+    begun.run(tail="FAIL: loss is nan\n")
+    assert "is over and not recorded" in status(begun)[1]
+    begun.run(CLOSE)
+    assert f"the run of {commit[:7]} is over and not recorded: uv run -m lab record" in status(begun)[1]
+    begun.recorded("idea")
+    assert status(begun)[1] == f"{commit[:7]} waits for a repeat: AUTORESEARCH_SEED=43 {RUN}"
+    begun.run(tail="\ninterrupted\n", seed=43)
+    assert status(begun)[1] == f"the last run was interrupted, it is no result: AUTORESEARCH_SEED=43 {RUN}"
+    begun.run(0.99, seed=43)
+    assert status(begun)[1].endswith("uv run -m lab record")
+    begun.recorded()
+    assert "is recorded" in status(begun)[1]
+
+
+def test_code_that_was_tried_in_vain_is_sent_back(begun):
+    begun.experiment("worse", 1.02)
+    begun.git("cherry-pick", "refs/autoresearch/test/0002")
+    assert "was tried already (row 0002): git reset --keep" in status(begun)[1]
+
+
+def test_a_run_in_progress_is_shown_and_waited_for(begun):
+    begun.change_train()
+    begun.commit("idea")
+    begun.run(tail=PROGRESS.replace("41.0", "77.0"))
+    fd = os.open(begun.path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        text, sentence = status(begun)
+    finally:
+        os.close(fd)
+    assert "run in progress: step 00123 (77.0%)" in text and sentence.startswith("a run is going on: wait")
+
+
+def test_a_screen_shows_the_best_the_noise_the_counts_and_the_dead_ends(begun):
+    begun.experiment("good", 0.99)
+    begun.experiment("hopeless", 1.02)
+    begun.change_train()
+    begun.commit("crash")
+    begun.run(tail="FAIL: loss is nan\n")
+    begun.recorded("explodes")
+    text, _ = status(begun)
+    assert "best: 0.990000 (mean of 1), row 0002" in text and "0.010000 below the baseline" in text
+    assert "noise: σ 0.002000, 2 degrees of freedom" in text
+    assert "rows: 2 keep, 1 discard, 1 crash" in text
+    dead = text.partition("dead ends")[2]
+    assert "hopeless" in dead and "explodes" in dead and "good" not in dead
+
+
+def test_near_misses_are_listed_until_they_were_tried_together(begun):
+    for i, name in enumerate(["almost", "nearly", "no good"]):
+        begun.experiment(name, [0.9996, 1.0005, 1.01][i])
+    known = as_json(begun)
+    assert [r["description"] for r in known["near_misses"]] == ["almost", "nearly"]
+    assert [r["description"] for r in known["dead_ends"]] == ["no good"]
+    begun.experiment("0002 and 0003 together", 1.01)
+    assert as_json(begun)["near_misses"] == []
+
+
+def test_one_screen_is_short_and_all_is_all(begun):
+    for i in range(20):
+        begun.experiment(f"idea {i} " + "with a long description " * 9, 1.02)
+    text, _ = status(begun)
+    everything, _ = status(begun, "--all")
+    assert len(text.splitlines()) <= 50 and len(text) < 6000
+    assert "idea 0 " not in text and "idea 0 " in everything
+    assert "the last 8 of 21 (--all shows all)" in text
+
+
+def test_json_is_what_a_program_reads(begun):
+    begun.experiment("good", 0.99)
+    known = as_json(begun)
+    assert known["tag"] == "test" and known["best"]["row"] == 2 and known["counts"] == {"keep": 2}
+    assert known["sigma"] == pytest.approx(0.002) and known["dof"] == 2 and known["runs"] == 4
+    assert known["in_progress"] is False and "next" in known
+
+
+@pytest.mark.parametrize("where, needle", [("main", "git switch -c autoresearch/TAG"), ("--detach", "HEAD is detached")])
+def test_away_from_a_nights_branch_it_says_how_to_get_there(begun, where, needle):
+    begun.git("switch", "-q", where)
+    assert needle in status(begun)[1]
+    assert needle in as_json(begun)["next"]
+
+
+def test_outside_a_checkout_it_is_refused(begun, tmp_path):
+    result = begun.lab("status", cwd=tmp_path)
+    assert result.rc == 1 and len(result.err.splitlines()) == 1
+
+
+def test_with_broken_files_it_still_speaks(begun):
+    (begun.path / "runs.jsonl").write_bytes(b"\xff\xfe{}\n[]\n" + (begun.path / "runs.jsonl").read_bytes())
+    (begun.path / "results.tsv").write_text("nonsense")
+    (begun.path / "run.log").write_bytes(bytes(range(256)) * 100)
+    assert "rows: 1 keep" in status(begun)[0]
+
+
+def test_the_state_of_one_tree_is_a_function_of_its_path(begun, monkeypatch, tmp_path):
+    from lab.status import gather, text
+
+    monkeypatch.chdir(tmp_path)
+    known = gather(begun.path)
+    assert known["tag"] == "test" and "best: 1.000000" in text(known)
+
+
+def a_thousand_rows(night):
+    """Rows, refs and records as a thousand discards leave them, without making each."""
+    (first,) = [r for r in night.records() if r["row"]]
+    commit, refs, lines = night.head(), [], night.read("runs.jsonl").splitlines()
+    for i in range(2, 1002):
+        record = first | {
+            "run_id": f"{i:032x}", "log": f"{i:016x}", "row": i, "verdict": "discard", "baseline": False, "gain": -1.0,
+            "code": f"{i:064x}", "parent": first["commit"], "description": f"idea {i}", "short": f"{i:07x}",
+        }  # fmt: skip
+        lines.append(json.dumps(record))
+        refs.append(f"create refs/autoresearch/test/{i:04d} {commit}\n")
+    (night.path / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    night.git("update-ref", "--stdin", stdin="".join(refs))
+
+
+def test_a_thousand_rows(begun):
+    """Prints what record and status take; the limit here only catches what is absurd."""
+    a_thousand_rows(begun)
+    begun.change_train()
+    begun.commit("idea")
+    begun.run(1.02)
+    start = time.monotonic()
+    begun.recorded("idea")
+    recorded = time.monotonic()
+    text, _ = status(begun)
+    print(f"record {recorded - start:.2f} s, status {time.monotonic() - recorded:.2f} s", file=sys.stderr)
+    assert "1001 discard" in text and len(text) < 6000
+    assert len(begun.rows()) == 1002
+    assert time.monotonic() - start < 30
