@@ -246,6 +246,16 @@ def test_a_signal_ends_agent_and_training_at_once(tree, number, status):
     assert not tree.processes()
 
 
+def test_what_a_dead_agent_left_in_another_session_is_still_in_reach(tree):
+    if sys.platform != "linux":
+        pytest.skip("only Linux lets a process adopt orphans")
+    night = tree.night(f"{tree.training(900)} exit 1", speed=1)
+    tree.until(lambda: "its training goes on" in tree.log())
+    night.terminate()
+    night.communicate(timeout=20)
+    assert tree.read("run.log") == "up\npreempted\n" and not tree.processes()
+
+
 def test_what_ignores_sigterm_is_killed(tree):
     night = tree.night("trap '' TERM; echo x > up; while true; do sleep 0.1; done", speed=1, patience=0.5)
     tree.until(lambda: tree.read("up"))

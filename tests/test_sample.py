@@ -153,7 +153,8 @@ def test_command_samples_the_best_run_with_its_own_code(make_repo, prepared_stdl
     for name in ("7", "0007-1a2b3c4", "runs/0007-1a2b3c4"):
         assert sample.find_run(name, repo.path).resolve() == folder
 
-    result = repo.run("-m", "lab", "sample", "7", "--prompt", "b", "--max-tokens", 3, "--output", "text.txt")
+    result = repo.run("-m", "lab", "sample", "7", "--prompt", "b", "--max-tokens", 3, "--output", "text.txt",
+                      PYTHONDONTWRITEBYTECODE="")  # fmt: skip
     assert (result.rc, result.out) == (0, ""), result.err
     assert (repo.path / "text.txt").read_text() == "b" + text[-1] * 3 + "\n"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "run.log", "train.py"]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -386,6 +387,14 @@ def test_a_human_can_replace_a_file_while_a_run_goes_on(tree):
         process.terminate()
         process.wait(timeout=10)
         kill_group(process)
+
+
+@needs_bubblewrap
+def test_a_home_that_lies_in_no_other_hidden_place(tree, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
+        Path(home, "diary").write_text("dear diary")
+        found = tree.probe({"home": "os.listdir(os.path.expanduser('~'))", "diary": f"open('{home}/diary').read()"}, HOME=home)
+    assert found == {"home": "[]", "diary": "FileNotFoundError"}
 
 
 @needs_bubblewrap
