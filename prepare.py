@@ -448,11 +448,9 @@ def make_dataloader(tokenizer, B, T, split="train"):
         turn = (turn + 1) % len(buffers)
         if pinned:
             copied[turn].synchronize()
-        flat, filled = buffers[turn].numpy().view(np.uint16), 0
-        for _ in range(B):
-            for tokens, start, length in next(packed):
-                flat[filled : filled + length] = tokens[start : start + length]
-                filled += length
+        segments = (segment for _ in range(B) for segment in next(packed))
+        flat = buffers[turn].numpy().view(np.uint16)
+        np.concatenate([tokens[start : start + length] for tokens, start, length in segments], out=flat)
         rows = buffers[turn].to(device, non_blocking=True)
         if pinned:
             copied[turn].record()
