@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import oracle
+import psutil
 import pytest
+import regex
 from conftest import (
     HOLDOUT_SHARD,
     TINY_RULES,
@@ -54,14 +56,13 @@ def small_stdlib(make_repo, tmp_path):
     folder = tmp_path / "library"
     rng = random.Random(0)
     for i in range(80):
-        if i % 4:
-            path = folder / f"module{i:02d}.py"
-        else:
-            path = folder / f"package{i:02d}" / ("__init__.py" if i % 8 else "deep/inside.py")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(f"def f{i:02d}_{j}():\n    '''{made_up_text(rng, 30)}'''\n" for j in range(12))
-        )
+        package = [f"package{i:02d}/{name}.py" for name in ("__init__", "one", "deep/__init__", "deep/two")]
+        for name in [f"module{i:02d}.py"] if i % 4 else package:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            texts = (made_up_text(rng, 30) for _ in range(12 if i % 4 else 3))
+            (folder / name).write_text(
+                "".join(f"def f{i:02d}_{j}():\n    '{t}'\n" for j, t in enumerate(texts))
+            )
     repo = make_repo("stdlib", rules=(32, 32 * 32, 400))
     (repo.path / "small.py").write_text(
         "import runpy, sysconfig\nimport corpus.build\n"
@@ -108,13 +109,24 @@ def test_special_tokens_stand_last_have_no_bytes_and_never_come_from_text(prepar
         assert max(tokenizer.encode(name)) < tokenizer.bos_id
 
 
-def test_numbers_are_tokens_of_at_most_two_digits(prepared):
+def test_numbers_are_cut_into_groups_of_at_most_two_digits(prepared):
     prepare, _ = prepared
-    tokenizer = prepare.load_tokenizer()
-    longest = max(
-        len(m) for i in range(tokenizer.bos_id) for m in re.findall(r"\d+", tokenizer.decode([i])) or [""]
-    )
-    assert longest == 2
+    pieces = regex.findall(prepare.SPLIT_PATTERN, "it's 0 12 345,6789 3.14159 v2026")
+    assert "".join(pieces) == "it's 0 12 345,6789 3.14159 v2026"
+    assert [p for p in pieces if p.isdigit()] == [
+        "0",
+        "12",
+        "34",
+        "5",
+        "67",
+        "89",
+        "3",
+        "14",
+        "15",
+        "9",
+        "20",
+        "26",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -454,3 +466,45 @@ def test_two_at_once_do_the_work_once(make_repo, hub, prepared_climbmix):
     assert len(hub.requests("cdn", method="GET")) == 4
     assert manifest_digests(repo.cache) == manifest_digests(prepared_climbmix)
     assert leftovers(repo.cache) == []
+
+
+@pytest.mark.slow  # a minute
+def test_memory_stays_below_2_gb_and_does_not_grow_with_the_shards(make_repo, climbmix_files, tmp_path):
+    documents = made_up_documents("memory", 500)
+    rng = random.Random(0)
+    texts = [
+        " ".join(rng.sample(documents, 12)) for _ in range(8000)
+    ]  # some 20 MB, and the same in every shard
+    shard = write_parquet(tmp_path / "shard.parquet", texts, row_group_size=1000)
+    peaks = []
+    for shards in (1, 6):
+        files = {name: climbmix_files[name] for name in (VAL_SHARD, HOLDOUT_SHARD)}
+        with Hub(files | {f"shard_{i:05d}.parquet": shard for i in range(shards)}) as hub:
+            repo = make_repo(
+                "climbmix", HF_ENDPOINT=hub.endpoint, AUTORESEARCH_CACHE=tmp_path / f"cache{shards}"
+            )
+            process = repo.start("prepare.py", "--num-shards", shards)
+            peak = 0
+            try:
+                while process.poll() is None:
+                    peak = max(peak, resident_bytes(psutil.Process(process.pid)))
+                    time.sleep(0.05)
+                assert process.returncode == 0, process.stderr.read()
+            finally:
+                kill_group(process)
+        peaks.append(peak)
+    assert peaks[1] < 2e9
+    assert peaks[1] < 1.3 * peaks[0], (
+        f"{peaks[0] / 1e6:.0f} MB with one shard, {peaks[1] / 1e6:.0f} MB with six"
+    )
+
+
+def resident_bytes(process):
+    """Of a process and its children, as far as they still live."""
+    total = 0
+    for p in [process, *process.children(recursive=True)]:
+        try:
+            total += p.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+    return total
