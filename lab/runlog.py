@@ -21,7 +21,12 @@ SUMMARY = [
 ]  # fmt: skip
 HEADER = ["run_id", "start", "train_sha256", "rules_sha256", "data_sha256", "dataset", "seed", "device", "clock"]
 PROGRESS = re.compile(r"step \d+ \(.*")
-SAID_EARLY = re.compile(r"(run: \{|[a-zA-Z][a-zA-Z -]{2,25}: |step \d+ \(|warm-up, )")  # a healthy run's own lines
+# What a run in good health says of itself before its summary: one that ends with such a line was killed. One that
+# ends with anything else said why it gave up.
+HEALTHY = re.compile(
+    r"run: \{|step \d+ \(|(stdlib|climbmix|tinystories) is prepared|dtype: |model: |attention: |torch\.compile: |"
+    r"device batch: |warm-up again: |audit: |graphs compiled "
+)
 ENDED_BY_ITSELF = re.compile(
     r"^(Traceback \(most recent call last\)|FAIL|watchdog: |Fatal Python error|Segmentation fault|Aborted|"
     r"terminate called|[A-Za-z_][\w.]*(Error|Exception|Warning as error|ExceptionGroup)\b.*)",
@@ -122,7 +127,7 @@ def how_it_ended(text, header, block, summary):
         return "incomplete"
     if not header:  # one sentence of a set-up that refused, or no log of train.py at all
         return "refused"
-    return "killed" if SAID_EARLY.match(last) else "crash"  # a sentence: evaluation refused, a shape was wrong
+    return "killed" if HEALTHY.match(last) else "crash"  # a sentence: evaluation refused, a shape was wrong
 
 
 def not_finite(summary):
