@@ -31,16 +31,18 @@ When the hours are over, a training in progress is not thrown away: it may end, 
 minutes to record it. Then the agent and all that it started are ended. Ctrl-C or `kill` ends everything
 at once: the training says "preempted" and counts as not run. Closing the terminal does not end a night.
 
-After a start that recorded nothing the next one waits, longer each time, and there are at most --restarts
-of them an hour. So an agent whose model is down for a while finds the night still there.
+After a start that recorded nothing, or was too short for an experiment, the next one waits, longer each
+time, and there are at most --restarts of them an hour: a broken agent does not spin, and one whose model
+is down for a while finds the night still there.
 
 Exit status: 0 the hours are over; 1 nothing was recorded, or there is no such command; 2 another night is
 at work in this tree, or the options are wrong; 130 stopped by Ctrl-C; 143 stopped by `kill`."""
 
 LONGEST_RUN = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
+SHORTEST = TIME_BUDGET / 2  # seconds: a shorter start can have made no experiment but one that crashed
 TIME_TO_RECORD = 180  # seconds that the agent has, at the end of the night, to record a run that is over
-TIME_FOR_LEFTOVERS = 60  # seconds that what an agent left behind (a sample being made) may take
-BACKOFF, LONGEST_BACKOFF = 10, 600  # seconds before a start after one that recorded nothing, doubled each time
+TIME_FOR_LEFTOVERS = 60  # seconds that what an agent left behind may take, if it is no training
+BACKOFF, LONGEST_BACKOFF = 10, 600  # seconds before the next start after one in vain, doubled each time
 HOPELESS = 3  # starts in a row that the shell answers with 126 or 127: no such command
 POLL = 1.0  # seconds
 
@@ -50,7 +52,7 @@ def add_arguments(parser):
     parser.add_argument("--agent", required=True, metavar="COMMAND", help="shell command that starts the agent")
     parser.add_argument("--hours", type=float, default=8, help="how long the night is (8)")
     parser.add_argument("--stall-minutes", type=float, default=30, help="without a record, before a restart (30)")
-    parser.add_argument("--restarts", type=int, default=6, help="starts an hour that record nothing, at most (6)")
+    parser.add_argument("--restarts", type=int, default=6, help="such starts an hour, at most (6)")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ class Keeper:
         self.stall, self.restarts = stall_minutes * 60, restarts
         self.stopped_by = None  # the signal that ends the night early
         self.starts, self.not_found = 0, 0
-        self.fruitless, self.in_a_row = deque(), 0  # times of the starts that recorded nothing; the latest of them
+        self.fruitless, self.in_a_row = deque(), 0  # when starts were in vain; how many of them in a row
 
     def say(self, sentence):
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
@@ -112,7 +114,8 @@ class Keeper:
 
     def start(self):
         self.starts += 1
-        self.state, self.last, self.fruitful = recorded(self.root), self.now(), False
+        self.state, self.fruitful = recorded(self.root), False
+        self.last = self.began = self.now()
         if self.agent_log.exists() and self.agent_log.stat().st_size > 100e6:
             os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
         with open(self.agent_log, "ab") as f:
@@ -135,7 +138,7 @@ class Keeper:
         """Notes what was recorded; the sentence why the agent must be started again, or None."""
         status = self.process.poll()  # before the look at the files: its last record counts
         if (state := recorded(self.root)) != self.state:
-            self.state, self.last, self.fruitful, self.in_a_row = state, self.now(), True, 0
+            self.state, self.last, self.fruitful = state, self.now(), True
         if status is not None:
             self.not_found = self.not_found + 1 if status in (126, 127) else 0
             return f"the agent ended with status {status}{self.last_words()}"
@@ -145,10 +148,11 @@ class Keeper:
         return None
 
     def pause(self):
-        """Seconds before the next start: none after a start that recorded something."""
-        if self.fruitful:
-            return 0
+        """Seconds before the next start: none after one that recorded something and was no flash in the pan."""
         now = self.now()
+        if self.fruitful and now - self.began >= SHORTEST:
+            self.in_a_row = 0
+            return 0
         self.fruitless.append(now)
         wait = min(BACKOFF * 2**self.in_a_row, LONGEST_BACKOFF)
         self.in_a_row += 1
@@ -164,15 +168,15 @@ class Keeper:
 
     def between(self):
         """From the end of one agent to the start of the next."""
-        if self.process.returncode is not None:  # its training may go on, and a sample be in the making
-            if run_in_progress(self.root):
-                self.say("its training goes on: waiting for that")
-                self.wait_while(lambda: run_in_progress(self.root), LONGEST_RUN)
-            self.wait_while(reap, TIME_FOR_LEFTOVERS)
+        if self.process.returncode is not None and reap():  # a training, perhaps, or a sample in the making
+            self.say("what it started goes on: waiting for that")
+            patience = self.now() + TIME_FOR_LEFTOVERS
+            self.wait_while(lambda: reap() and (self.now() < patience or run_in_progress(self.root)), LONGEST_RUN)
         self.end_agent()
         if (wait := self.pause()) and not self.over():
             why = f", {self.restarts} such starts an hour are the limit" if wait > LONGEST_BACKOFF else ""
-            self.say(f"that start recorded nothing: the next in {wait:.0f} s{why}")
+            vain = "took no time" if self.fruitful else "recorded nothing"
+            self.say(f"that start {vain}: the next in {wait:.0f} s{why}")
             self.wait_while(lambda: not self.over(), wait)
 
     def last_run(self):

@@ -144,10 +144,18 @@ def test_an_agent_that_records_nothing_waits_longer_each_time_and_is_limited(tre
 
 
 def test_the_waits_begin_anew_after_a_record(tree):
-    agent = f"echo x >> starts; [ $(wc -l < starts) = 3 ] && {RECORD}; exit 0"
-    _, log = tree.through(agent, hours=0.07, speed=200)
+    agent = f"echo x >> starts; [ $(wc -l < starts) = 3 ] && {{ {RECORD}; sleep 1; }}; exit 0"
+    _, log = tree.through(agent, hours=0.12, speed=200)
     waits = [int(s) for s in re.findall(r"recorded nothing: the next in (\d+) s", log)]
     assert waits[:4] == [10, 20, 10, 20]
+
+
+def test_an_agent_that_only_records_crashes_does_not_spin(tree):
+    """Each record takes a second: nothing was trained."""
+    status, log = tree.through(f"echo x >> starts; {RECORD}; exit 0", hours=0.3, speed=400)
+    assert status == 0
+    waits = [int(s) for s in re.findall(r"that start took no time: the next in (\d+) s", log)]
+    assert waits[:4] == [10, 20, 40, 80] and tree.count("starts") <= 8
 
 
 def test_a_command_that_does_not_exist_is_given_up(tree):
@@ -192,7 +200,7 @@ def test_a_dead_agents_training_is_not_disturbed(tree):
     tree.night(agent, speed=100)
     tree.until(lambda: tree.count("starts") == 2 and tree.count("runs.jsonl") == 1)
     assert tree.read("found") == "up\nval_bpb: 1.0\n"
-    assert "its training goes on: waiting for that" in tree.log()
+    assert "what it started goes on: waiting for that" in tree.log()
 
 
 def test_a_sample_in_the_making_is_finished(tree):
@@ -250,7 +258,7 @@ def test_what_a_dead_agent_left_in_another_session_is_still_in_reach(tree):
     if sys.platform != "linux":
         pytest.skip("only Linux lets a process adopt orphans")
     night = tree.night(f"{tree.training(900)} exit 1", speed=1)
-    tree.until(lambda: "its training goes on" in tree.log())
+    tree.until(lambda: "what it started goes on" in tree.log() and "up" in tree.read("run.log"))
     night.terminate()
     night.communicate(timeout=20)
     assert tree.read("run.log") == "up\npreempted\n" and not tree.processes()
