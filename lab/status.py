@@ -99,6 +99,7 @@ def what_next(repo, history):
     if log and is_news(repo, history, log, code):
         if log.ended in ("complete", "crash"):
             described = "" if waiting and waiting["code"] == code else ' "what this tried"'
+            described = described if history.anchors else ' "baseline"'
             return f"the run of {head} is over and not recorded: uv run -m lab record{described}"
         return f"the last run was {log.ended}, it is no result: {run}"
     if waiting and waiting["code"] == code:

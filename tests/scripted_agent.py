@@ -102,7 +102,8 @@ class Agent:
         sentence = self.next()
         run = RUN.search(sentence)
         if "uv run -m lab record" in sentence:
-            self.record(self.head_subject() if "what this tried" in sentence else "")
+            told = re.search(r'record "(.*)"', sentence)
+            self.record(self.head_subject() if told and told[1] == "what this tried" else told[1] if told else "")
         elif "git reset --keep" in sentence:
             self.git(re.search(r"git (reset --keep \S+)", sentence)[1])
         elif "wait" in sentence and not run:

@@ -41,7 +41,7 @@ def test_before_anything_ran_the_baseline_is_next(tmp_path):
     night = FakeNight(tmp_path / "night")
     assert status(night)[1] == f"the baseline has not run: {RUN}"
     night.run(1.0)
-    assert 'not recorded: uv run -m lab record "what this tried"' in status(night)[1]
+    assert 'not recorded: uv run -m lab record "baseline"' in status(night)[1]
     night.recorded("baseline")
     text, sentence = status(night)
     assert sentence.endswith(f"waits for a repeat: AUTORESEARCH_SEED=43 {RUN}") and "not known yet" in text
@@ -62,7 +62,7 @@ def test_each_step_of_an_experiment_is_followed_by_the_next(begun):
     begun.run(tail="FAIL: loss is nan\n")
     assert "is over and not recorded" in status(begun)[1]
     begun.run(CLOSE)
-    assert f"the run of {commit[:7]} is over and not recorded: uv run -m lab record" in status(begun)[1]
+    assert f'the run of {commit[:7]} is over and not recorded: uv run -m lab record "what this tried"' in status(begun)[1]
     begun.recorded("idea")
     assert status(begun)[1] == f"{commit[:7]} waits for a repeat: AUTORESEARCH_SEED=43 {RUN}"
     begun.run(tail="\ninterrupted\n", seed=43)
