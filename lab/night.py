@@ -24,8 +24,8 @@ from lab.processes import adopt_orphans, descendants, end_descendants, reap, sen
 HELP = "keep an agent at work for some hours: start it, restart it, end it in the morning"
 DESCRIPTION = """\
 Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
-for --stall-minutes (it is then ended, and with it the run that it started). An agent that ends while its
-training goes on is started again when that training is over.
+for --stall-minutes: it is then ended with all that it started, though a training in progress may finish
+first. An agent that ends while its training goes on is started again when that training is over.
 
 When the hours are over, a training in progress is not thrown away: it may end, and the agent has a few
 minutes to record it. Then the agent and all that it started are ended. Ctrl-C or `kill` ends everything
