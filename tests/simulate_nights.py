@@ -1,7 +1,8 @@
 """Simulated nights: what the verdict's rule is worth against "lower wins". The rule is lab/verdict.py's own.
 
-    uv run python tests/simulate_nights.py                 the table of docs/verdict.md (about three minutes)
-    uv run python tests/simulate_nights.py --nights 300    a rougher one
+    uv run python tests/simulate_nights.py                  the table of docs/verdict.md (about three minutes)
+    uv run python tests/simulate_nights.py --nights 300     a rougher one
+    uv run python tests/simulate_nights.py --fixed-window   with a simpler rule in place of the verdict's
 
 A night is 100 runs, the first three the baseline's under either rule. An idea changes the true val_bpb of the
 commit it is tried on by a random effect; a run measures the truth with noise σ, which the rule has to find out.
@@ -59,7 +60,23 @@ def lower_wins(ideas, errors, baseline_runs=verdict.BASELINE_RUNS):
     return truth, keeps, false, RUNS - baseline_runs
 
 
-def by_verdict(ideas, errors):
+def fixed_window(values, best, noise, price):
+    """A simpler rule: below 0.3σ discard, above 3σ keep, between them the mean of two must gain 0.7σ."""
+    gain = (best - verdict.mean(values)) / noise.sigma
+    if len(values) == 1 and 0.3 <= gain <= 3:
+        return verdict.Verdict("confirm", gain, "")
+    return verdict.Verdict("keep" if gain > (3 if len(values) == 1 else 0.7) else "discard", gain, "")
+
+
+def fixed_luck(values, failures, noise, baseline=False):
+    return verdict.mean(values) + (0 if baseline else 0.8 * noise.sigma / math.sqrt(len(values)))
+
+
+def by_fixed_window(ideas, errors):
+    return by_verdict(ideas, errors, fixed_window, fixed_luck)
+
+
+def by_verdict(ideas, errors, judge=verdict.judge, best_known=verdict.best_known):
     """The same by lab/verdict.py, fed as record feeds it."""
     baseline = [next(errors) for _ in range(verdict.BASELINE_RUNS)]
     first, kept, is_baseline, failures = verdict.mean(baseline), baseline, True, 0
@@ -70,15 +87,15 @@ def by_verdict(ideas, errors):
         effect = next(ideas)
         values = [truth + effect + next(errors)]
         experiments, done = experiments + 1, done + 1
-        best = verdict.best_known(kept, failures, noise, is_baseline)
-        judged = verdict.judge(values, best, noise, verdict.price(first, best, done))
+        best = best_known(kept, failures, noise, is_baseline)
+        judged = judge(values, best, noise, verdict.price(first, best, done))
         if judged.status == "confirm" and done < RUNS:
             values.append(truth + effect + next(errors))
             done += 1
             repeated.append(values)
             noise = verdict.noise(baseline, repeated)
-            best = verdict.best_known(kept, failures, noise, is_baseline)
-            judged = verdict.judge(values, best, noise, verdict.price(first, best, done))
+            best = best_known(kept, failures, noise, is_baseline)
+            judged = judge(values, best, noise, verdict.price(first, best, done))
         if judged.status == "keep":
             kept, is_baseline, failures = values, False, 0
             truth, keeps, false = truth + effect, keeps + 1, false + (effect >= 0)
@@ -87,14 +104,14 @@ def by_verdict(ideas, errors):
     return truth, keeps, false, experiments
 
 
-def compare(nights, seed=1):
+def compare(nights, seed=1, rule=by_verdict):
     """For each setting: world, σ, means (end, keeps, false keeps, experiments) of "lower wins" and of the verdict,
     how much lower the verdict ends with its standard error, and where "lower wins" ends whose baseline runs once.
     All of them see the same ideas and the same noise."""
     for world, sigma in SETTINGS:
         seeds = [f"{seed} {world} {sigma} {i}" for i in range(nights)]
         lower = [lower_wins(*night(world, sigma, s)) for s in seeds]
-        ours = [by_verdict(*night(world, sigma, s)) for s in seeds]
+        ours = [rule(*night(world, sigma, s)) for s in seeds]
         once = [lower_wins(*night(world, sigma, s), baseline_runs=1)[0] for s in seeds]
         gains = [a[0] - b[0] for a, b in zip(lower, ours, strict=True)]
         means = [[verdict.mean(column) for column in zip(*rows, strict=True)] for rows in (lower, ours)]
@@ -104,10 +121,11 @@ def compare(nights, seed=1):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nights", type=int, default=10_000)
+    parser.add_argument("--fixed-window", action="store_true")
     args = parser.parse_args()
     print("| gains | σ | lower wins | verdict | lower by | keeps | false keeps | runs/experiment | baseline once |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for world, sigma, lower, ours, gain, error, once in compare(args.nights):
+    for world, sigma, lower, ours, gain, error, once in compare(args.nights, rule=by_fixed_window if args.fixed_window else by_verdict):
         print(
             f"| {world} | {sigma} | {1e3 * lower[0]:.2f} | {1e3 * ours[0]:.2f} | {1e3 * gain:.2f} ± {1e3 * error:.2f} "
             f"| {lower[1]:.1f} → {ours[1]:.1f} | {lower[2]:.2f} → {ours[2]:.2f} ({100 * (ours[2] / lower[2] - 1):+.0f} %) "

@@ -329,6 +329,17 @@ def test_a_train_py_that_was_only_touched_does_not_stop_a_discard(begun):
     begun.check()
 
 
+def test_dropping_a_commit_does_not_take_a_touched_file_for_an_edited_one(begun):
+    from lab.gitrepo import Repo
+
+    base = begun.head()
+    begun.change_train()
+    commit = begun.commit("idea")
+    os.utime(begun.path / "train.py", (1e9, 1e9))
+    assert Repo(begun.path).drop([commit]) and begun.head() == base
+    assert Repo(begun.path).drop([commit]) and begun.head() == base  # again: nothing happens
+
+
 def test_a_keep_under_a_humans_commit_is_the_experiments_commit(begun):
     begun.change_train()
     commit = begun.commit("idea")

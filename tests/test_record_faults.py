@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 
 import pytest
@@ -126,6 +127,7 @@ def test_any_description_makes_a_row_that_every_reader_reads(night, description)
     night.recorded("--", description)
     rows = night.rows()
     assert len(rows) == 4 and len(rows[-1][4]) <= 200 and '"' not in rows[-1][4]
+    assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in rows[-1][4])
     text = night.read("results.tsv")
     assert list(csv.reader(io.StringIO(text), delimiter="\t"))[1:] == rows
     table = pandas.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False)

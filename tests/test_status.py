@@ -74,9 +74,10 @@ def test_each_step_of_an_experiment_is_followed_by_the_next(begun):
 
 
 def test_code_that_was_tried_in_vain_is_sent_back(begun):
+    commit, _ = begun.experiment("good", 0.99)
     begun.experiment("worse", 1.02)
-    begun.git("cherry-pick", "refs/autoresearch/test/0002")
-    assert "was tried already (row 0002): git reset --keep" in status(begun)[1]
+    begun.git("cherry-pick", "refs/autoresearch/test/0003")
+    assert status(begun)[1] == f"{begun.head()[:7]} was tried already (row 0003): git reset --keep {commit[:7]}"
 
 
 def test_a_run_in_progress_is_shown_and_waited_for(begun):
