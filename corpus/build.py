@@ -269,6 +269,8 @@ def prepare(num_shards=None, workers=8):
                 if not whole_manifest(root, num_shards):
                     print(f"preparing {DATASET} in {root}", flush=True)
                     build(root, raw, num_shards, workers)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: run again, it goes on where it stopped") from None
     except BrokenProcessPool:
         raise SystemExit(
             "a tokenising process was killed (out of memory?): free some, then run again, it goes on where it stopped"
