@@ -194,13 +194,13 @@ def test_a_tokenizer_that_counts_other_bytes_is_refused(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ready", ["random", "trained"])
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 64])
-def test_an_honest_model_passes(run, dtype, ready, batch_size, capsys):
+def test_an_honest_model_passes(run, dtype, ready, capsys):
     model = Toy(dtype=dtype)
     if ready == "trained":
         trained(run, model)
-    assert 1 < run.evaluate(model, batch_size) < 20
-    assert "audit: passed" in capsys.readouterr().out
+    for batch_size in (1, 2, 8, 64):
+        assert 1 < run.evaluate(model, batch_size) < 20
+        assert "audit: passed" in capsys.readouterr().out
 
 
 def test_an_honest_model_whose_kernels_round_differently_each_time_passes(run):
@@ -269,7 +269,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(run, sin, ready):
         run.evaluate(model)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("batch_size", [2, 3, 6])
 def test_one_row_that_reads_one_other_is_found_whichever_they_are(run, batch_size):
     for source in range(batch_size):
         for reader in set(range(batch_size)) - {source}:

@@ -1,0 +1,469 @@
+"""train.py as a whole, in processes of its own: a short training to its end, and every way it can end otherwise."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import Result, assert_refused, clean_environment, kill_group
+
+KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"""
+TINY = """
+SMALL = dict(
+    DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, WINDOW_PATTERN="SL",
+    DEVICE_BATCH_SIZE=8, TOTAL_BATCH_SIZE=16 * MAX_SEQ_LEN,
+)
+COMPILE = False
+"""
+MAIN = 'if __name__ == "__main__":'
+
+
+@pytest.fixture
+def make_training(make_repo, prepared_climbmix):
+    """make_training(code, ...): a copy whose train.py has a tiny model and, before its last lines, this code."""
+
+    def make(code="", dataset="climbmix", time_budget=2, grace=250, **kwargs):
+        repo = make_repo(dataset, time_budget=time_budget, grace=grace, **kwargs)
+        if dataset == "climbmix":
+            repo.copy_cache(prepared_climbmix)
+        source = (repo.path / "train.py").read_text()
+        assert source.count(f"\n{MAIN}\n") == 1
+        (repo.path / "train.py").write_text(source.replace(f"\n{MAIN}\n", f"{TINY}\n{code}\n\n{MAIN}\n"))
+        return repo
+
+    return make
+
+
+SERVER = """
+import json, os, runpy, sys
+import filelock, numpy, pyarrow.parquet, requests, tiktoken, torch, torch._dynamo, tqdm
+
+for line in sys.stdin:
+    job = json.loads(line)
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        os.chdir(job["folder"])
+        os.environ.clear()
+        os.environ.update(job["env"])
+        for fd, name, flags in (0, os.devnull, os.O_RDONLY), (1, job["out"], os.O_RDWR), (2, job["err"], os.O_RDWR):
+            os.dup2(os.open(name, flags), fd)
+        sys.argv, sys.path[0] = job["args"], job["folder"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        break
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Python:
+    """Runs scripts as the interpreter does, but each in a fork of a process that has imported torch already: a
+    training then costs a second instead of ten."""
+
+    def __init__(self, folder):
+        self.folder, self.jobs, self.pid = folder, 0, None
+        command, env = [sys.executable, "-c", SERVER], clean_environment(folder, folder)
+        pipe = functools.partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = pipe(command, env=env, cwd=folder, start_new_session=True)
+
+    def start(self, repo, *args, **env):
+        self.jobs += 1
+        self.out, self.err = (self.folder / f"{self.jobs}.{name}" for name in ("out", "err"))
+        self.out.touch()
+        self.err.touch()
+        env = repo.env | {key: str(value) for key, value in env.items()}
+        job = dict(folder=str(repo.path), args=args, env=env, out=str(self.out), err=str(self.err))
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        self.pid = int(self.server.stdout.readline())
+
+    def wait(self):
+        rc = int(self.server.stdout.readline())
+        self.pid = None
+        return Result(rc, self.out.read_text(), self.err.read_text())
+
+    def run(self, repo, *args, **env):
+        self.start(repo, *args, **env)
+        return self.wait()
+
+    def wait_for(self, text, seconds=120):
+        """Until the process in progress has printed that."""
+        deadline = time.monotonic() + seconds
+        while text not in self.out.read_text():
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.out.read_text()}\n{self.err.read_text()}"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    python = Python(tmp_path_factory.mktemp("server"))
+    with python.server:
+        yield python
+        kill_group(python.server)
+
+
+@pytest.fixture
+def python(server):
+    yield server
+    if server.pid:  # a training that the test gave up
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def header(out):
+    (line,) = [line for line in out.splitlines() if line.startswith("run: ")]
+    return json.loads(line.removeprefix("run: "))
+
+
+def summary(out):
+    """The block that ends a log, as {key: text}; nothing may come after it."""
+    block = out[out.index("\n---\n") + 5 :]
+    assert re.fullmatch(r"(\w+: +\S+\n){9}", block), block
+    return dict(line.split(": ", 1) for line in block.replace(":  ", ": ").splitlines())
+
+
+def left_in(repo):
+    """What a run left beside train.py."""
+    return {p.name for p in repo.path.iterdir()} & {"checkpoint.pt", "checkpoint.pt.tmp"}
+
+
+# --- To the end ---------------------------------------------------------------
+
+
+def test_a_short_training_from_start_to_end(make_training):
+    repo = make_training()
+    result = repo.run("train.py", timeout=280)
+    assert (result.rc, result.err) == (0, "")
+    values = {key: text.strip() for key, text in summary(result.out).items()}
+    assert " ".join(values) == KEYS
+    steps = int(values["num_steps"])
+    seconds = float(values["training_seconds"])
+    assert steps > 1 and 2 <= seconds < 2 + max(2 * seconds / steps, 0.1) + 0.5
+    assert seconds < float(values["total_seconds"])
+    assert 0.5 < float(values["val_bpb"]) < 8
+    assert (values["depth"], values["peak_vram_mb"], values["mfu_percent"]) == ("2", "0.0", "0.00")
+    assert float(values["total_tokens_M"]) == pytest.approx(steps * 16 * 32 / 1e6, abs=0.05)
+
+    said = header(result.out)
+    assert (said["clock"], said["dataset"], said["seed"]) == ("monotonic", "climbmix", 42)
+    for line in ("dtype: ", "attention: sdpa", "torch.compile: no, eager (COMPILE", "device batch: 8 x 32 tokens, 2"):
+        assert f"\n{line}" in result.out
+    progress = re.findall(r"^step \d{5} \(\d+\.\d%\) \| loss \d\.\d{6} \| .* s left$", result.out, re.MULTILINE)
+    assert progress and progress[-1].startswith(f"step {steps:05d} (100.0%)") and "\r" not in result.out
+
+    checkpoint = torch.load(repo.path / "checkpoint.pt", weights_only=True)
+    assert checkpoint.keys() == {"model", "config", "run_id"} and checkpoint["run_id"] == said["run_id"]
+    assert f"{sum(p.numel() for p in checkpoint['model'].values()) / 1e6:.1f}" == values["num_params_M"]
+    assert left_in(repo) == {"checkpoint.pt"}
+
+
+NOTHING_BUT_READING = """
+mount --bind "$AUTORESEARCH_CACHE" "$AUTORESEARCH_CACHE"
+mount -o remount,bind,ro "$AUTORESEARCH_CACHE"
+if touch "$AUTORESEARCH_CACHE/file" 2> /dev/null; then echo "this cache can be written" >&2; exit 1; fi
+exec "$@"
+"""
+
+
+def offline_and_read_only(repo, script="train.py", **kwargs):
+    return repo.run(script, wrap=["unshare", "-rnm", "sh", "-c", NOTHING_BUT_READING, "sh"], timeout=280, **kwargs)
+
+
+@pytest.mark.parametrize("compile_folder", ["there", "not there"])
+def test_a_training_needs_no_network_and_only_reads_the_data(make_training, no_network, own_mounts, compile_folder):
+    """And inductor's cache goes where it can be written."""
+    repo = make_training(time_budget=1)
+    if compile_folder == "there":
+        (repo.cache / "compile").mkdir()
+    (repo.path / "main.py").write_text(
+        "import os, runpy, socket\n"
+        "assert socket.socket().connect_ex(('127.0.0.1', 80)) == 101, 'a network is there'\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+        "compiled = os.environ.get('TORCHINDUCTOR_CACHE_DIR', '')\n"
+        "assert not compiled.startswith(os.environ['AUTORESEARCH_CACHE']), compiled\n"
+    )
+    result = offline_and_read_only(repo, "main.py")
+    assert (result.rc, result.err) == (0, "")
+    assert "\nval_bpb: " in result.out and left_in(repo) == {"checkpoint.pt"}
+
+
+@pytest.mark.slow
+def test_a_compiled_training_on_the_standard_library_offline_and_read_only(
+    make_training, no_network, own_mounts, prepared_stdlib, tmp_path
+):
+    repo = make_training(dataset="stdlib", AUTORESEARCH_CACHE=tmp_path / "stdlib", TMPDIR=tmp_path)
+    repo.copy_cache(prepared_stdlib)
+    repo.edit("train.py", "^COMPILE = False", "COMPILE = True")
+    result = offline_and_read_only(repo)
+    assert (result.rc, result.err) == (0, "")
+    assert "\nval_bpb: " in result.out and "graphs compiled after the clock started: 0\n" in result.out
+    assert "\ntorch.compile: yes" in result.out or "\ntorch.compile: no, eager (no C++ compiler" in result.out
+
+
+INJECTED = """
+import functools, itertools, train
+
+now = itertools.count(1000.0).__next__  # a second passes whenever the clock is read
+train.begin_run = functools.partial(train.begin_run, now=now, watchdog_now=lambda: 0.0)
+train.main()
+"""
+
+
+def test_a_seed_decides_the_whole_run(make_training, python):
+    """The clock injected: then two runs are one, in processes of their own; another seed is another run."""
+
+    def curve(run, **env):
+        repo = make_training(time_budget=100)
+        (repo.path / "injected.py").write_text(INJECTED)
+        result = run(repo, **env)
+        assert (result.rc, result.err) == (0, "")
+        said, values = header(result.out), summary(result.out)
+        assert said["clock"] == "injected" and said["seed"] == int(env.get("AUTORESEARCH_SEED", 42))
+        lines = re.findall(r"^step .*", result.out, re.MULTILINE)
+        assert len(lines) == 11 and values["num_steps"].strip() == "99"
+        losses = [float(loss) for loss in re.findall(r"loss (\S+)", "\n".join(lines))]
+        assert losses[-1] < losses[0]
+        weights = torch.load(repo.path / "checkpoint.pt", weights_only=True)["model"]
+        return lines, values["val_bpb"], weights
+
+    def forked(repo, **env):
+        return python.run(repo, "injected.py", **env)
+
+    one = curve(lambda repo: repo.run("injected.py", timeout=280))
+    two = curve(forked)
+    assert one[:2] == two[:2] and all(torch.equal(one[2][name], two[2][name]) for name in one[2])
+    three = curve(forked, AUTORESEARCH_SEED=43)
+    assert not set(one[0]) & set(three[0]) and one[1] != three[1]
+
+
+# --- Refused before it trains -------------------------------------------------
+
+
+def test_data_that_was_not_prepared_is_one_line_with_the_command(make_repo, python):
+    repo = make_repo("climbmix")
+    assert_refused(python.run(repo, "train.py"), "climbmix is not prepared", "run `uv run prepare.py`")
+    result = python.run(repo, "train.py", AUTORESEARCH_DATASET="tinystories")
+    assert_refused(result, "tinystories is not prepared", "run `AUTORESEARCH_DATASET=tinystories uv run prepare.py`")
+    assert left_in(repo) == set() and not repo.cache.exists()
+
+
+def test_the_standard_library_is_prepared_by_the_run_itself(make_training, python, prepared_stdlib, tmp_path):
+    """From the cache as a prepare.py that was killed before its last step left it."""
+    repo = make_training(dataset="stdlib", AUTORESEARCH_CACHE=tmp_path / "stdlib", time_budget=1)
+    repo.copy_cache(prepared_stdlib)
+    (manifest,) = repo.cache.rglob("manifest.json")
+    manifest.rename(manifest.with_name("manifest.partial.json"))
+    result = python.run(repo, "train.py")
+    assert (result.rc, result.err) == (0, "")
+    assert result.out.startswith("preparing stdlib") and header(result.out)["dataset"] == "stdlib"
+    assert "\nval_bpb: " in result.out and manifest.exists()
+
+
+@pytest.mark.parametrize("name", ["train_00001.npy", "train_00000_offsets.npy", "val_rows.npy", "tokenizer.tiktoken"])
+def test_a_truncated_file_of_the_data_is_one_line(make_training, python, name):
+    repo = make_training()
+    (path,) = repo.cache.rglob(name)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert_refused(python.run(repo, "train.py"), f"{path} is damaged", "run `uv run prepare.py` to mend it")
+    assert left_in(repo) == set()
+
+
+@pytest.mark.parametrize("rule", ["vocab_size", "max_seq_len", "split_pattern", "format"])
+def test_a_manifest_of_other_rules_is_not_believed(make_training, python, rule):
+    repo = make_training()
+    (path,) = repo.cache.rglob("manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["rules"][rule] = 99
+    path.write_text(json.dumps(manifest))
+    assert_refused(python.run(repo, "train.py"), "climbmix is not prepared", "run `uv run prepare.py`")
+
+
+def test_other_rules_need_other_data(make_training, python):
+    repo = make_training()
+    repo.set_rules("climbmix", 32, 32 * 32, 512)
+    assert_refused(python.run(repo, "train.py"), "climbmix is not prepared", "run `uv run prepare.py`")
+
+
+def test_a_seed_that_is_none_is_one_line(make_training, python):
+    result = python.run(make_training(), "train.py", AUTORESEARCH_SEED="forty-two")
+    assert_refused(result, "AUTORESEARCH_SEED='forty-two'", "whole number")
+
+
+def test_an_unknown_dataset_is_one_line(make_training, python):
+    result = python.run(make_training(), "train.py", AUTORESEARCH_DATASET="wikipedia")
+    assert_refused(result, "AUTORESEARCH_DATASET='wikipedia'", "climbmix, tinystories, stdlib")
+
+
+def test_a_total_batch_that_does_not_divide_is_one_line_with_one_that_does(make_training, python):
+    repo = make_training()
+    repo.edit("train.py", r"TOTAL_BATCH_SIZE=16 \* MAX_SEQ_LEN", "TOTAL_BATCH_SIZE=1000")
+    assert_refused(python.run(repo, "train.py"), "TOTAL_BATCH_SIZE 1000", "DEVICE_BATCH_SIZE", "set it to 1024")
+
+
+# --- Refused while or after it trains -----------------------------------------
+
+LOSS = """
+forward = GPT.forward
+
+def spoilt(self, idx, targets=None):
+    return forward(self, idx) if targets is None else forward(self, idx, targets) {}
+
+GPT.forward = spoilt
+"""
+
+
+@pytest.mark.parametrize("change, loss", [("* float('nan')", "nan"), ("* float('inf')", "inf"), ("+ 200", "206")])
+def test_a_loss_that_is_none_fails(make_training, python, change, loss):
+    repo = make_training(LOSS.format(change))
+    result = python.run(repo, "train.py")
+    assert_refused(result, "FAIL: loss ", loss, "lower the learning rates")
+    assert result.rc == 1 and result.err.strip().startswith("FAIL")
+    assert "val_bpb" not in result.out and left_in(repo) == set()
+
+
+def test_out_of_memory_at_the_smallest_batch_is_one_line(make_training, python):
+    repo = make_training("""
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+GPT.forward = out_of_memory
+""")
+    result = python.run(repo, "train.py")
+    assert_refused(result, "out of memory at one row", "make the model smaller", "20.00 GiB")
+    assert "out of memory, with a device batch of 4" in result.out
+
+
+GIANT = """
+def train(clock, *args, train=train):
+    steps = train(clock, *args)
+    now = clock.now
+    clock.now = lambda: now() + 60
+    return steps
+"""
+
+
+def test_a_giant_last_step_has_no_score(make_training, python):
+    """One that the loop began at progress 0.99, here by a clock that leaps when the loop ends."""
+    repo = make_training(GIANT, time_budget=100)
+    (repo.path / "injected.py").write_text(INJECTED)
+    assert_refused(python.run(repo, "injected.py"), "training overran its 100 s by 61.0 s", "shorter steps")
+    assert left_in(repo) == set()
+
+
+CHEAT = """
+network = GPT.eager_network
+
+def peeking(self, idx, targets, masks):
+    return network(self, {}, targets, masks)
+
+GPT.eager_network = peeking
+"""
+
+
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        ("idx.roll(-1, dims=1)", "sees its own future"),
+        ("idx.roll(1, dims=0)", "depend on other rows"),
+    ],
+)
+def test_a_cheat_trains_to_the_end_and_has_no_score(make_training, python, inputs, says):
+    repo = make_training(CHEAT.format(inputs))
+    result = python.run(repo, "train.py")
+    assert_refused(result, says)
+    assert "val_bpb" not in result.out and left_in(repo) == set()
+
+
+# --- Hangs and signals --------------------------------------------------------
+
+HANG = """
+import time
+
+def hang_here():
+    {before}
+    while True:
+        time.sleep(0.1)
+"""
+HANGS = {
+    "set-up": "def load_tokenizer():\n    hang_here()",
+    "training": """
+def make_dataloader(*args, loader=make_dataloader):
+    for i, batch in enumerate(loader(*args)):
+        if i == 8:
+            hang_here()
+        yield batch
+""",
+    "evaluation": """
+def evaluate_bpb(model, *args, evaluate=evaluate_bpb):
+    model.register_forward_hook(lambda *_: hang_here())
+    return evaluate(model, *args)
+""",
+}
+WATCHED = """
+import functools, time, train
+
+train.elapsed = 0.0
+train.begin_run = functools.partial(train.begin_run, watchdog_now=lambda: train.elapsed)
+train.main()
+"""
+
+
+def assert_watchdog_ended(result, stage, seconds):
+    assert result.rc == 1
+    lines = [line for line in result.err.splitlines() if line]
+    assert lines[0] == f"watchdog: {stage} took longer than {seconds} s; all stacks follow"
+    assert re.search(r'train\.py", line \d+ in hang_here$', result.err, re.MULTILINE)
+    assert re.search(r'train\.py", line \d+ in main$', result.err, re.MULTILINE)
+    assert "val_bpb" not in result.out
+
+
+@pytest.mark.parametrize("stage, seconds", [("set-up", 250), ("training", 132), ("evaluation", 250)])
+def test_a_hang_is_ended_by_the_watchdog_with_every_stack(make_training, python, stage, seconds):
+    """By a watchdog whose clock jumps, once the hang is reached, to just before and then past the limit."""
+    waits = f"global elapsed; elapsed += {seconds} - 1; time.sleep(0.5); print('before', flush=True); elapsed += 2"
+    repo = make_training(HANG.format(before=waits) + HANGS[stage], time_budget=100 if stage == "training" else 1)
+    (repo.path / "watched.py").write_text(WATCHED)
+    result = python.run(repo, "watched.py")
+    assert_watchdog_ended(result, stage, seconds)
+    assert result.out.endswith("before\n")
+    assert left_in(repo) == set()
+
+
+def test_the_watchdog_goes_by_the_time_of_day(make_training, python):
+    repo = make_training(HANG.format(before="pass") + HANGS["set-up"], grace=2)
+    began = time.monotonic()
+    result = python.run(repo, "train.py")
+    assert_watchdog_ended(result, "set-up", 2)
+    assert 2 < time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("stage", HANGS)
+@pytest.mark.parametrize(
+    "number, status, word", [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_the_run_with_a_word(make_training, python, number, status, word, stage):
+    """It is no result and no failure: nothing is said on stderr, nothing is left behind."""
+    says = "print('here', flush=True)"
+    repo = make_training(HANG.format(before=says) + HANGS[stage], time_budget=100 if stage == "training" else 1)
+    (repo.path / "checkpoint.pt").write_bytes(b"an older one")
+    python.start(repo, "train.py")
+    python.wait_for("here\n")
+    os.kill(python.pid, number)
+    result = python.wait()
+    assert (result.rc, result.err) == (status, "")
+    assert result.out.endswith(f"\n{word}\n") and "val_bpb" not in result.out
+    assert (repo.path / "checkpoint.pt").read_bytes() == b"an older one" and left_in(repo) == {"checkpoint.pt"}
+
+
+def test_a_second_training_in_the_folder_is_refused_and_the_first_goes_on(make_training, python):
+    repo = make_training(HANG.format(before="print('here', flush=True)") + HANGS["training"], time_budget=100)
+    python.start(repo, "train.py")
+    python.wait_for("here\n")
+    second = repo.run("-c", "import prepare; prepare.begin_run('train.py')")
+    assert_refused(second, f"another run is going on in {repo.path}", "another checkout")
+    os.kill(python.pid, signal.SIGTERM)
+    assert python.wait().rc == 75
