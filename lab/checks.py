@@ -11,6 +11,7 @@ from lab.gitrepo import Repo
 from lab.history import History
 
 RUN = "uv run train.py > run.log 2>&1"
+COMMIT_RUN = 'git commit -m "..." -- train.py (no second run is needed), then: uv run -m lab record "what this tried"'
 
 
 class Case(NamedTuple):
@@ -50,12 +51,14 @@ def examine(repo, description, discard, simpler):
     tag, head = repo.tag(), repo.head()
     if locks.run_in_progress(repo.top):
         raise Refused("a run is still going: wait until it ends, then record it")
+    history = History(archive.records_of(repo.top, tag))
     if not repo.train_is_committed():
+        if is_uncommitted_run(repo.top, history):
+            raise Refused("the run is of train.py as it stands, which is not committed: " + COMMIT_RUN)
         raise Refused(
             "train.py has changes that are not committed: run.log is of other code, or they are the next experiment "
             "(git stash push -- train.py, record, git stash pop)"
         )
-    history = History(archive.records_of(repo.top, tag))
     log = read_log(repo, history, discard)
     code = hashlib.sha256((repo.top / "train.py").read_bytes()).hexdigest()
     check_identity(repo, history, log, head, code)
@@ -88,6 +91,15 @@ def read_log(repo, history, discard):
             row = f"row {r['row']:04d}, " if r["row"] else ""
             raise Refused(f"this run is recorded already ({row}{r['verdict']}): go on as `uv run -m lab status` says")
     return log
+
+
+def is_uncommitted_run(top, history):
+    """Whether run.log is a result of the very train.py that is there, which somebody forgot to commit."""
+    log, train = runlog.read(top / "run.log"), top / "train.py"
+    if not log or not log.header or log.ended not in ("complete", "crash") or not train.is_file():
+        return False
+    is_new = all(r["run_id"] != log.run_id for r in history.records)
+    return is_new and log.header["train_sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
 
 
 def check_identity(repo, history, log, head, code):
@@ -168,8 +180,14 @@ def place(repo, tag, history, log, code, head):
 
 
 def check_seed(repo, case):
-    """A repeat runs under a new seed: a used one would say nothing new."""
+    """A repeat runs under a new seed: a used one would say nothing new. Nor would a second crash."""
     runs = case.history.runs(case.code)
+    crashed = next((r["row"] for r in case.history.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
+    if case.edits and crashed and not case.log.summary:
+        raise Refused(
+            f"this very train.py crashed before (row {crashed:04d}): git reset --keep {case.anchor['short']} and make "
+            "another experiment"
+        )
     if not case.log.summary or case.log.header["seed"] not in [r["header"]["seed"] for r in runs]:
         return
     if case.log.run_id in [r["run_id"] for r in runs]:  # it is being given up

@@ -47,13 +47,14 @@ def add_arguments(parser):
 
 def new_record(case, args):
     """The record of the run, without its verdict."""
-    log = case.log
+    log, waiting = case.log, case.history.waiting
+    simpler = args.simpler or bool(waiting and waiting["code"] == case.code and waiting["simpler"])
     return {
         "run_id": log.run_id, "log": log.identity, "tag": case.tag, "commit": case.commit,
         "short": case.repo.short(case.commit), "parent": case.anchor["commit"] if case.edits else None,
         "row": None, "verdict": None, "description": case.description, "mean": None, "n": 0, "gain": None,
         "best_known": None, "sigma": None, "dof": 0, "memory_gb": 0.0, "why": "", "discard": args.discard,
-        "simpler": args.simpler, "baseline": case.baseline, "code": case.code, "blob": case.blob, "ended": log.ended,
+        "simpler": simpler, "baseline": case.baseline, "code": case.code, "blob": case.blob, "ended": log.ended,
         "start": log.header["start"] if log.header else None, "end": log.end,
         "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary,
@@ -65,7 +66,8 @@ def judge(case, history, record):
     if record["summary"] and runlog.not_finite(record["summary"]):
         record["summary"] = None  # given up by --discard, or it would have been refused
     if record["summary"] is None:
-        record.update(verdict="crash", why=f"no summary in run.log ({case.log.ended})")
+        how = "" if case.log.ended == "crash" else f" ({case.log.ended})"
+        record.update(verdict="crash", why=f"no summary in run.log{how}")
         return
     history = History([*history.records, record])
     runs, noise = history.runs(case.code), history.noise()
@@ -154,11 +156,18 @@ def steps(repo):
         if plan["best"] and (repo.top / "runs" / plan["best"]).is_dir():
             archive.point_best(repo.top, plan["best"])
 
+    def name_author(plan):
+        if repo.ask("var", "GIT_COMMITTER_IDENT"):
+            return None
+        repo.git("config", "user.email", repo.ask("config", "user.email") or "autoresearch@localhost")
+        repo.git("config", "user.name", repo.ask("config", "user.name") or "autoresearch")
+        return "git knew no name to commit by: in this checkout it is autoresearch now"
+
     def undo(plan):
         if not repo.drop(plan["drop"]):
             return "the branch stays as it is, as a newer commit to train.py stands on this one"
 
-    return [change_branch, archive_keeps, number_commits, write_runs, write_rows, point_best, undo]
+    return [change_branch, archive_keeps, number_commits, write_runs, write_rows, point_best, name_author, undo]
 
 
 def complete(repo, plan):

@@ -45,7 +45,7 @@ def lines(case, record, history, closed):
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]
     else:
-        gain = "" if record["gain"] is None else f", {record['gain']:+.1f}σ against {record['best_known']:.6f}"
+        gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ against {record['best_known']:.6f}"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}", f"noise: {noise(record)}"]
         said += speeds(record, history)
     for other in closed:

@@ -91,6 +91,8 @@ def what_next(repo, history):
     if locks.run_in_progress(repo.top):
         return "a run is going on: wait until it ends, then record it"
     if not repo.train_is_committed():
+        if checks.is_uncommitted_run(repo.top, history):
+            return f"the last run is of train.py as it stands, which is not committed: {checks.COMMIT_RUN}"
         return f"train.py has changes that are not committed: commit them as the next experiment (or git checkout -- train.py), then: {run}"  # fmt: skip
     code = hashlib.sha256((repo.top / "train.py").read_bytes()).hexdigest()
     waiting, log = history.waiting, runlog.read(repo.top / "run.log")
@@ -115,8 +117,12 @@ def what_next(repo, history):
 
 
 def is_news(repo, history, log, code):
-    """Whether run.log is of HEAD's train.py and not recorded."""
+    """Whether run.log is of HEAD's train.py and may be recorded: not yet, nor as good as that (check_seed)."""
     if log.ended == "nothing" or any(r["run_id"] == log.run_id or r["log"] == log.identity for r in history.records):
+        return False
+    if log.ended == "complete" and log.header["seed"] in [r["header"]["seed"] for r in history.runs(code)]:
+        return False
+    if log.ended == "crash" and any(r["code"] == code and r["verdict"] == "crash" for r in history.rows):
         return False
     if log.header:
         return log.header["train_sha256"] == code

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_keep_advances_the_branch_and_is_archived_whole(begun):
 def test_a_discard_undoes_the_commit_and_keeps_it_to_be_looked_at(begun):
     before = begun.head()
     commit, result = begun.experiment("worse", 1.01)
-    assert result.verdict == "discard" and "-5.0σ" in result.out
+    assert result.verdict == "discard" and "-5.00σ" in result.out
     assert begun.head() == before and begun.read("train.py") == TRAIN.format(0)
     assert begun.rows()[-1] == [commit[:7], "1.010000", "44.0", "discard", "worse"]
     assert begun.git("rev-parse", "refs/autoresearch/test/0002") == commit
@@ -223,7 +224,7 @@ def test_a_simplification_needs_two_runs_and_less_code(begun):
     begun.run(1.0003)
     assert begun.recorded("no width", "--simpler").verdict == "confirm"
     begun.run(1.0001, seed=43)
-    result = begun.recorded("no width", "--simpler")
+    result = begun.recorded()  # the command that was printed: the claim was made with the first run
     assert result.verdict == "keep" and "simpler" in result.out and begun.head() == commit != base
     assert os.readlink(begun.path / "runs" / "best").startswith("0001-")  # what is best stays best
     begun.check()
@@ -414,6 +415,41 @@ def test_a_repeat_under_a_used_seed_is_refused(begun):
 def test_the_kept_code_run_again_under_its_seed_is_refused(begun):
     begun.run(0.9)
     assert "make the next experiment" in begun.refused("again")
+
+
+def test_code_that_crashed_gets_no_second_row_for_crashing_again(begun):
+    begun.change_train("def main(:\n")
+    begun.commit()
+    begun.run(tail="SyntaxError: bad\n")
+    begun.recorded("typo")
+    begun.git("cherry-pick", "refs/autoresearch/test/0002")
+    begun.run(tail="SyntaxError: bad\n")
+    assert "crashed before (row 0002): git reset --keep" in begun.refused("typo, once more")
+    begun.run(0.99)
+    assert begun.recorded("it was the machine").verdict == "keep"
+
+
+def test_a_run_of_code_that_was_not_committed_needs_no_second_one(begun):
+    begun.change_train()
+    begun.run(0.99)
+    assert "git commit" in begun.refused("idea") and "no second run" in begun.refused("idea")
+    begun.commit("idea")
+    assert begun.recorded("idea").verdict == "keep"
+
+
+def test_a_checkout_where_git_knows_no_name_can_commit_after_the_baseline(night):
+    env = night.env | {"HOME": str(night.path), "EMAIL": "", "USER": ""}
+
+    def commit():
+        (night.path / "train.py").write_text("LR = 0.05\n")
+        return subprocess.run(["git", "commit", "-qm", "x", "train.py"], cwd=night.path, env=env, capture_output=True)
+
+    night.git("config", "user.useConfigOnly", "true")
+    assert commit().returncode
+    night.git("checkout", "-q", "--", "train.py")
+    night.run(1.0)
+    assert "note: git knew no name" in night.recorded("baseline").out
+    assert commit().returncode == 0
 
 
 @pytest.mark.parametrize("other", ["prepare.py", "results.md"])

@@ -80,6 +80,24 @@ def test_code_that_was_tried_in_vain_is_sent_back(begun):
     assert status(begun)[1] == f"{begun.head()[:7]} was tried already (row 0003): git reset --keep {commit[:7]}"
 
 
+def test_a_run_that_record_would_refuse_is_not_to_be_recorded(begun):
+    begun.run(0.9)
+    assert "is recorded: edit train.py" in status(begun)[1]
+    begun.change_train("def main(:\n")
+    begun.commit("crash")
+    begun.run(tail="SyntaxError: bad\n")
+    begun.recorded("typo")
+    begun.git("cherry-pick", "refs/autoresearch/test/0002")
+    begun.run(tail="SyntaxError: bad\n")
+    assert "was tried already (row 0002): git reset --keep" in status(begun)[1]
+
+
+def test_a_run_of_code_that_was_not_committed_is_committed_and_recorded(begun):
+    begun.change_train()
+    begun.run(0.9)
+    assert "of train.py as it stands, which is not committed: git commit" in status(begun)[1]
+
+
 def test_a_run_in_progress_is_shown_and_waited_for(begun):
     begun.change_train()
     begun.commit("idea")
