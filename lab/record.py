@@ -159,8 +159,9 @@ def steps(repo):
     def name_author(plan):
         if repo.ask("var", "GIT_COMMITTER_IDENT"):
             return None
-        repo.git("config", "user.email", repo.ask("config", "user.email") or "autoresearch@localhost")
-        repo.git("config", "user.name", repo.ask("config", "user.name") or "autoresearch")
+        for key, value in [("user.email", "autoresearch@localhost"), ("user.name", "autoresearch")]:
+            if not repo.ask("config", key) and repo.ask("config", "--local", key, value) is None:
+                return "git knows no name to commit by, and its configuration cannot be written"
         return "git knew no name to commit by: in this checkout it is autoresearch now"
 
     def undo(plan):
