@@ -321,9 +321,8 @@ class Clock:
 
 
 def compiled_graphs():
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled, nor need it be loaded
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def end_early(number, _frame):

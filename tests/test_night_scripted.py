@@ -148,6 +148,7 @@ def test_a_scripted_night(tree):
     # the machine is wanted elsewhere
     agent.edit("# effect: -0.01")
     agent.git('commit -q -m "preempted first" -- train.py')
+    (tree / "run.log").write_text("")  # or the last run's lines would pass for this one's
     process = subprocess.Popen(
         ["sh", "-c", "uv run train.py > run.log 2>&1"], cwd=tree, env=env, start_new_session=True
     )  # fmt: skip
