@@ -151,7 +151,7 @@ def test_a_batch_of_many_tokens_scores_as_many_batches_of_few(score):
 def test_the_score_of_a_run_does_not_depend_on_the_batch_size(run):
     model = Toy()
     expected = run.evaluate(model, 32)
-    for batch_size in (1, 24, 64):
+    for batch_size in (3, 24, 64):
         assert run.evaluate(model, batch_size) == pytest.approx(expected, rel=1e-6)
 
 

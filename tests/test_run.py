@@ -217,14 +217,14 @@ def test_a_seed_decides_the_whole_run(make_training, python):
     """The clock injected: then two runs are one, in processes of their own; another seed is another run."""
 
     def curve(run, **env):
-        repo = make_training(time_budget=100)
+        repo = make_training(time_budget=40)
         (repo.path / "injected.py").write_text(INJECTED)
         result = run(repo, **env)
         assert (result.rc, result.err) == (0, "")
         said, values = header(result.out), summary(result.out)
         assert said["clock"] == "injected" and said["seed"] == int(env.get("AUTORESEARCH_SEED", 42))
         lines = re.findall(r"^step .*", result.out, re.MULTILINE)
-        assert len(lines) == 11 and values["num_steps"].strip() == "99"
+        assert len(lines) == 5 and values["num_steps"].strip() == "39"
         losses = [float(loss) for loss in re.findall(r"loss (\S+)", "\n".join(lines))]
         assert losses[-1] < losses[0]
         weights = torch.load(repo.path / "checkpoint.pt", weights_only=True)["model"]
@@ -348,9 +348,9 @@ def train(clock, *args, train=train):
 
 def test_a_giant_last_step_has_no_score(make_training, python):
     """One that the loop began at progress 0.99, here by a clock that leaps when the loop ends."""
-    repo = make_training(GIANT, time_budget=100)
+    repo = make_training(GIANT, time_budget=20)
     (repo.path / "injected.py").write_text(INJECTED)
-    assert_refused(python.run(repo, "injected.py"), "training overran its 100 s by 61.0 s", "shorter steps")
+    assert_refused(python.run(repo, "injected.py"), "training overran its 20 s by 61.0 s", "shorter steps")
     assert left_in(repo) == set()
 
 
@@ -372,7 +372,7 @@ GPT.eager_network = peeking
     ],
 )
 def test_a_cheat_trains_to_the_end_and_has_no_score(make_training, python, inputs, says):
-    repo = make_training(CHEAT.format(inputs))
+    repo = make_training(CHEAT.format(inputs), time_budget=1)
     result = python.run(repo, "train.py")
     assert_refused(result, says)
     assert "val_bpb" not in result.out and left_in(repo) == set()
