@@ -10,7 +10,7 @@ import sys
 
 from lab.errors import Stop, Unfinished, os_reason
 
-COMMANDS = ["record", "status", "sample", "night", "sandbox"]
+COMMANDS = ["record", "status", "sample", "night", "sandbox", "audit", "prove", "dashboard", "fleet", "slurm"]
 EPILOG = """\
 exit status: 0 done; 1 refused or failed, nothing was changed; 2 wrong usage; 3 stopped half-way (disk full and
 the like): nothing is lost, the same command completes it; 75 the run was killed or preempted: run it again.

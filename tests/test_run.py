@@ -199,7 +199,9 @@ def test_a_compiled_training_on_the_standard_library_offline_and_read_only(
     repo.copy_cache(prepared_stdlib)
     repo.edit("train.py", "^COMPILE = False", "COMPILE = True")
     result = offline_and_read_only(repo)
-    assert (result.rc, result.err) == (0, "")
+    # Where nvcc is installed and no GPU is, torch says so in a line of its log, on importing its compiler.
+    told = [line for line in result.err.splitlines() if "No CUDA runtime is found" not in line]
+    assert (result.rc, told) == (0, [])
     assert "\nval_bpb: " in result.out and "graphs compiled after the clock started: 0\n" in result.out
     assert "\ntorch.compile: yes" in result.out or "\ntorch.compile: no, eager (no C++ compiler" in result.out
 
