@@ -7,11 +7,18 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import time
-from importlib.metadata import version
+from base64 import b64encode
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -81,6 +88,128 @@ def copy_code(folder, eval_tokens=None):
         (folder / "constants.py").write_text(rules)
 
 
+def core(folder=ROOT):
+    """(prepare, train): the modules of a copy of the code, with the hyperparameters that hold on this device."""
+    sys.path[0] = str(folder)  # not benchmarks/, where prepare.py is another
+    prepare, train = import_module("prepare"), import_module("train")
+    if prepare.pick_device()[0].type != "cuda":
+        vars(train).update(train.SMALL)
+    return prepare, train
+
+
+@contextmanager
+def clock(prepare):
+    """A clock of prepare's that has started, without a model to look over: data are handed out."""
+    clock = prepare._clock = prepare.Clock(time.monotonic, lambda: 0.0)
+    clock.device, clock.device_name = prepare.pick_device()
+    clock.started = clock.last = clock.now()
+    try:
+        yield clock
+    finally:
+        clock.close()
+
+
+@contextmanager
+def data(prepare, tokens=20_000_000):
+    """Sees that there are data: prepared ones, or random ones in a folder that is gone afterwards."""
+    if prepare.read_manifest(prepare.data_dir() / "manifest.json"):
+        yield "prepared"
+        return
+    kept = os.environ.get("AUTORESEARCH_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["AUTORESEARCH_CACHE"] = folder
+        write_random_tokens(prepare, tokens)
+        try:
+            yield "random"
+        finally:
+            os.environ.pop("AUTORESEARCH_CACHE")
+            if kept is not None:
+                os.environ["AUTORESEARCH_CACHE"] = kept
+
+
+def write_random_tokens(prepare, tokens):
+    """One shard of random tokens in documents of natural lengths, a tokenizer that nobody trained, a manifest."""
+    root, rng = prepare.data_dir(), np.random.default_rng(0)
+    root.mkdir(parents=True)
+    lengths = (rng.lognormal(0, 1.0, 2 * tokens // 700) * MEDIAN_CHARACTERS / 4).astype(np.int64) + 2
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    shard = rng.integers(0, prepare.NUM_ORDINARY, offsets[-1], dtype=np.uint16)
+    shard[offsets[:-1]] = prepare.NUM_ORDINARY  # BOS
+    path = root / "train_00000.npy"
+    np.save(path, shard)
+    np.save(prepare.offsets_path(path), offsets)
+    T = prepare.MAX_SEQ_LEN
+    rows = rng.integers(0, prepare.NUM_ORDINARY, (prepare.EVAL_TOKENS // T, T + 1), dtype=np.uint16)
+    np.save(root / "val_rows.npy", rows)
+    longer = (bytes(pair) for pair in product(range(256), repeat=2))
+    ranks = [bytes([i]) for i in range(256)] + [next(longer) for _ in range(prepare.NUM_ORDINARY - 256)]
+    text = "".join(f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+    (root / "tokenizer.tiktoken").write_text(text)
+    token_bytes = prepare.load_tokenizer().token_bytes()
+    val = {
+        "bytes": (root / "val_rows.npy").stat().st_size,
+        "sha256": prepare.sha256_files(root / "val_rows.npy"),
+        "text_bytes": int(token_bytes[rows[:, 1:]].sum()),
+    }
+    manifest = {"rules": prepare.DATA_RULES, "train_shards": 1, "files": {"val_rows.npy": val}}
+    manifest["data_sha256"] = prepare.sha256_files(path)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def model(train, prepare, device):
+    """(model, optimizer) as train.main builds them."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    dtype, _ = train.choose_dtype(device)
+    model = train.GPT(train.build_config(prepare.VOCAB_SIZE), dtype)
+    model.init_weights()
+    model.to(device)
+    return model, train.build_optimizer(model, dtype)
+
+
+def attention(name, train, device):
+    """A back end of train.py by its name, or one that train.py does not use: to know what it would bring."""
+    if name == "varlen":
+        return varlen(train)
+    if name == "flash4":
+        return flash4(train)
+    return {"fa3": train.load_fa3, "flex": train.load_flex, "sdpa": lambda: train.SDPA}[name]()
+
+
+def varlen(train):
+    """torch's own variable-length attention, FlashAttention inside, with one sequence a row."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q, k, v, window, mask):
+        B, T = q.shape[:2]
+        starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, *q.shape[1:])
+
+    return train.Attention("varlen", lambda T, window, device: None, attend)
+
+
+def flash4(train):
+    """FlashAttention-4 (the package flash-attn-4), where it is installed."""
+    from flash_attn.cute import flash_attn_func
+
+    def attend(q, k, v, window, mask):
+        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+        return y[0] if isinstance(y, tuple) else y
+
+    return train.Attention("flash4", lambda T, window, device: None, attend)
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def hardware():
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -95,7 +224,7 @@ def record(benchmark, result):
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     packages = ("torch", "numpy", "pyarrow", "tiktoken", "rustbpe")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {"python": platform.python_version()} | {name: installed(name) for name in packages}
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     line = {
         "benchmark": benchmark,

@@ -1,0 +1,116 @@
+"""What does a run spend outside its training? From the start of the process to the summary, stage by stage.
+
+    uv run benchmarks/overhead.py                              the defaults of this device, 3 runs
+    uv run benchmarks/overhead.py --compile                    compiled: with an empty compile cache, then 3 with a warm one
+    uv run benchmarks/overhead.py --budget 20 --repeats 5
+
+Each run is a real `train.py` in a copy of the code whose budget is shortened, in a process of its own; the functions
+that bound the stages are timed from outside. Data: the prepared ones of AUTORESEARCH_DATASET; where there are none,
+random tokens, with the real number of evaluation rows. Prints a table of medians, appends a line to
+benchmarks/results.jsonl.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+STAGES = ["imports", "begin_run", "model", "warm_up", "dry_run", "training", "audit", "scoring", "checkpoint", "exit"]
+
+TIMED = '''
+"""train.py, with the moments at which its stages end."""
+import json, sys, time
+born = time.monotonic() - __import__("prepare").process_age()
+import prepare, train
+marks = [("imports", time.monotonic())]
+
+def until(module, name, stage, before=None):
+    inner = getattr(module, name)
+    def timed(*args, **kwargs):
+        if before:
+            marks.append((before, time.monotonic()))
+        result = inner(*args, **kwargs)
+        marks.append((stage, time.monotonic()))
+        return result
+    setattr(module, name, timed)
+
+until(train, "begin_run", "begin_run")
+until(train, "warm_up", "warm_up", before="model")
+until(prepare.Clock, "start", "dry_run")
+until(train, "train", "training")
+until(prepare, "audit", "audit")
+until(prepare, "score_rows", "scoring")
+until(train, "save_checkpoint", "checkpoint")
+train.__file__ = __file__.replace("timed.py", "train.py")
+train.main()
+seconds, last = {}, born
+for stage, when in marks:
+    seconds[stage], last = when - last, when
+print("RESULT", json.dumps(seconds), flush=True)
+'''
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--compile", action="store_true", help="compiled on a CPU too, cold and warm")
+    parser.add_argument("--budget", type=int, default=10, help="seconds of training (default: 10)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, beside the cold one (default: 3)")
+    args = parser.parse_args()
+    prepare, _ = common.core()
+    with tempfile.TemporaryDirectory() as folder, common.data(prepare) as data:
+        folder = Path(folder)
+        copy(folder, args)
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compile")}
+        runs = [run(folder, env) for _ in range(args.repeats + 1)]
+    cold, warm = runs[0], runs[1:]
+    stages = [stage for stage in STAGES if stage in cold]
+    print(f"{'':<12}{'first':>9}{'later':>9}   seconds; later: median of {len(warm)}; {data} data")
+    medians = {stage: statistics.median(r[stage] for r in warm) for stage in stages}
+    for stage in stages:
+        print(f"{stage:<12}{cold[stage]:>9.2f}{medians[stage]:>9.2f}")
+    beyond = [sum(r.values()) - r["training"] for r in runs]
+    later = statistics.median(beyond[1:])
+    print(f"{'beyond training':<12}{beyond[0]:>6.2f}{later:>9.2f}   later: {min(beyond[1:]):.2f} to {max(beyond[1:]):.2f}")
+    budget = prepare.TIME_BUDGET
+    print(f"8 hours hold {8 * 3600 / (budget + later):.0f} runs of {budget} s, without the agent's own time")
+    result = {"data": data, "compile": args.compile, "budget": args.budget, "repeats": args.repeats}
+    common.record("overhead", result | {"first": cold, "later": warm, "beyond_training": beyond})
+
+
+def copy(folder, args):
+    common.copy_code(folder)
+    shutil.copy(common.ROOT / "train.py", folder)
+    edit(folder / "constants.py", r"^TIME_BUDGET = \d+", f"TIME_BUDGET = {args.budget}")
+    if args.compile:
+        edit(folder / "train.py", r"COMPILE=False", "COMPILE=True")
+    (folder / "timed.py").write_text(TIMED)
+
+
+def edit(path, pattern, replacement):
+    text, n = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
+    assert n == 1, f"{path.name} has {n} places like {pattern}: expected 1"
+    path.write_text(text)
+
+
+def run(folder, env):
+    """{stage: seconds} of one run."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "timed.py"], cwd=folder, env=env, capture_output=True, text=True)
+    whole = time.monotonic() - began
+    if done.returncode:
+        raise SystemExit(f"the run ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    seconds = json.loads(re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)[1])
+    return seconds | {"exit": whole - sum(seconds.values())}
+
+
+if __name__ == "__main__":
+    main()
