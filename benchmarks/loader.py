@@ -1,12 +1,16 @@
 """How fast is the dataloader on one core, beside the naive one that tokenises as it goes?
 
     uv run benchmarks/loader.py                                  made-up text of natural lengths (2 minutes)
+    uv run benchmarks/loader.py --readers 1 2 8                  several trainings that read the same shards at once
     AUTORESEARCH_DATASET=stdlib uv run benchmarks/loader.py      what prepare.py made of the standard library
 
 Prints a table and appends a line to benchmarks/results.jsonl. The naive one is the tests' oracle, and the first rows
 of both are compared before anything is timed. Time is CPU time of this one thread: on an idle core, that of the wall.
+With --readers each reader is a process, on any core, and time is that of the wall over all of them.
 """
 
+import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -24,6 +28,14 @@ SHARD_CHARACTERS = 40_000_000
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--readers", type=int, nargs="+", help="how many trainings read at once")
+    parser.add_argument("--read", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read or args.readers:
+        prepare, _ = common.core()
+        with common.data(prepare):
+            return read(prepare, float(args.read)) if args.read else measure_readers(prepare, args.readers)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core for both
     if os.environ.get("AUTORESEARCH_DATASET") == "stdlib":
@@ -42,6 +54,47 @@ def main():
         common.copy_code(folder, eval_tokens=2048 * 64)
         subprocess.run([sys.executable, "prepare.py", "--num-shards", "2"], cwd=folder, check=True)
         measure(folder, "made up")
+
+
+def read(prepare, until):
+    """A reader: prints what it read, in tokens, from one moment of the clock to another."""
+    import torch
+
+    torch.set_num_threads(1)
+    B, T = SHAPES[0]
+    with common.clock(prepare):
+        batches = prepare.make_dataloader(prepare.load_tokenizer(), B, T, "train")
+        for _ in range(64):
+            next(batches)
+        print("ready", flush=True)
+        begin = float(input())
+        time.sleep(max(0, begin - time.time()))
+        n = 0
+        while time.time() < begin + until:
+            next(batches)
+            n += 1
+    print(n * B * T)
+
+
+def measure_readers(prepare, counts, seconds=5):
+    rows = []
+    for readers in counts:
+        command = [sys.executable, __file__, "--read", str(seconds)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen(command, **pipes) for _ in range(readers)]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n", "a reader failed: its message stands above"
+        begin = time.time() + 0.5
+        for process in processes:
+            process.stdin.write(f"{begin}\n")
+            process.stdin.flush()
+        totals = [json.loads(process.communicate()[0]) for process in processes]
+        rows.append({"readers": readers, "tokens_per_second": round(sum(totals) / seconds)})
+        rows[-1] |= {"slowest": round(min(totals) / seconds), "fastest": round(max(totals) / seconds)}
+    print(f"{'readers':>8} {'all':>14} {'slowest':>14} {'fastest':>14}   tokens/s over {seconds} s, {SHAPES[0]}")
+    for r in rows:
+        print(f"{r['readers']:>8}", *(f"{r[name]:>14,}" for name in ("tokens_per_second", "slowest", "fastest")))
+    common.record("loader_readers", {"B": SHAPES[0][0], "T": SHAPES[0][1], "seconds": seconds, "results": rows})
 
 
 def measure(folder, data):

@@ -1,11 +1,14 @@
 """How long does `prepare.py` take on climbmix's layout, and how much memory?
 
     uv run benchmarks/prepare.py            4 training shards of 60 MB of text, validation and holdout (5 minutes, 1 GB of disk)
+    uv run benchmarks/prepare.py --cores 1                         the same on one core: how does it scale?
+    uv run benchmarks/prepare.py --shards 10 --characters 250e6    ClimbMix's own size (half an hour, 8 GB of disk)
 
 A local server stands in for the hub and the text is made up; the rest, rules included, is as in real life. Prints a
 table and appends a line to benchmarks/results.jsonl.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,7 +21,6 @@ from pathlib import Path
 import common
 import psutil
 
-SHARD_CHARACTERS = 60_000_000
 EVAL_CHARACTERS = 130_000_000  # of validation and of holdout: enough to pack EVAL_TOKENS from
 
 
@@ -26,7 +28,12 @@ def main():
     sys.path.append(str(common.ROOT / "tests"))
     from hub import Hub
 
-    shards = [(i, SHARD_CHARACTERS) for i in range(4)] + [(6541, EVAL_CHARACTERS), (6542, EVAL_CHARACTERS)]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shards", type=int, default=4, help="training shards (default: 4)")
+    parser.add_argument("--characters", type=float, default=60e6, help="of text in each (default: 60e6)")
+    parser.add_argument("--cores", type=int, help="cores that prepare.py may use (default: all)")
+    args = parser.parse_args()
+    shards = [(i, args.characters) for i in range(args.shards)] + [(i, EVAL_CHARACTERS) for i in (6541, 6542)]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = {f"shard_{i:05d}.parquet": folder / f"{i}.parquet" for i, _ in shards}
@@ -44,14 +51,17 @@ def main():
                 "AUTORESEARCH_CACHE": str(folder / "cache"),
             }
             env |= {"HF_ENDPOINT": hub.endpoint, "NO_PROXY": "*"}
-            command = [sys.executable, "prepare.py", "--num-shards", "4"]
-            result = measure(command, code, env, folder / "cache" / "climbmix")
+            command = [sys.executable, "prepare.py", "--num-shards", str(args.shards)]
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores[: args.cores])  # inherited
+            result = vars(args) | measure(command, code, env, folder / "cache" / "climbmix")
+            os.sched_setaffinity(0, cores)
         again = time.perf_counter()
         subprocess.run(command, cwd=code, env=env, check=True, stdout=subprocess.DEVNULL)
         result["second_run_seconds"] = round(time.perf_counter() - again, 2)
     print()
     for key, value in result.items():
-        print(f"{key:<32}{value:>16,}")
+        print(f"{key:<32}{'all' if value is None else f'{value:,}':>16}")
     print(common.hardware())
     common.record("prepare", result)
 
