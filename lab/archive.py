@@ -123,7 +123,8 @@ def place_of(top, tag):
     here = top / "runs.jsonl"
     records, _ = results.read_runs(here)
     away = top / "runs" / tag / "runs.jsonl"
-    return away if records and records[-1]["tag"] != tag and away.exists() else here
+    is_here = bool(records) and records[-1]["tag"] == tag
+    return here if is_here or not away.exists() else away
 
 
 def records_of(top, tag):

@@ -141,8 +141,11 @@ class Repo:
             if line not in commits:
                 tip = self.transplant(line, tip, entry)
         head = self.git("rev-parse", "HEAD:train.py").strip()
-        if self.ask("hash-object", "--path=train.py", "train.py") == entry[2] != head:
+        there = self.ask("hash-object", "--path=train.py", "train.py")
+        if there == entry[2] != head:
             self.git("checkout", "--quiet", "HEAD", "--", "train.py")  # a reset that was killed came this far
+        elif there == head:
+            self.git("update-index", "--", "train.py")  # a commit that was killed may have left an older index
         self.ask("update-index", "-q", "--refresh")  # or a train.py that was only touched would look edited
         self.git("reset", "--quiet", "--keep", tip)
         self.index.unlink(missing_ok=True)
@@ -198,10 +201,35 @@ def git(path, *args, stdin=None, env=None, raw=False):
         if not lock:
             raise GitError(args, message or f"exit status {done.returncode}")
         if time.monotonic() > deadline:
-            if git_is_running(path):
+            if not remove_stale(path, lock[1], patience=0.5):
                 raise Unfinished(f"another git holds {lock[1]}: wait for it to end, then run this again")
-            Path(lock[1]).unlink(missing_ok=True)
+            deadline += 1
         time.sleep(0.1)
+
+
+def remove_stale(path, lock, patience=LOCK_PATIENCE):
+    """Removes the lock file, if it is the same for so many seconds and no git runs that could be its holder.
+    Returns whether it is gone or another by now."""
+    lock, places = Path(lock), [path]
+    if lock.name not in ("index.lock", "HEAD.lock"):  # of the repository, which other working trees share
+        listed = subprocess.run(["git", "worktree", "list", "--porcelain"], cwd=path, capture_output=True, text=True)
+        places += [line[9:] for line in listed.stdout.splitlines() if line.startswith("worktree ")]
+    deadline, first = time.monotonic() + patience, identity(lock)
+    while first == identity(lock) is not None:
+        if time.monotonic() > deadline:
+            if any(map(git_is_running, places)):
+                return False
+            lock.unlink(missing_ok=True)
+        time.sleep(0.05)
+    return True
+
+
+def identity(path):
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def git_is_running(path):

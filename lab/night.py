@@ -7,7 +7,7 @@ Writes night.log (what the keeper did, a line each), .lab/agent.log (what the ag
 """
 
 import argparse
-import fcntl
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +18,9 @@ from datetime import datetime
 from pathlib import Path
 
 from constants import GRACE, TIME_BUDGET
-from lab.locks import run_in_progress
+from lab import leftovers
+from lab.errors import Refused
+from lab.locks import run_in_progress, take
 from lab.processes import adopt_orphans, descendants, end_descendants, reap, send
 
 HELP = "keep an agent at work for some hours: start it, restart it, end it in the morning"
@@ -89,12 +91,11 @@ class Keeper:
 
     def say(self, sentence):
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
-        with open(self.log, "a") as f:
-            f.write(line + "\n")
-        try:
+        with contextlib.suppress(OSError):  # a full disk
+            with open(self.log, "a") as f:
+                f.write(line + "\n")
+        with contextlib.suppress(OSError):  # the terminal was closed; the log goes on
             print(line, flush=True)
-        except OSError:  # the terminal was closed; the log goes on
-            pass
 
     def signalled(self, number, frame):
         if self.stopped_by:  # asked twice: no more patience
@@ -113,18 +114,19 @@ class Keeper:
     # --- the agent ---
 
     def start(self):
+        leftovers.clear(self.root, self.say)
         self.starts += 1
         self.state, self.fruitful = recorded(self.root), False
         self.last = self.began = self.now()
         if self.agent_log.exists() and self.agent_log.stat().st_size > 100e6:
             os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
-        with open(self.agent_log, "ab") as f:
-            f.write(f"\n--- start {self.starts}, {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
-            f.flush()
+        with open(self.agent_log, "ab", buffering=0) as f:
+            with contextlib.suppress(OSError):  # a full disk
+                f.write(f"\n--- start {self.starts}, {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
             self.words_start = f.tell()
             self.process = subprocess.Popen(
                 self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                start_new_session=True,
+                start_new_session=True, env=os.environ | leftovers.environment(self.root),
             )  # fmt: skip
         self.say(f"start {self.starts} of the agent, process {self.process.pid}")
 
@@ -216,21 +218,24 @@ def run(args, now=time.monotonic, sleep=time.sleep):
     if args.hours <= 0 or args.stall_minutes <= 0 or args.restarts < 1:
         print("--hours and --stall-minutes must be above 0, --restarts at least 1", file=sys.stderr)
         return 2
+    if sys.platform == "win32":
+        raise Refused("a night needs Linux or macOS: on Windows run it in WSL, or start the agent by hand")
     root = Path.cwd()
     (root / ".lab").mkdir(exist_ok=True)
     with open(root / ".lab" / "night.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take(lock):
             lock.seek(0)
             print(f"a night is at work in this tree already: process {lock.read().strip()}", file=sys.stderr)
             return 2
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            print(os.getpid(), end="", file=lock, flush=True)
         adopt_orphans()
         keeper = Keeper(root, args.agent, args.hours, args.stall_minutes, args.restarts, now, sleep)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, keeper.signalled)
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # not SIG_IGN, which the agent would inherit
-        return keeper.watch()
+        try:
+            return keeper.watch()
+        finally:
+            end_descendants()  # whatever happened: an agent without a keeper would go on for ever
