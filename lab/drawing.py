@@ -61,7 +61,11 @@ def scatter(axes, seen, x):
     size = 34 if len(seen.kept) + len(seen.others) <= 300 else 14
     styles = [
         ("not kept", seen.others, {"s": 0.8 * size, "color": OTHER, "alpha": 0.5, "linewidths": 0, "zorder": 2.5}),
-        ("kept", seen.kept, {"s": 1.6 * size, "color": KEPT, "edgecolors": "white", "linewidths": 0.8, "zorder": 4}),
+        (
+            plots.name_of_kept(seen.kept),
+            seen.kept,
+            {"s": 1.6 * size, "color": KEPT, "edgecolors": "white", "linewidths": 0.8, "zorder": 4},
+        ),
     ]
     for name, experiments, style in styles:
         if near := [e for e in experiments if seen.clamped(e) == e.val_bpb]:
@@ -75,10 +79,22 @@ def scatter(axes, seen, x):
             continue
         axes.scatter([x(e) for e in out], [height] * len(out), s=1.3 * size, color=OTHER, marker=marker, zorder=4,
                      transform=axes.get_xaxis_transform(), clip_on=False, label=f"{name} ({len(out)})")  # fmt: skip
-        for e in out if len(out) <= 3 else []:
-            axes.annotate(f"{e.val_bpb:.4g}", (x(e), height), xycoords=axes.get_xaxis_transform(), xytext=(7, -3),
-                          textcoords="offset points", fontsize=9, color=OTHER)  # fmt: skip
+        room = 0.07 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+        for e, after in zip(out, [*map(x, out[1:]), axes.get_xlim()[1]], strict=True):
+            if after - x(e) > room:
+                axes.annotate(f"{e.val_bpb:.4g}", (x(e), height), xycoords=axes.get_xaxis_transform(), xytext=(7, -3),
+                              textcoords="offset points", fontsize=9, color=OTHER)  # fmt: skip
     axes.set_ylim(seen.low, seen.high)
+
+
+def write_legend(axes):
+    """One line above the axes; the important first."""
+    order = ["kept", "kept,", "baseline", "best", "±σ", "not", "crashed", "above", "below"]
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda e: order.index(e[1].split()[0]))
+    if entries:
+        axes.legend(*zip(*entries, strict=True), loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(entries),
+                    frameon=False, fontsize=10, labelcolor=INK, handletextpad=0.4, columnspacing=1.4, handlelength=1.6,
+                    borderaxespad=0.2)  # fmt: skip
 
 
 def write_labels(axes, experiments, x, bold, line, soft):
@@ -149,9 +165,7 @@ def progress(night):
     if seen.kept:
         xs, ys = plots.band(night)
         if xs:
-            axes.fill(
-                xs, ys, color=KEPT, alpha=0.13, linewidth=0, zorder=1.5, label=f"±σ of one run ({night.sigma:.2g})"
-            )
+            axes.fill(xs, ys, color=KEPT, alpha=0.13, linewidth=0, zorder=1.5, label=f"±σ ({night.sigma:.2g})")
         best = [math.nan if value is None else value for value in night.running_best()]
         axes.step([*range(1, n + 1), n + 0.5], [*best, best[-1]], where="post", color=KEPT, linewidth=1.6, alpha=0.75,
                   zorder=3, label="best so far")  # fmt: skip
@@ -159,9 +173,7 @@ def progress(night):
         axes.scatter([e.number for e in seen.missing], [EDGE] * len(seen.missing), s=30, color=MISSING, marker="x",
                      linewidths=1.4, transform=axes.get_xaxis_transform(), zorder=4,
                      label=f"{plots.name_of_missing(seen.missing)} ({len(seen.missing)})")  # fmt: skip
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.005, 1.0), ncols=7, frameon=False, fontsize=10, labelcolor=INK,
-                    handletextpad=0.4, columnspacing=1.4, borderaxespad=0.2)  # fmt: skip
+    write_legend(axes)
     if inside := [e for e in seen.kept if seen.clamped(e) == e.val_bpb]:
         soft = np.array([(e.number, e.val_bpb) for e in seen.others]).reshape(-1, 2)
         write_labels(axes, important(night, inside), lambda e: e.number, night.best, steps(night, seen), soft)
@@ -180,10 +192,9 @@ def memory(night):
         say(axes, "no row has both a value and its memory")
         return figure
     scatter(axes, seen, lambda e: e.memory_gb)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.005, 1.0), ncols=4, frameon=False, fontsize=10, labelcolor=INK,
-                handletextpad=0.4, columnspacing=1.4, borderaxespad=0.2)  # fmt: skip
-    ends = [e for e in (night.best, night.baseline) if e and e.memory_gb and seen.clamped(e) == e.val_bpb]
+    write_legend(axes)
+    ends = [e for e in seen.kept if e in (night.best, night.baseline) and seen.clamped(e) == e.val_bpb]
     if ends:
         everything = np.array([(e.memory_gb, e.val_bpb) for e in seen.kept + seen.others])
-        write_labels(axes, list(dict.fromkeys(ends)), lambda e: e.memory_gb, night.best, everything, everything)
+        write_labels(axes, ends, lambda e: e.memory_gb, night.best, everything, everything)
     return figure

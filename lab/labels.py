@@ -6,17 +6,17 @@ import numpy as np
 
 # Directions to try, best first, in degrees. A night's running best falls to the right: to the lower left of a kept
 # point nothing else can lie.
-DIRECTIONS = [225, 250, 200, 270, 180, 290, 315, 45, 90, 70, 20, 0, 135, 160, 340, 110]
-DISTANCES = [9, 22, 40, 65, 95, 130, 170, 215, 265]
+DIRECTIONS = [225, 250, 200, 180, 270, 290, 315, 45, 90, 70, 20, 0, 340, 135, 160, 110]
+DISTANCES = [10, 22, 40, 65, 95]
 GAP = 3  # between two labels
 
 
 def box_at(point, size, angle, distance):
-    """(left, bottom, right, top) of a label that lies in this direction of the point."""
+    """(left, bottom, right, top) of a label whose nearest corner, or side, lies in this direction of the point."""
     (x, y), (w, h) = point, size
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    left = x + distance * cos - w * (1 - cos) / 2
-    bottom = y + distance * sin - h * (1 - sin) / 2
+    left = x + distance * cos - w * (0.5 if abs(cos) < 0.3 else cos < 0)
+    bottom = y + distance * sin - h * (0.5 if abs(sin) < 0.3 else sin < 0)
     return left, bottom, left + w, bottom + h
 
 

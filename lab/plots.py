@@ -73,6 +73,12 @@ def band(night):
     return [*xs, *xs[::-1]], [*(y + night.sigma for y in ys), *(y - night.sigma for y in ys[::-1])]
 
 
+def name_of_kept(experiments):
+    """A baseline that another harness calls "ok" stands like a kept one."""
+    kept = sum(e.kept for e in experiments)
+    return "kept" if kept == len(experiments) else "kept, and baseline" if kept else "baseline"
+
+
 def name_of_missing(experiments):
     return "crashed" if all(e.status == "crash" for e in experiments) else "crashed or no value"
 
@@ -147,7 +153,11 @@ def traces(night, x):
     small = len(seen.kept) + len(seen.others) > 300
     styles = [
         ("not kept", seen.others, {"color": OTHER, "opacity": 0.6, "size": 5 if small else 7}),
-        ("kept", seen.kept, {"color": KEPT, "size": 8 if small else 11, "line": {"width": 1, "color": "white"}}),
+        (
+            name_of_kept(seen.kept),
+            seen.kept,
+            {"color": KEPT, "size": 8 if small else 11, "line": {"width": 1, "color": "white"}},
+        ),
     ]
     made = []
     for name, experiments, marker in styles:

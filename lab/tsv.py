@@ -80,7 +80,7 @@ def parse(text, path):
     else:
         lines = lines[1:]
     if missing := [name for name in results.COLUMNS if name not in columns]:
-        raise Refused(f"{path}: the column {', '.join(missing)} is missing: is this a results.tsv?")
+        raise Refused(f"{path}: there is no column {', '.join(missing)}: is this a results.tsv?")
     place = {name: columns.index(name) for name in results.COLUMNS}
     needed = max(place[name] for name in results.COLUMNS[:4])
     rows = []
@@ -90,7 +90,7 @@ def parse(text, path):
             notes.append(f"line {i}: the names of the columns once more; left out")
             continue
         if len(fields) <= needed:
-            notes.append(f"line {i}: {len(fields)} fields where {len(columns)} are expected; left out")
+            notes.append(f"line {i}: {len(fields)} of {len(columns)} fields; left out")
             continue
         while len(fields) > len(columns) and not fields[-1]:
             fields.pop()
@@ -98,6 +98,6 @@ def parse(text, path):
             fields[len(columns) - 1 :] = [" ".join(fields[len(columns) - 1 :])]
             notes.append(f"line {i}: more fields than columns; the last ones are taken for the description")
         elif len(fields) != len(columns):
-            notes.append(f"line {i}: {len(fields)} fields where {len(columns)} are expected")
+            notes.append(f"line {i}: {len(fields)} of {len(columns)} fields")
         rows.append({name: fields[at] if at < len(fields) else "" for name, at in place.items()})
     return rows, notes
