@@ -1,4 +1,4 @@
-"""What analysis.ipynb says of a night: sentences and tables. The numbers come from nights.py, the pictures from plots.py."""
+"""What analysis.ipynb says of a night: sentences and tables. The numbers come from nights.py."""
 
 import html
 import os
@@ -161,6 +161,6 @@ def pace(night):
     ran = sum(bool(e.runs) for e in night.experiments)
     training = sum(e.training_minutes or 0 for e in night.experiments) / 60
     return (
-        f"{ran / hours:.1f} experiments an hour: {plural(ran, 'experiment')} in {plural(len(runs), 'run')} and {hours:.2f} "
-        f"hours, of which {training / hours:.0%} was training"
+        f"{ran / hours:.1f} experiments an hour: {plural(ran, 'experiment')} in {plural(len(runs), 'run')} and "
+        f"{hours:.2f} hours, of which {training / hours:.0%} was training"
     )

@@ -17,6 +17,7 @@ NOTHING = "no experiment has a value yet"
 WIDTH, LONGEST = 60, 240  # characters a line and in all of a description in the dashboard's charts
 # Colours on a page that may be light or dark: contrast at least 3 against white and against near black.
 KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
+RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
 
 
@@ -150,14 +151,10 @@ def points(name, experiments, xs, ys, marker, **more):
 def traces(night, x):
     """The traces of kept and other experiments at x(experiment); beyond the view, a triangle on its edge."""
     seen = view(night)
-    small = len(seen.kept) + len(seen.others) > 300
+    size = 5 if len(seen.kept) + len(seen.others) > 300 else 7
     styles = [
-        ("not kept", seen.others, {"color": OTHER, "opacity": 0.6, "size": 5 if small else 7}),
-        (
-            name_of_kept(seen.kept),
-            seen.kept,
-            {"color": KEPT, "size": 8 if small else 11, "line": {"width": 1, "color": "white"}},
-        ),
+        ("not kept", seen.others, {"color": OTHER, "opacity": 0.6, "size": size}),
+        (name_of_kept(seen.kept), seen.kept, {"color": KEPT, "size": size + 4, "line": RIM}),
     ]
     made = []
     for name, experiments, marker in styles:
@@ -172,13 +169,16 @@ def traces(night, x):
 
 def layout(night, x_title):
     seen = view(night)
+    room = 0.03 * (seen.high - seen.low)  # a triangle on the edge is seen whole
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
     made = {
         "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": TEXT, "size": 13}, "hovermode": "closest",
         "margin": {"l": 70, "r": 20, "t": 40, "b": 55}, "uirevision": "night",  # a refresh leaves the zoom alone
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, "hoverlabel": {"align": "left"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "hoverlabel": {"align": "left", "bgcolor": "#22262b", "font": {"color": "#f4f5f7"}},
+        "modebar": {"bgcolor": CLEAR, "color": TEXT},
         "xaxis": {**axis, "title": {"text": x_title}},
-        "yaxis": {**axis, "title": {"text": "val_bpb (lower is better)"}, "range": [seen.low, seen.high],
+        "yaxis": {**axis, "title": {"text": "val_bpb (lower is better)"}, "range": [seen.low - room, seen.high + room],
                   "exponentformat": "none"},
     }  # fmt: skip
     if not seen.kept and not seen.others:
