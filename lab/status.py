@@ -29,6 +29,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--all", action="store_true", help="every row, dead end and near miss")
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    parser.add_argument(
+        "--trees", nargs="+", metavar="GLOB", help="many working trees in one table: '/scratch/*/autoresearch/task*'"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,6 +177,12 @@ def text(known, everything=False):
 
 
 def run(args):
+    if args.trees:
+        from lab import trees
+
+        data = json.dumps(trees.as_data(args.trees), ensure_ascii=False) if args.json else trees.text(args.trees)
+        print(data)
+        return 0
     known = gather(Path.cwd())
     print(json.dumps(known, ensure_ascii=False) if args.json else text(known, args.all))
     return 0
