@@ -86,7 +86,7 @@ def plural(n, what):
 
 def outcomes(night):
     """Counts, keep rate, baseline and best."""
-    counts = Counter(e.status or "no status" for e in night.experiments)
+    counts = Counter(e.status.lower() or "no status" for e in night.experiments)
     order = [*(s for s in results.STATUSES if s in counts), *sorted(counts.keys() - set(results.STATUSES))]
     told = ", ".join(f"{counts[s]} {s}" for s in order)
     lines = [f"{plural(len(night.experiments), 'experiment')}: {told or 'results.tsv is missing or empty'}"]

@@ -1,70 +1,252 @@
-"""analysis.ipynb runs from top to bottom on any results.tsv that a night, or another harness, leaves behind."""
+"""analysis.ipynb runs from top to bottom on any results.tsv that a night, or another harness, leaves behind.
 
+In one kernel, through nbclient: what it shows of each kind. In fresh processes, as a script: that it is whole.
+"""
+
+import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from fakenight import CLOSE, ROOT, FakeNight
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-NIGHTS = {
-    "missing": None,
-    "empty": "",
-    "header only": HEADER,
-    "one row": HEADER + "a1b2c3d\t0.997900\t44.0\tkeep\tbaseline\n",
-    "only crashes": HEADER + "a1b2c3d\t0.000000\t0.0\tcrash\tout of memory\n" * 3,
-    "a night": HEADER
+NIGHT = (
+    HEADER
     + "a1b2c3d\t0.997900\t44.0\tkeep\tbaseline\n"
-    + "b2c3d4e\t0.993200\t44.2\tkeep\tcosts $5 and _more_ \"quotes\"\n"
+    + "b2c3d4e\t0.993200\t44.2\tkeep\tcosts $5 and _more_ \"quotes\" <b onclick='x'>\n"
     + "c3d4e5f\t1.005000\t44.0\tdiscard\tGeLU\n"
     + "d4e5f60\t0.000000\t0.0\tcrash\ttwice the width\n"
-    + "e5f6071\t0.991000\t44.0\tkeep\tbatch 2**18\n",
-    "by hand": HEADER + "a1b2c3d\tgood\t44\tok\tno number\n" + "b2c3d4e\t0.9\t1.0\tkeep\tfine\n",
+    + "e5f6071\t0.991000\t44.0\tkeep\tbatch 2**18\n"
+)
+BY_HAND = "\ufeffdescription\tCommit\tval_bpb\tmemory_gb\tstatus\r\n" + "\r\n".join(
+    [
+        "first\ta1b2c3d\t1.5\t44\tOK",
+        "no number\tb2c3d4e\tgood\t44 GB\tok",
+        "",
+        "half a row\tc3",
+        "best\td4\t1.25\t\tKEEP",
+    ]
+)
+KINDS = {
+    "by hand": BY_HAND,
+    "only crashes": HEADER + "a1b2c3d\t0.000000\t0.0\tcrash\tout of memory\n" * 3,
+    "one row": HEADER + "a1b2c3d\t0.997900\t44.0\tkeep\tbaseline\n",
+    "empty": "",
+    "missing": None,
+    "a night without runs.jsonl": NIGHT,
 }
+MINUTE = 60
 
 
-def run_cells(folder):
-    """Executes the notebook's code in a fresh process, as nbclient would, without its seconds of start-up."""
-    cells = json.loads((ROOT / "analysis.ipynb").read_text())["cells"]
+def prepare(folder, results):
+    """A folder that is to the notebook what the root of a checkout is."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "analysis.ipynb", folder)
+    os.symlink(ROOT / "lab", folder / "lab")
+    if results is not None:
+        (folder / "results.tsv").write_bytes(results if isinstance(results, bytes) else results.encode())
+    return folder
+
+
+def recorded(folder):
+    """This project's kind, by lab record itself: a night with runs.jsonl, of which a run began every 9 minutes."""
+    night = FakeNight(folder)
+    night.baseline()
+    night.experiment("a close call", CLOSE, seconds=150.0)
+    night.run(1.001, seed=43, seconds=150.0)
+    night.recorded()
+    night.experiment("wider", 0.99)
+    night.change_train()
+    night.commit("too wide")
+    night.run(tail="RuntimeError: out of memory\n")
+    night.recorded("too wide")
+    with open(folder / "runs.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    for i, record in enumerate(records):
+        begin = 9 * i
+        record["start"], record["end"] = (
+            f"2026-11-21T{m // MINUTE:02d}:{m % MINUTE:02d}:00+00:00" for m in (begin, begin + 6)
+        )
+    (folder / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return prepare(folder, None)
+
+
+class Shown:
+    """What an executed notebook shows: by the id of its cell the text, the HTML, the pictures."""
+
+    def __init__(self, cells):
+        self.text, self.html, self.pictures = {}, {}, {}
+        for cell in cells:
+            for output in cell.get("outputs", []):
+                assert output["output_type"] != "stream" or output["name"] == "stdout", output["text"]
+                data = output.get("data", {})
+                text = output.get("text", data.get("text/plain", ""))
+                self.text[cell["id"]] = self.text.get(cell["id"], "") + text
+                self.html[cell["id"]] = data.get("text/html", "")
+                if "image/png" in data:
+                    self.pictures[cell["id"]] = base64.b64decode(data["image/png"])
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """execute(folder) -> Shown, all in one kernel, which is emptied and sent to the folder each time."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        with client.setup_kernel():
+
+            def execute(folder):
+                notebook = nbformat.read(folder / "analysis.ipynb", as_version=4)
+                nbformat.validate(notebook)
+                go = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})")
+                client.nb = nbformat.v4.new_notebook(cells=[go, *notebook.cells])
+                client.reset_execution_trackers()
+                for i, cell in enumerate(client.nb.cells):
+                    client.execute_cell(cell, i)
+                return Shown(client.nb.cells[1:])
+
+            yield execute
+
+
+@pytest.fixture(scope="module")
+def shown(kernel, tmp_path_factory):
+    """Kind -> (folder, Shown)."""
+    folders = {"recorded": recorded(tmp_path_factory.mktemp("recorded") / "tree")}
+    for kind, results in KINDS.items():
+        folders[kind] = prepare(tmp_path_factory.mktemp("night"), results)
+    before = {kind: sorted(p.name for p in folder.iterdir()) for kind, folder in folders.items()}
+    found = {kind: (folder, kernel(folder)) for kind, folder in folders.items()}
+    for kind, folder in folders.items():
+        new = sorted({p.name for p in folder.iterdir()} - set(before[kind]))
+        assert new == ["progress.png"], f"{kind}: the notebook left {new}"
+    return found
+
+
+ALL = ["recorded", *KINDS]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_section_shows_something_and_the_picture_that_is_saved(shown, kind):
+    folder, out = shown[kind]
+    assert set(out.text) == {"load", "progress", "hits-table", "effort-table", "memory-picture", "pace-line"}
+    assert out.pictures["progress"] == (folder / "progress.png").read_bytes()
+    assert len(out.pictures["progress"]) > 20_000 and out.pictures["memory-picture"].startswith(b"\x89PNG")
+
+
+def test_a_recorded_night_is_told_with_its_noise_and_its_time(shown):
+    _, out = shown["recorded"]
+    lines = out.text["load"].splitlines()
+    assert lines[:3] == [
+        "4 experiments: 2 keep, 1 discard, 1 crash",
+        "kept: 1 of 3 after the baseline (33%)",
+        "baseline: 1.000000 (row 1, the first that is not a crash)",
+    ]
+    assert lines[3].startswith("best: 0.990000 (row 3, ") and "), 0.010000 = " in lines[3]
+    assert lines[4].startswith("noise of one run: σ 0.00")
+    head, row = out.text["hits-table"].splitlines()[1:]
+    assert head.split() == ["row", "commit", "val_bpb", "gain", "in", "σ", "description"]
+    assert row.split()[0] == "3" and row.split()[2:4] == ["0.990000", "0.010000"] and row.endswith("wider")
+    assert out.text["effort-table"].splitlines()[0] == (
+        "1 gain, each at the cost of 2.0 experiments and 10 minutes of training; 1 experiment since the last"
+    )
+    assert out.text["effort-table"].splitlines()[2].split() == ["3", "2", "10", "0.010000", "wider"]
+    # 7 runs from 0:00 to 1:00; 4 of them of five minutes and 2 of half of that
+    assert out.text["pace-line"].strip() == (
+        "4.0 experiments an hour: 4 experiments in 7 runs and 1.00 hours, of which 42% was training"
+    )
+
+
+def test_another_harness_is_read_with_its_own_words_and_what_is_left_out_is_said(shown):
+    _, out = shown["by hand"]
+    assert out.text["load"].splitlines() == [
+        "note: line 5: 2 of 5 fields; left out",
+        "3 experiments: 1 keep, 2 ok",
+        "kept: 1 of 2 after the baseline (50%)",
+        "baseline: 1.500000 (row 1, the first that is not a crash)",
+        "best: 1.250000 (row 3, d4), 0.250000 below the baseline",
+        "noise of one run: not known, as runs.jsonl tells of no repeat",
+    ]
+    assert out.text["hits-table"].splitlines()[-1].split() == ["3", "d4", "1.250000", "0.250000", "best"]
+    assert "1 gain, each at the cost of 2.0 experiments; 0 experiments since" in out.text["effort-table"]
+    assert "not known" in out.text["pace-line"]
+
+
+def test_a_crash_is_never_the_best_value(shown):
+    _, out = shown["a night without runs.jsonl"]
+    assert "5 experiments: 3 keep, 1 discard, 1 crash" in out.text["load"]
+    assert "best: 0.991000 (row 5, e5f6071), 0.006900 below the baseline" in out.text["load"]
+    rows = [line.split()[:4] for line in out.text["hits-table"].splitlines()[2:]]
+    assert rows == [["2", "b2c3d4e", "0.993200", "0.004700"], ["5", "e5f6071", "0.991000", "0.002200"]]
+    rows = [line.split()[:3] for line in out.text["effort-table"].splitlines()[2:]]
+    assert rows == [["2", "1", "0.004700"], ["5", "3", "0.002200"]]
+
+
+def test_only_crashes_one_row_and_none_say_so(shown):
+    crashes, one = shown["only crashes"][1].text, shown["one row"][1].text
+    assert crashes["load"].splitlines() == [
+        "3 experiments: 3 crash", "kept: 0 of 3 after the baseline (0%)", "no experiment has a value yet",
+    ]  # fmt: skip
+    assert one["load"].splitlines()[:2] == [
+        "1 experiment: 1 keep", "baseline: 0.997900 (row 1, the first that is not a crash)",
+    ]  # fmt: skip
+    for kind in ("empty", "missing"):
+        assert shown[kind][1].text["load"].strip() == "0 experiments: results.tsv is missing or empty"
+    for kind in ("only crashes", "one row", "empty", "missing"):
+        assert shown[kind][1].text["hits-table"] == "nothing was gained yet"
+
+
+def test_a_description_is_text_in_the_tables_too(shown):
+    html = shown["a night without runs.jsonl"][1].html["hits-table"]
+    assert "costs $5 and _more_ &quot;quotes&quot; &lt;b onclick=&#x27;x&#x27;&gt;" in html
+    assert "<b" not in html and "mathjax_ignore" in html and html.count("<tr>") == 3
+
+
+@pytest.mark.parametrize(
+    "results, needle",
+    [("a\tb\n1\t2\n", "there is no column commit"), (b"\x89PNG\r\n\x1a\n\0\0", "binary"), ("folder", "is no file")],
+)
+def test_a_wrong_file_is_one_sentence_and_nothing_is_drawn(kernel, tmp_path, results, needle):
+    folder = prepare(tmp_path / "night", None if results == "folder" else results)
+    if results == "folder":
+        (folder / "results.tsv").mkdir()
+    with pytest.raises(CellExecutionError) as failed:
+        kernel(folder)
+    assert needle in failed.value.traceback and "results.tsv" in failed.value.traceback
+    shown = failed.value.traceback.split("------------------")[-1].strip().splitlines()
+    assert len(shown) == 1, shown
+    assert not (folder / "progress.png").exists()
+
+
+def test_a_picture_that_cannot_be_saved_is_one_sentence(kernel, tmp_path):
+    folder = prepare(tmp_path / "night", NIGHT)
+    (folder / "progress.png").mkdir()
+    with pytest.raises(CellExecutionError, match="progress.png is not written"):
+        kernel(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["analysis.ipynb", "lab", "progress.png", "results.tsv"]
+
+
+def test_in_a_fresh_process_from_the_root_of_a_checkout(tmp_path):
+    folder = prepare(tmp_path / "night", NIGHT)
+    cells = json.loads((folder / "analysis.ipynb").read_text())["cells"]
     source = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "code")
-    source = "import matplotlib; matplotlib.use('Agg')\n" + source + "\nprint('GAINS', gains.to_json())\n"
-    return subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "5 experiments" in done.stdout and (folder / "progress.png").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize("night", NIGHTS)
-def test_every_kind_of_results(night, tmp_path):
-    if NIGHTS[night] is not None:
-        (tmp_path / "results.tsv").write_text(NIGHTS[night])
-    done = run_cells(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "progress.png").stat().st_size > 5000
-
-
-def test_a_crash_is_never_the_best_value(tmp_path):
-    (tmp_path / "results.tsv").write_text(NIGHTS["a night"])
-    out = run_cells(tmp_path).stdout
-    assert "5 experiments: 3 keep, 1 discard, 1 crash" in out
-    assert "baseline 0.997900, best kept 0.991000: +0.006900" in out
-    gains = json.loads(out.split("GAINS ")[1])["gain"]
-    assert gains["2"] == pytest.approx(0.0047) and gains["5"] == pytest.approx(0.0022)
-
-
-def test_a_file_of_another_kind_is_named(tmp_path):
-    (tmp_path / "results.tsv").write_text("a\tb\n1\t2\n")
-    done = run_cells(tmp_path)
-    assert done.returncode == 1 and "is this a results.tsv?" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_notebook_itself_executes(tmp_path):
-    import nbformat
-    from nbclient import NotebookClient
-
-    shutil.copy(ROOT / "analysis.ipynb", tmp_path)
-    (tmp_path / "results.tsv").write_text(NIGHTS["a night"])
-    notebook = nbformat.read(tmp_path / "analysis.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert (tmp_path / "progress.png").exists()
+def test_it_is_stored_without_outputs_and_only_calls_and_shows():
+    notebook = json.loads(Path(ROOT / "analysis.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            assert len(cell["source"].splitlines()) <= 7
+            assert not any(line.split()[:1] in (["def"], ["for"], ["if"]) for line in cell["source"].splitlines())
