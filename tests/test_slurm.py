@@ -1,0 +1,442 @@
+"""lab slurm: the script that it writes, and what a task does, with fakes in place of Slurm's commands.
+
+A task is run as slurmd would: `bash SCRIPT` in the environment of an array task, with a stub of squeue and scontrol.
+test_slurm_cluster.py does the same on a real Slurm.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import assert_refused, kill_group
+
+FAKES = {
+    "squeue": 'echo "$*" >> "$FAKES/squeue.called"; cat "$FAKES/state" 2> /dev/null',
+    "scontrol": 'echo "$*" >> "$FAKES/scontrol.called"',
+    "sbatch": 'echo "$*" >> "$FAKES/sbatch.called"; cp "$2" "$FAKES/submitted"; echo "4711;cluster"',
+    "uv": 'shift; exec python "$@"',
+    "apptainer": 'printf "%s\\n" "$@" > "$FAKES/apptainer.called"; while [ "$1" != python ]; do shift; done; '
+    'shift; exec "$REAL_PYTHON" "$@"',
+}
+AGENT = "env > $PWD/seen.env; echo {} >> runs.jsonl; sleep 100"
+
+
+class Cluster:
+    """A checkout to call `lab slurm` in, a folder that all nodes see, and the fakes on PATH."""
+
+    def __init__(self, repo, base, data):
+        self.repo, self.scratch, self.fakes, self.data = repo, base / "a scratch's 5% & $HOME", base / "fakes", data
+        self.scratch.mkdir()
+        self.fakes.mkdir()
+        for name, body in FAKES.items():
+            self.fake(name, body)
+        self.env = repo.env | {
+            "PATH": f"{self.fakes}:{os.environ['PATH']}", "FAKES": str(self.fakes), "SCRATCH": str(self.scratch),
+            "GIT_CONFIG_GLOBAL": os.devnull, "REAL_PYTHON": sys.executable, "AUTORESEARCH_CACHE": str(data),
+        }  # fmt: skip
+        self.git("init -q -b main")
+        self.git("add -A")
+        self.git("commit -q -m start")
+        self.started = []
+
+    def fake(self, name, body):
+        (self.fakes / name).write_text(f"#!/bin/sh\n{body}\n")
+        (self.fakes / name).chmod(0o755)
+
+    def called(self, name):
+        path = self.fakes / f"{name}.called"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def git(self, command, tree=None):
+        given = ["git", "-c", "user.name=human", "-c", "user.email=human@example.org", *shlex.split(command)]
+        tree = tree or self.repo.path
+        return subprocess.run(given, cwd=tree, env=self.env, check=True, capture_output=True, text=True).stdout.strip()
+
+    def lab(self, *args, tag="nov21", hours=1, agent=AGENT):
+        options = [*(["--tag", tag] if tag else []), "--hours", hours, "--agent", agent]
+        return self.repo.run("-m", "lab", "slurm", *options, *args, **self.env)
+
+    def write(self, *args, **kwargs):
+        """The script that the arguments give."""
+        result = self.lab(*args, **kwargs)
+        assert result.rc == 0, result.err
+        return self.folder / "array.sbatch"
+
+    @property
+    def folder(self):
+        return self.scratch / "autoresearch" / "nov21"
+
+    def tree(self, task=0):
+        return self.folder / str(task) / "tree"
+
+    def start(self, script, task=0, job=500, **env):
+        """The Popen of a task: its own group, its output in one pipe."""
+        process = subprocess.Popen(
+            ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, cwd=self.repo.path,
+            env=self.env | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(job), "SLURM_ARRAY_JOB_ID": "499"} | env,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def until(self, condition, process):
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=5)[0]
+            time.sleep(0.05)
+
+    def until_at_work(self, process, task=0):
+        before = len(self.recorded(task))
+        self.until(lambda: len(self.recorded(task)) > before, process)
+
+    def recorded(self, task=0):
+        path = self.tree(task) / "runs.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def end(self, process, state="COMPLETING", everybody=True):
+        """Slurm's TERM, in the state that squeue tells: (exit status, what the task printed)."""
+        (self.fakes / "state").write_text(state + "\n")
+        (os.killpg if everybody else os.kill)(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+        (self.fakes / "state").unlink()
+        return process.returncode, out
+
+    def seen(self, task=0):
+        """The environment that the agent saw."""
+        lines = (self.tree(task) / "seen.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def cluster(make_repo, tmp_path, prepared_stdlib):
+    cluster = Cluster(make_repo(), tmp_path, prepared_stdlib)
+    yield cluster
+    for process in cluster.started:
+        kill_group(process)
+    for entry in Path("/proc").iterdir():  # an agent has a session of its own
+        try:
+            if entry.name.isdigit() and Path(os.readlink(entry / "cwd")).is_relative_to(tmp_path):
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+def sbatch_options(script):
+    """{option: value} of the #SBATCH lines, as Slurm reads them; a flag's value is True."""
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    words = [shlex.split(line.removeprefix("#SBATCH ")) for line in lines]
+    assert all(len(word) == 1 for word in words), lines
+    return {name: value if "=" in word[0] else True for word in words for name, _, value in [word[0].partition("=")]}
+
+
+# --- the script ---------------------------------------------------------------
+
+
+def test_the_options_of_an_array(cluster):
+    (cluster.repo.path / "b program's.md").write_text("another\n")
+    script = cluster.write("--programs", "program.md", "b program's.md", "program.md", hours=8)
+    options = sbatch_options(script)
+    # 8 hours; the last run: 60 + 3 + 60 + 60; to record it 180, to end 20; Slurm's warning 90, and 60 that it may be early
+    assert options.pop("--time") == str(8 * 60 + -(-(60 + 3 + 60 + 60 + 180 + 20 + 90 + 60) // 60))
+    assert options.pop("--output") == str(cluster.folder).replace("%", "%%") + "/logs/%A_%a.log"
+    assert (cluster.folder / "logs").is_dir(), "Slurm makes no folder for a log: the job would fail without a word"
+    assert options == {
+        "--job-name": "autoresearch-nov21", "--array": "0-2", "--signal": "B:TERM@90", "--requeue": True, "--nodes": "1",
+        "--open-mode": "append", "--ntasks": "1", "--cpus-per-task": "8", "--mem": "32G", "--gres": "gpu:1",
+    }  # fmt: skip
+    assert script.read_text().splitlines()[1].startswith("#SBATCH"), "a comment or command before them ends the options"
+
+
+def test_options_of_ones_own(cluster):
+    script = cluster.write(
+        "--partition", "gpu", "--account", "a b", "--gpus", "h100:1", "--cpus", "3", "--mem", "9G", "--limit", "2",
+        "--sbatch=--qos=long", "--sbatch=--exclusive", hours=8,
+    )  # fmt: skip
+    options = sbatch_options(script)
+    assert "--gres" not in options and options["--gpus"] == "h100:1" and options["--cpus-per-task"] == "3"
+    assert options["--partition"] == "gpu" and options["--account"] == "a b" and options["--mem"] == "9G"
+    assert options["--qos"] == "long" and options["--exclusive"] is True
+    assert options["--time"] == "120", "a night longer than the partition's limit takes several jobs"
+    assert not {"--gres", "--gpus"} & sbatch_options(cluster.write("--gres", "none")).keys()
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--copy-data", "--group-readable", "--container", "docker://x"]], ids=["", "more"]
+)
+def test_shellcheck_and_bash_find_nothing(cluster, more):
+    script = cluster.write(*more, agent="""claude -p "it's $5; `rm x`" """.strip())
+    found = subprocess.run([Path(sys.executable).with_name("shellcheck"), script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert max(map(len, script.read_text().splitlines()[20:])) <= 130, "to be read by an admin"
+
+
+def test_what_it_says_after_writing(cluster):
+    first = cluster.lab()
+    assert first.rc == 0 and f"next: sbatch {shlex.quote(str(cluster.folder / 'array.sbatch'))}" in first.out
+    assert f"lab status --trees {shlex.quote(str(cluster.folder / '*' / 'tree'))}" in first.out
+    printed = cluster.lab("--output", "-")
+    assert printed.out == (cluster.folder / "array.sbatch").read_text()
+    elsewhere = cluster.scratch / "elsewhere.sh"
+    assert cluster.lab("--output", str(elsewhere)).rc == 0 and elsewhere.read_text() == printed.out
+    cluster.tree().mkdir(parents=True)
+    assert "1 of these nights have begun before" in cluster.lab().out
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, needle",
+    [
+        ([], {"tag": "a b"}, "--tag 'a b'"),
+        ([], {"tag": "-x"}, None),
+        ([], {"tag": "a..b"}, "--tag"),
+        ([], {"tag": "x.lock"}, "--tag"),
+        ([], {"tag": "a/b"}, "--tag"),
+        ([], {"hours": 0}, "--hours 0"),
+        ([], {"hours": "nan"}, "--hours nan"),
+        ([], {"hours": "inf"}, "--hours inf"),
+        ([], {"hours": "eight"}, None),
+        ([], {"agent": "one\ntwo"}, "--agent is empty or holds a line break"),
+        ([], {"agent": "  "}, "--agent is empty or holds a line break"),
+        (["--programs", "program.md", "nowhere.md"], {}, "--programs: there is no"),
+        (["--programs", "lab"], {}, "--programs: there is no"),
+        (["--partition", "a\n#SBATCH --uid=0"], {}, "--partition is empty or holds a line break"),
+        (["--sbatch", "qos=long"], {}, "--sbatch 'qos=long' is no option"),
+        (["--cpus", "0"], {}, "--cpus 0"),
+        (["--limit", "0.1"], {}, "--limit 0.1: a job shorter than 9 minutes"),
+        (["--limit", "-1"], {}, "--limit -1"),
+        (["--scratch", "nowhere"], {}, "--scratch: there is no"),
+        (["--from", "nowhere"], {}, "--from: there is no"),
+        (["--container", "nowhere.sif"], {}, "--container: there is no"),
+        (["--container", "docker://x", "--data", "/a:b"], {}, "colon"),
+        (["--data", "nowhere"], {}, "stdlib is not prepared in"),
+        (["--gres", "gpu:2", "--gpus", "2"], {}, None),
+    ],
+)
+def test_what_no_task_could_work_with_is_refused(cluster, args, kwargs, needle):
+    result = cluster.lab(*args, **kwargs)
+    if needle is None:
+        assert result.rc == 2 and "Traceback" not in result.err
+    else:
+        assert result.rc == 1
+        assert_refused(result, needle)
+    assert not any(cluster.scratch.iterdir()), "nothing was changed"
+
+
+def test_code_that_is_not_committed_is_refused_as_no_task_would_have_it(cluster):
+    cluster.repo.edit("constants.py", r"^GRACE = \S+", "GRACE = 61")
+    assert_refused(cluster.lab(), "constants.py", "not committed")
+    assert not any(cluster.scratch.iterdir())
+
+
+def test_without_a_scratch_folder_it_says_so(cluster):
+    del cluster.env["SCRATCH"]
+    assert_refused(cluster.lab(), "--scratch DIR, or set $SCRATCH")
+
+
+# --- submitting ---------------------------------------------------------------
+
+
+def test_submit_calls_sbatch_and_prints_the_job(cluster):
+    result = cluster.lab("--submit")
+    assert result.rc == 0 and "submitted: job 4711;" in result.out and "next: sbatch" not in result.out
+    assert cluster.called("sbatch") == [f"--parsable {cluster.folder / 'array.sbatch'}"]
+    assert (cluster.fakes / "submitted").read_text() == (cluster.folder / "array.sbatch").read_text()
+
+
+def test_submit_where_sbatch_refuses_is_one_line_and_the_script_stays(cluster):
+    cluster.fake("sbatch", 'echo "sbatch: error: invalid account" >&2; echo "or partition" >&2; exit 1')
+    result = cluster.lab("--submit")
+    assert result.rc == 3
+    assert_refused(result, "array.sbatch is written", "sbatch: error: invalid account or partition")
+    assert (cluster.folder / "array.sbatch").exists()
+
+
+def test_submit_without_sbatch_is_one_line_and_nothing_is_written(cluster, tmp_path):
+    for name in ("git", "uv"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    cluster.env["PATH"] = str(tmp_path / "bin")
+    assert_refused(cluster.lab("--submit"), "there is no sbatch here")
+    assert not any(cluster.scratch.iterdir())
+
+
+# --- a task -------------------------------------------------------------------
+
+
+def test_a_task_is_preempted_comes_back_and_goes_on_until_the_hours_are_over(cluster, isolated):
+    (cluster.repo.path / "other.md").write_text("Tune the optimizer.\n")
+    agent = AGENT + """; : "it's" '$(touch ../marker)' \\` $PWD"""
+    script = cluster.write("--programs", "program.md", "other.md", agent=agent)
+    first = cluster.start(script, 1)
+    cluster.until_at_work(first, 1)
+    tree, head = cluster.tree(1), cluster.git("rev-parse HEAD", cluster.tree(1))
+    assert cluster.git("branch --show-current", tree) == "autoresearch/nov21-1"
+    assert cluster.git("log --format=%s", tree).splitlines() == ["task 1: other.md", "start"]
+    assert (tree / "program.md").read_text() == "Tune the optimizer.\n" and not cluster.git("diff HEAD --stat", tree)
+    assert f"agent: {agent}\n" in (tree / "night.log").read_text(), "the agent's command came through word for word"
+    deadline = next(tree.parent.glob("deadline-*"))
+    assert deadline.name == "deadline-499" and abs(int(deadline.read_text()) - time.time() - 3600) < 60
+
+    seen, work = cluster.seen(1), tree.parent
+    writable = [value for key, value in seen.items() if re.fullmatch(
+        r"HOME|XDG_\w+|UV_CACHE_DIR|MPLCONFIGDIR|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|CUDA_CACHE_PATH", key)]  # fmt: skip
+    assert len(writable) == 10 and all(Path(value).is_relative_to(work) for value in writable), writable
+    assert seen["REAL_HOME"] == str(isolated) and seen["AUTORESEARCH_CACHE"] == str(cluster.data)
+    assert seen["UV_OFFLINE"] == seen["HF_HUB_OFFLINE"] == seen["UV_NO_SYNC"] == "1"
+    assert seen["UV_PROJECT_ENVIRONMENT"] == sys.prefix and seen["AUTORESEARCH_DATASET"] == "stdlib"
+
+    rc, out = cluster.end(first, "RUNNING", everybody=False)  # the batch shell alone, as --signal=B: does
+    assert rc == 143 and "back into the queue" in out and cluster.called("scontrol") == ["requeue 500"]
+    assert "the night ended by SIGTERM" in (tree / "night.log").read_text()
+    assert not [e for e in Path("/proc").iterdir() if e.name.isdigit() and in_tree(e, tree)], "nothing is left running"
+
+    before = deadline.read_text()
+    second = cluster.start(script, 1, SLURM_RESTART_COUNT="1")
+    cluster.until_at_work(second, 1)
+    assert cluster.git("rev-parse HEAD", tree) == head and deadline.read_text() == before
+    assert cluster.end(second)[0] == 143
+    assert len(cluster.called("scontrol")) == 1, "a task that Slurm requeues or cancels does not requeue itself"
+
+    deadline.write_text(f"{int(time.time())}\n")
+    out, _ = (third := cluster.start(script, 1, SLURM_RESTART_COUNT="2")).communicate(timeout=30)
+    assert third.returncode == 0 and "the hours are over" in out and len(cluster.recorded(1)) == 2
+    assert not (tree.parent / "marker").exists() and not any(isolated.iterdir()), (
+        "something was written to the user's home"
+    )
+
+
+def in_tree(entry, tree):
+    try:
+        return Path(os.readlink(entry / "cwd")) == tree
+    except OSError:
+        return False
+
+
+def test_a_night_that_ends_by_itself_ends_the_task_with_its_status(cluster):
+    script = cluster.write(hours=0.0005, agent="true")
+    out, _ = (process := cluster.start(script)).communicate(timeout=60)
+    assert process.returncode == 1 and "nothing recorded" in out, out
+    assert "next: the baseline has not run" in out, "the log ends with where the night stands"
+    assert cluster.called("scontrol") == []
+
+
+def test_a_clone_that_was_cut_short_is_made_again(cluster):
+    cut = cluster.folder / "0" / "new-17"
+    (cut / ".git").mkdir(parents=True)
+    script = cluster.write()
+    cluster.fake("git", f'PATH="{os.environ["PATH"]}"; case "$*" in *switch*) kill -9 $PPID;; esac; exec git "$@"')
+    process = cluster.start(script)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL and not cluster.tree().exists(), "only a whole tree is moved in"
+    (cluster.fakes / "git").unlink()
+    again = cluster.start(script, SLURM_RESTART_COUNT="1")
+    cluster.until_at_work(again)
+    assert not list(cluster.tree().parent.glob("new-*"))
+    assert cluster.git("branch --show-current", cluster.tree()) == "autoresearch/nov21-0"
+
+
+def test_two_jobs_do_not_work_in_one_tree(cluster):
+    script = cluster.write()
+    work = cluster.folder / "0"
+    work.mkdir()
+    (work / "job").write_text("77\n")
+    (cluster.fakes / "state").write_text("77\n")
+    out, _ = (process := cluster.start(script)).communicate(timeout=30)
+    assert process.returncode == 1 and "job 77 is at work in" in out and (work / "job").read_text() == "77\n"
+    (cluster.fakes / "state").unlink()  # the job is over
+    process = cluster.start(script)
+    cluster.until_at_work(process)
+    assert (work / "job").read_text() == "500\n"
+
+
+def test_a_tree_on_another_branch_is_not_touched(cluster):
+    script = cluster.write()
+    cluster.until_at_work(process := cluster.start(script))
+    cluster.end(process)
+    cluster.git("switch -q main", cluster.tree())
+    out, _ = (process := cluster.start(script)).communicate(timeout=30)
+    assert process.returncode == 1 and "is on main: git switch autoresearch/nov21-0" in out
+
+
+@pytest.mark.parametrize("group, mode", [([], 0o700), (["--group-readable"], 0o750)], ids=["private", "group"])
+def test_who_may_read_the_results(cluster, group, mode):
+    cluster.until_at_work(process := cluster.start(cluster.write(*group)))
+    cluster.end(process)
+
+    def rights(path):
+        return stat.S_IMODE(path.stat().st_mode)
+
+    assert rights(cluster.folder) == rights(cluster.folder / "logs") == rights(cluster.tree()) == mode
+    assert rights(cluster.tree() / "runs.jsonl") == (0o640 if group else 0o600)
+    assert rights(cluster.tree().parent / "home") == 0o700, "logins and transcripts of agents are nobody else's"
+
+
+def test_data_are_copied_to_the_node_and_removed_with_the_task(cluster, tmp_path):
+    (tmp_path / "local").mkdir()
+    script = cluster.write("--copy-data")
+    cluster.until_at_work(process := cluster.start(script, TMPDIR=str(tmp_path / "local")))
+    local = Path(cluster.seen()["AUTORESEARCH_CACHE"])
+    assert local == tmp_path / "local" / "autoresearch-500"
+    (here,), (there,) = local.rglob("manifest.json"), cluster.data.rglob("manifest.json")
+    assert here.relative_to(local) == there.relative_to(cluster.data) and here.read_bytes() == there.read_bytes()
+    assert not list(local.rglob("raw")), "what was downloaded is not read by a run"
+    cluster.end(process)
+    assert not local.exists()
+
+
+def test_a_node_without_room_for_the_data_reads_them_where_they_are(cluster, tmp_path):
+    script = cluster.write("--copy-data")
+    cluster.fake("cp", 'case "$*" in *-R*) echo "cp: no space" >&2; exit 1;; esac; exec /bin/cp "$@"')
+    cluster.until_at_work(process := cluster.start(script, TMPDIR=str(tmp_path)))
+    assert cluster.seen()["AUTORESEARCH_CACHE"] == str(cluster.data)
+    assert "the data do not fit" in cluster.end(process)[1]
+
+
+def test_in_a_container_the_night_sees_its_work_directory_and_the_data_read_only(cluster):
+    (cluster.repo.path.parent / "plain").mkdir()
+    cluster.scratch = cluster.repo.path.parent / "plain"  # Apptainer takes no odd characters in a path
+    cluster.env["SCRATCH"] = str(cluster.scratch)
+    script = cluster.write("--container", "library://lab/autoresearch:1")
+    cluster.until_at_work(process := cluster.start(script))
+    called, work = cluster.called("apptainer"), cluster.folder / "0"
+    assert called[:2] == ["exec", "--nv"] and called[called.index("--home") + 1] == str(work / "home")
+    assert [called[i + 1] for i, word in enumerate(called) if word == "--bind"] == [
+        work.as_posix(),
+        f"{cluster.data}:{cluster.data}:ro",
+    ]
+    assert called[called.index("--pwd") + 1] == str(work / "tree")
+    image = called.index("library://lab/autoresearch:1")
+    assert called[image + 1 : image + 5] == ["python", "-m", "lab", "night"]
+    assert "UV_PROJECT_ENVIRONMENT" not in cluster.seen(), "the image has an environment of its own"
+    assert cluster.end(process)[0] == 143
+    for name in ("apptainer", "singularity"):
+        (cluster.fakes / name).unlink(missing_ok=True)
+    if not shutil.which("apptainer") and not shutil.which("singularity"):
+        out, _ = (process := cluster.start(script)).communicate(timeout=30)
+        assert process.returncode == 1 and "there is no apptainer on this node" in out
+
+
+def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_then_is(cluster):
+    from lab.gitrepo import Repo
+
+    old = cluster.scratch / "old"
+    (old / "runs" / "best").mkdir(parents=True)
+    best = (cluster.repo.path / "train.py").read_text() + "# better\n"
+    (old / "runs" / "best" / "train.py").write_text(best)
+    cluster.until_at_work(process := cluster.start(cluster.write("--from", str(old))))
+    tree = cluster.tree()
+    assert cluster.git("show HEAD:train.py", tree) == best.strip() and str(old) in cluster.git(
+        "log -1 --format=%s", tree
+    )
+    assert Repo(tree).own_edits("nov21-0") == [], "lab record would ask for the baseline without this edit"
+    cluster.end(process)
+    assert json.loads(cluster.recorded()[0]) == {}
