@@ -23,12 +23,12 @@ TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes o
 RULES = ("constants.py", "prepare.py")
 
 
-def score(tree, folder, device=None, time_limit=TIME_LIMIT):
+def score(tree, folder, device=None, time_limit=TIME_LIMIT, lab=None):
     """What the frozen code of `tree` makes of the checkpoint in `folder`: {"val", "holdout"} in bits per byte, or
     {"refused": sentence} where the causality audit or the metric refuses it. Raises Refused where it could not be
-    scored at all (no data, no memory, a train.py that cannot be imported)."""
+    scored at all (no data, no memory, a train.py that cannot be imported). lab: where lab/ lies, if not in the tree."""
     log = runlog.read(Path(folder) / "run.log")
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | ({"PYTHONPATH": str(lab)} if lab else {})
     if log and log.header:
         env["AUTORESEARCH_DATASET"] = log.header["dataset"]
     with tempfile.TemporaryDirectory() as place:

@@ -1,0 +1,97 @@
+"""What `lab prove` compares: commits, each as a folder of its own with the files that a training needs.
+
+An arm is a commit. Its files come out of git into .lab/prove/ID/ARM/, so that branch, index and working tree stay as
+they are. Arms are comparable where their rules (constants.py, prepare.py, corpus/) are the same, byte for byte.
+"""
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from lab import archive, results
+from lab.errors import Refused
+from lab.gitrepo import GitError, Repo
+from lab.history import History
+
+FILES = ["constants.py", "prepare.py", "corpus", "train.py"]
+
+
+class Arm(NamedTuple):
+    short: str
+    commit: str
+    top: Path  # a working tree of the repository that has the commit
+    code: str  # sha256 of its train.py
+    rules: str  # sha256 over the other files
+    description: str
+    seconds: float | None  # that a run of it took in all, where one is recorded
+    dataset: dict  # {"AUTORESEARCH_DATASET": name}, where a run of it is recorded
+
+
+def find(names, tops):
+    """(arms, seeds used so far): what the names mean in these working trees; the first tree's baseline and best where
+    there are no names."""
+    repos = [Repo.find(top) for top in tops]
+    records = [record for repo in repos for record in results.read_runs(repo.top / "runs.jsonl")[0]]
+    if not names:
+        names = default(repos[0])
+    arms = [find_one(name, repos, records) for name in names]
+    for arm in arms[1:]:
+        if arm.rules != arms[0].rules:
+            raise Refused(f"{arms[0].short} and {arm.short} have other rules or data code: they cannot be compared")
+    if len({arm.code for arm in arms}) < len(arms):
+        raise Refused("two of these commits have the same train.py: name each once")
+    if len({arm.dataset["AUTORESEARCH_DATASET"] for arm in arms if arm.dataset}) > 1:
+        raise Refused("these commits were trained on different datasets: they cannot be compared")
+    return arms, {r["header"]["seed"] for r in records if r.get("header")}
+
+
+def default(repo):
+    tag = repo.tag()
+    history = History(archive.records_of(repo.top, tag))
+    if not history.kept:
+        raise Refused("nothing was kept on this branch yet: name the commits, or record a baseline first")
+    baseline, best = min(history.kept, key=lambda r: r["row"]), history.best()
+    return [baseline["commit"]] + [best["commit"]] * (best is not baseline)
+
+
+def find_one(name, repos, records):
+    if not re.fullmatch(r"[\w./@^~-]+", name) or name.startswith("-"):
+        raise Refused(f"{name!r} is no commit")
+    for repo in repos:
+        commit = repo.ask("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        if commit:
+            break
+    else:
+        raise Refused(f"there is no commit {name}: name one that `git log` shows, or its tree with --tree")
+    try:
+        objects = [repo.git("rev-parse", f"{commit}:{file}").strip() for file in FILES]
+    except GitError:
+        raise Refused(f"commit {name} lacks one of {', '.join(FILES)}: it is no experiment of this project") from None
+    code = hashlib.sha256(repo.git("show", f"{commit}:train.py", raw=True)).hexdigest()
+    own = [r for r in records if r["code"] == code and r["summary"]]
+    described = own[-1]["description"] if own else repo.git("log", "-1", "--format=%s", commit).strip()
+    seconds = sum(r["summary"]["total_seconds"] for r in own) / len(own) if own else None
+    rules = hashlib.sha256("".join(objects[:-1]).encode()).hexdigest()
+    dataset = {"AUTORESEARCH_DATASET": own[-1]["header"]["dataset"]} if own else {}
+    described = results.one_line(described, 200)
+    return Arm(repo.short(commit), commit, repo.top, code, rules, described, seconds, dataset)
+
+
+def check_out(arm, place):
+    """The arm's files in the folder `place`, built beside it and moved in."""
+    folder = place / arm.short
+    if folder.is_dir():
+        return folder
+    building = place / f".{arm.short}.partial"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    packed = Repo(arm.top).git("archive", "--format=tar", arm.commit, "--", *FILES, raw=True)
+    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        files.extractall(building, filter="data")
+    os.replace(building, folder)
+    return folder

@@ -1,0 +1,284 @@
+"""lab prove: what it trains, in which order, what it concludes, and how it goes on after it was stopped.
+
+The trainings are made up (a train.py that prints what a run prints, its value a known truth plus the seed's noise) and
+so are the holdout's scores; one slow test trains for real, on an injected clock.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import assert_refused, tiny_repo
+from fakenight import FakeNight
+
+from lab import proof, prove, scoring
+from lab.errors import Again, Refused, Unfinished
+
+SIGMA = 0.002
+TRAINING = '''
+import hashlib, json, os, random, sys
+TRUE = {true}
+seed = int(os.environ["AUTORESEARCH_SEED"])
+code = hashlib.sha256(open(__file__, "rb").read()).hexdigest()
+assert sorted(p for p in os.listdir(".") if not p.endswith(".log")) == ["constants.py", "corpus", "prepare.py", "train.py"]
+with open(os.environ["ORDER"], "a") as f:
+    f.write(f"{{TRUE}} {{seed}}\\n")
+print("run:", json.dumps(dict(
+    run_id=f"{{code[:8]}}{{seed}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256="a", data_sha256="b",
+    dataset="stdlib", seed=seed, device="cpu (x)", clock=os.environ.get("CLOCK", "injected"))))
+{extra}
+val = TRUE + random.Random(seed * 1000 + round(TRUE * 1000)).gauss(0, {sigma})
+open("checkpoint.pt", "w").write(str(val))
+print(f"---\\nval_bpb: {{val:.6f}}\\ntraining_seconds: 300.0\\ntotal_seconds: 320.0\\npeak_vram_mb: 0.0\\nmfu_percent: 0.0")
+print("total_tokens_M: 3.0\\nnum_steps: 10\\nnum_params_M: 1.0\\ndepth: 4")
+'''
+
+
+class Night:
+    def __init__(self, path, monkeypatch):
+        self.fake = FakeNight(path / "night")
+        self.path, self.order = self.fake.path, path / "order.txt"
+        (self.path / "constants.py").write_text("TIME_BUDGET = 300\n")
+        (self.path / "corpus").mkdir()
+        (self.path / "corpus" / "build.py").write_text("# data\n")
+        self.fake.git("add", ".")
+        self.fake.git("commit", "-q", "-m", "rules")
+        monkeypatch.chdir(self.path)
+        monkeypatch.setenv("ORDER", str(self.order))
+        monkeypatch.setattr(scoring, "score", self.score)
+        self.holdout_share = 1.0
+
+    def score(self, tree, folder, lab=None):
+        assert tree == folder and lab == self.path
+        value = float((folder / "checkpoint.pt").read_text())
+        return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share, "device": "cpu"}
+
+    def commit(self, true, extra="", sigma=SIGMA):
+        (self.path / "train.py").write_text(TRAINING.format(true=true, extra=extra, sigma=sigma))
+        self.fake.git("commit", "-q", "-am", f"truth {true}")
+        return self.fake.head()
+
+    def prove(self, *commits, seeds=3, clocks=("injected",), **options):
+        args = argparse.Namespace(commits=list(commits), seeds=seeds, tree=[], dry_run=False)
+        vars(args).update(options)
+        return prove.run(args, clocks)
+
+    def trained(self):
+        lines = self.order.read_text().splitlines() if self.order.exists() else []
+        return [tuple(map(float, line.split())) for line in lines]
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    return Night(tmp_path, monkeypatch)
+
+
+def untouched(night):
+    """What a proof must leave alone."""
+    head = night.fake.git("rev-parse", "HEAD").strip()
+    return head, night.fake.git("status", "--porcelain").replace("?? proof.txt\n", ""), night.fake.git("worktree", "list")
+
+
+def test_arms_are_trained_in_turn_under_the_same_fresh_seeds_and_nothing_else_is_touched(night, capsys):
+    a, b = night.commit(1.0), night.commit(0.95)
+    before = untouched(night)
+    assert night.prove(a, b) == 0
+    assert night.trained() == [(1.0, 1000), (0.95, 1000), (0.95, 1001), (1.0, 1001), (1.0, 1002), (0.95, 1002)]
+    assert untouched(night) == before and not (night.path / "results.tsv").exists()
+    out = capsys.readouterr().out
+    assert "6 runs to do, 0 done" in out and out.endswith((night.path / "proof.txt").read_text())
+    assert out.count(": real\n") == 2 and f"{b[:7]} against {a[:7]} on holdout" in out
+    assert not list((night.path / ".lab" / "prove").rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.0])
+def test_the_interval_of_a_known_gain_covers_it(night, gain, capsys):
+    """And no gain is called one. The noise is that of the seeds."""
+    a, b = night.commit(1.0), night.commit(1.0 - gain, extra="'another commit'")
+    night.prove(a, b, seeds=5)
+    line = next(ln for ln in capsys.readouterr().out.splitlines() if " on val: gain " in ln)
+    low, high = (float(x) for x in line.partition("[")[2].partition("]")[0].split(","))
+    assert low <= gain <= high and high - low < 10 * SIGMA
+    assert line.endswith("n = 5 + 5: real" if gain else "n = 5 + 5: cannot be told from noise")
+
+
+def test_a_gain_on_val_that_the_holdout_does_not_show_is_said(night, capsys):
+    night.holdout_share = 0.0
+    night.prove(night.commit(1.0), night.commit(0.95))
+    assert "does not show on the holdout" in capsys.readouterr().out
+
+
+def test_one_commit_is_a_measurement_of_noise(night, capsys):
+    night.prove(night.commit(1.0), seeds=4)
+    out = capsys.readouterr().out
+    assert "val: σ of one run 0.00" in out and "n = 4" in out and "against" not in out
+
+
+def test_stopped_in_the_middle_it_goes_on_with_the_run_it_was_in(night, monkeypatch, capsys):
+    a, b = night.commit(1.0), night.commit(0.95)
+    calls = []
+
+    def interrupted(tree, folder, lab=None):
+        calls.append(folder)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return night.score(tree, folder, lab)
+
+    monkeypatch.setattr(scoring, "score", interrupted)
+    with pytest.raises(Unfinished):
+        night.prove(a, b)
+    assert night.prove(a, b) == 0
+    assert "3 runs to do, 3 done" in capsys.readouterr().out
+    assert night.trained()[3:5] == [(1.0, 1001), (1.0, 1001)] and len(night.trained()) == 7
+    assert night.prove(a, b) == 0 and len(night.trained()) == 7  # all is there
+    assert night.prove(a, b, seeds=4) == 0 and len(night.trained()) == 9
+
+
+def test_more_seeds_later_do_not_change_what_a_smaller_table_says(night):
+    a, b = night.commit(1.0), night.commit(0.95)
+    night.prove(a, b)
+    text = (night.path / "proof.txt").read_text()
+    night.prove(a, b, seeds=5)
+    night.prove(a, b)
+    assert (night.path / "proof.txt").read_text() == text
+
+
+def test_a_crash_is_counted_and_said_and_in_no_mean(night, capsys):
+    a = night.commit(1.0)
+    b = night.commit(0.95, extra="if seed == 1001: raise ValueError('a shape')")
+    night.prove(a, b, seeds=3)
+    out = capsys.readouterr().out
+    assert f"{b[:7]}: 1 of 3 runs crashed and are in no mean" in out and "n = 3 + 2" in out
+    assert "crashed" in out.splitlines()[3]
+
+
+def test_a_preempted_training_is_run_again(night):
+    flag = night.path.parent / "once"
+    extra = f"if not os.path.exists({str(flag)!r}): open({str(flag)!r}, 'w'); print('preempted'); sys.exit(75)"
+    a = night.commit(1.0, extra)
+    with pytest.raises(Again, match="preempted: the same command goes on"):
+        night.prove(a)
+    assert night.prove(a) == 0
+    assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
+
+
+def test_seeds_are_new_to_every_tree(night):
+    record = {"run_id": "x", "tag": "test", "commit": "0" * 40, "verdict": "keep", "code": "c", "summary": None}
+    (night.path / "runs.jsonl").write_text(json.dumps(record | {"header": {"seed": 1004}}) + "\n")
+    night.prove(night.commit(1.0))
+    assert [seed for _, seed in night.trained()] == [1005, 1006, 1007]
+
+
+def test_refusals(night, monkeypatch):
+    a = night.commit(1.0)
+    for commits, options, says in [
+        ([a], {"seeds": 2}, "fewer than 3"),
+        (["nothing"], {}, "there is no commit nothing"),
+        (["--help"], {}, "is no commit"),
+        ([a, a], {}, "the same train.py"),
+        ([], {}, "nothing was kept on this branch yet"),
+        ([a], {"clocks": ("monotonic",)}, "injected clock"),
+    ]:
+        with pytest.raises(Refused, match=says):
+            night.prove(*commits, **options)
+    (night.path / "constants.py").write_text("TIME_BUDGET = 600\n")
+    b = night.commit(0.9)
+    with pytest.raises(Refused, match="other rules"):
+        night.prove(a, b)
+    night.fake.git("rm", "-q", "-r", "corpus")
+    with pytest.raises(Refused, match="lacks one of constants.py"):
+        night.prove(a, night.commit(0.8))
+    monkeypatch.setattr(prove.locks, "run_in_progress", lambda top: True)
+    with pytest.raises(Refused, match="a run is going on"):
+        night.prove(a)
+
+
+def test_another_device_is_not_mixed_in(night):
+    a = night.commit(1.0, extra="")
+    night.prove(a)
+    (runs,) = (night.path / ".lab" / "prove").rglob("runs.jsonl")
+    runs.write_text(runs.read_text().replace("cpu (x)", "cuda (y)"))
+    with pytest.raises(Refused, match="another device"):
+        night.prove(a, seeds=4)
+
+
+def test_dry_run_says_what_it_would_cost(night, capsys):
+    a = night.commit(1.0)
+    assert night.prove(a, dry_run=True) == 0
+    assert "3 runs to do" in capsys.readouterr().out
+    assert night.trained() == [] and not (night.path / "proof.txt").exists()
+
+
+def test_terminated_it_leaves_no_training_behind(night):
+    a, env = night.commit(1.0, extra="import time; time.sleep(600)"), night.fake.env | {"ORDER": str(night.order)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab", "prove", a], cwd=night.path, env=env, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not night.trained() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = subprocess.run(
+        [sys.executable, "-m", "lab", "prove", a], cwd=night.path, env=env, capture_output=True, text=True
+    )
+    assert second.returncode == 1 and "another proof is at work" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "lab prove: terminated: the same command goes on\n")
+    left = subprocess.run(["pgrep", "-f", str(night.path / ".lab")], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+def test_a_report_of_made_up_runs():
+    arm = argparse.Namespace(code="c", short="abc1234", description="as it was")
+    rng = random.Random(0)
+    runs = [{"code": "c", "seed": s, "val": rng.gauss(1, SIGMA), "holdout": None, "tokens_per_second": 10.0, "refused": "it peeks"}
+            for s in range(3)]  # fmt: skip
+    text = proof.report([arm], runs, range(3))
+    assert "the metric refused 3 of 3 runs: it peeks" in text and "holdout: 0 values are too few" in text
+
+
+@pytest.mark.slow
+def test_real_trainings_on_an_injected_clock(tmp_path, prepared_stdlib):
+    """A model that does not learn against one that does: a gain that nobody doubts, on both splits."""
+    cache = tmp_path / "cache"
+    repo = tiny_repo(tmp_path / "clone", tmp_path, cache, "stdlib", time_budget=40, AUTORESEARCH_DATASET="stdlib")
+    repo.copy_cache(prepared_stdlib)
+    text = (repo.path / "train.py").read_text()
+    main = 'if __name__ == "__main__":\n    main()\n'
+    assert text.endswith(main)
+    injected = (
+        "if __name__ == '__main__':\n    import functools, itertools\n"
+        "    begin_run = functools.partial(begin_run, now=itertools.count(1000.0).__next__, watchdog_now=lambda: 0.0)\n"
+        "    main()\n"
+    )
+    text = text.removesuffix(main) + injected
+
+    def git(*args):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        return subprocess.run(["git", *who, *args], cwd=repo.path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q", "-b", "autoresearch/test")
+    commits = []
+    for rate in ("0.0", "0.04"):
+        edited = text.replace("MATRIX_LR = 0.04", f"MATRIX_LR = {rate}").replace("EMBEDDING_LR = 0.6", f"EMBEDDING_LR = {float(rate) * 15}")
+        (repo.path / "train.py").write_text(edited.replace("UNEMBEDDING_LR = 0.004", f"UNEMBEDDING_LR = {float(rate) / 10}"))
+        git("add", ".")
+        git("commit", "-q", "-m", f"rate {rate}")
+        commits.append(git("rev-parse", "HEAD").strip())
+    result = repo.run("-m", "lab", "prove", *commits)
+    assert_refused(result, "injected clock")
+    script = (
+        "import argparse; from lab import prove\n"
+        f"args = argparse.Namespace(commits={commits}, seeds=3, tree=[], dry_run=False)\n"
+        "raise SystemExit(prove.run(args, ('injected',)))\n"
+    )
+    result = repo.run("-c", script, timeout=280, PYTHONPATH=os.fspath(repo.path))
+    assert result.rc == 0, result.err
+    assert result.out.count(": real") == 2, result.out
