@@ -91,7 +91,7 @@ def target_of(path):
 def digest(path):
     """What a file, a link or a folder holds: {relative path: sha256 or target of the link}."""
     if path.is_dir() and not path.is_symlink():
-        return {f"{child.name}/{k}": v for child in path.iterdir() for k, v in (digest(child) or {"": ""}).items()}
+        return {str(Path(child.name, k)): v for child in path.iterdir() for k, v in digest(child).items()}
     if path.is_symlink():
         return {"": os.readlink(path)}
     content = hashlib.sha256()
@@ -101,9 +101,11 @@ def digest(path):
     return {"": content.hexdigest()}
 
 
-def sizes(folder):
-    """{relative path: bytes} of the files below a folder."""
-    return {str(p.relative_to(folder)): p.lstat().st_size for p in sorted(folder.rglob("*")) if not p.is_dir()}
+def sizes(path):
+    """{relative path: bytes} of the files and links below a folder; {"": bytes} of a file or a link."""
+    if path.is_symlink() or not path.is_dir():
+        return {"": path.lstat().st_size}
+    return {str(Path(child.name, name)): size for child in path.iterdir() for name, size in sizes(child).items()}
 
 
 def move(source, target):
@@ -161,10 +163,7 @@ def bring(repo, state, slot, folder, home):
         remove(path)
     paths, expected = untracked(folder), sizes(building)
     for path in paths:
-        below = sizes(folder / path) if (folder / path).is_dir() and not (folder / path).is_symlink() else None
-        target = target_of(path)
-        found = {"": (folder / path).lstat().st_size} if below is None else below
-        expected |= {str(target / name): size for name, size in found.items()}
+        expected |= {str(target_of(path) / name): size for name, size in sizes(folder / path).items()}
     for path in paths:
         move(folder / path, building / target_of(path))
     there = sizes(building)
