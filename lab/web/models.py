@@ -1,0 +1,74 @@
+"""What the API answers with. Numbers that are not known are null, never 0 or NaN."""
+
+from pydantic import BaseModel
+
+
+class Experiment(BaseModel):
+    number: int  # of its row in results.tsv
+    commit: str
+    val_bpb: float | None  # null for a crash
+    memory_gb: float | None
+    status: str
+    description: str
+    gain: float | None  # of a kept one over the best before it
+    runs: int  # that runs.jsonl has of it
+    archived: bool
+    best: bool
+    linked: bool  # whether its commit is one that the other routes take
+
+
+class Night(BaseModel):
+    tree: str
+    problem: str | None  # why there is nothing to see
+    notes: list[str]  # lines that could not be read
+    sigma: float | None
+    runs_per_hour: float | None
+    best: Experiment | None
+    baseline: Experiment | None
+    counts: dict[str, int]
+    experiments: list[Experiment]
+
+
+class Detail(Experiment):
+    tree: str
+    run_facts: list[dict[str, float | str | None]]  # one object a run
+    diff: str | None
+    diff_of: str
+    log: str | None
+    log_of: str
+
+
+class Sample(BaseModel):
+    commit: str
+    text: str | None
+    reason: str | None  # why there is no text
+
+
+class Live(BaseModel):
+    tree: str
+    running: bool
+    experiments: int
+    stage: str | None = None  # set-up, training, evaluation
+    step: int | None = None
+    percent: float | None = None
+    loss: float | None = None
+    milliseconds: float | None = None
+    tokens_per_second: float | None = None
+    mfu_percent: float | None = None
+    epoch: float | None = None
+    seconds_left: float | None = None
+
+
+class Latest(BaseModel):
+    tree: str
+    experiment: Experiment | None  # the last row
+    best: Experiment | None
+    live: Live
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Problem(BaseModel):
+    detail: str

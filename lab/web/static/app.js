@@ -1,0 +1,114 @@
+// The night's page: chart, filter and sort of the table, and the strip of the run in progress.
+"use strict";
+
+const PERIOD = 2000; // milliseconds between two looks at the run in progress
+const night = document.getElementById("night");
+const query = "?tree=" + encodeURIComponent(night.dataset.tree);
+const rows = () => [...document.querySelectorAll("#table tbody tr")];
+const cell = (row, key) => row.querySelector(".c-" + key).textContent.trim();
+let sorted = { key: "number", ascending: true };
+
+// --- the chart
+
+async function draw() {
+  const answer = await fetch("/api/chart" + query);
+  if (!answer.ok) return;
+  const figure = await answer.json();
+  const chart = document.getElementById("chart");
+  const narrow = window.matchMedia("(max-width: 640px)").matches;
+  if (narrow) figure.layout.margin = { ...figure.layout.margin, l: 58, r: 8 };
+  await Plotly.react(chart, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar: !narrow });
+  chart.removeAllListeners("plotly_click");
+  chart.on("plotly_click", (event) => {
+    const commit = (event.points[0].customdata || [])[1];
+    if (/^[0-9a-f]{4,40}$/.test(commit)) location.href = "/experiment/" + commit + query;
+  });
+}
+
+// --- the table
+
+function filter() {
+  const words = document.getElementById("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const status = document.getElementById("status").value;
+  let shown = 0;
+  for (const row of rows()) {
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word)) || (status !== "" && cell(row, "status") !== status);
+    shown += !row.hidden;
+  }
+  document.getElementById("shown").textContent = shown + " of " + rows().length;
+}
+
+function sort() {
+  const { key, ascending } = sorted;
+  const text = ["commit", "status", "description"].includes(key);
+  const keyed = rows().map((row) => [text ? cell(row, key).toLowerCase() : parseFloat(cell(row, key)), row]);
+  const missing = (value) => !text && Number.isNaN(value); // a crash is last, whichever way
+  keyed.sort(([a], [b]) => {
+    if (missing(a) || missing(b)) return missing(a) - missing(b);
+    return (a < b ? -1 : a > b ? 1 : 0) * (ascending ? 1 : -1);
+  });
+  document.querySelector("#table tbody").append(...keyed.map(([, row]) => row));
+  for (const button of document.querySelectorAll("[data-sort]")) {
+    const head = button.closest("th");
+    if (button.dataset.sort === key) head.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    else head.removeAttribute("aria-sort");
+  }
+}
+
+// --- what changes while one looks
+
+function show(live) {
+  document.getElementById("live").dataset.running = live.running ? "yes" : "no";
+  const shown = {
+    stage: live.running ? live.stage : "none in progress",
+    step: live.step === null ? "–" : live.step.toLocaleString("en"),
+    loss: live.loss === null ? "–" : live.loss.toFixed(4),
+    tokens_per_second: live.tokens_per_second === null ? "–" : live.tokens_per_second.toLocaleString("en"),
+    seconds_left: live.seconds_left === null ? "–" : live.seconds_left + " s",
+  };
+  for (const [key, value] of Object.entries(shown)) {
+    document.querySelector("[data-live=" + key + "]").textContent = value;
+  }
+  document.getElementById("bar").style.width = (live.percent || 0) + "%";
+}
+
+async function renew() {
+  const answer = await fetch("/" + query);
+  if (!answer.ok) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  document.getElementById("facts").replaceWith(page.getElementById("facts"));
+  document.querySelector("#table tbody").replaceWith(page.querySelector("#table tbody"));
+  night.dataset.count = page.getElementById("night").dataset.count;
+  sort();
+  filter();
+  await draw();
+}
+
+async function look() {
+  if (!document.hidden) {
+    try {
+      const answer = await fetch("/api/live" + query);
+      if (answer.ok) {
+        const live = await answer.json();
+        show(live);
+        if (String(live.experiments) !== night.dataset.count) await renew();
+      }
+    } catch {
+      document.querySelector("[data-live=stage]").textContent = "the dashboard does not answer";
+    }
+  }
+  setTimeout(look, PERIOD);
+}
+
+document.getElementById("filter").addEventListener("input", filter);
+document.getElementById("status").addEventListener("change", filter);
+for (const button of document.querySelectorAll("[data-sort]")) {
+  button.addEventListener("click", () => {
+    const key = button.dataset.sort;
+    sorted = { key, ascending: sorted.key === key ? !sorted.ascending : true };
+    sort();
+  });
+}
+draw();
+look();
