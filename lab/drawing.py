@@ -191,6 +191,9 @@ def memory(night):
         axes.set_yticks([])
         say(axes, "no row has both a value and its memory")
         return figure
+    known = [e.memory_gb for e in seen.kept + seen.others]
+    margin = 0.06 * (max(known) - min(known)) or 0.05 * max(known)
+    axes.set_xlim(min(known) - margin, max(known) + margin)
     scatter(axes, seen, lambda e: e.memory_gb)
     write_legend(axes)
     ends = [e for e in seen.kept if e in (night.best, night.baseline) and seen.clamped(e) == e.val_bpb]

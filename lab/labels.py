@@ -9,6 +9,7 @@ import numpy as np
 DIRECTIONS = [225, 250, 200, 180, 270, 290, 315, 45, 90, 70, 20, 0, 340, 135, 160, 110]
 DISTANCES = [10, 22, 40, 65, 95]
 GAP = 3  # between two labels
+CLOSE = 7  # between a leader and a point that it does not lead to
 
 
 def box_at(point, size, angle, distance):
@@ -37,12 +38,18 @@ def leader(point, box, n=12):
     return np.linspace(point, spot, n)
 
 
+def passes(line, points, own):
+    """Whether the leader passes close by a point that is not its own."""
+    others = points[np.abs(points - own).max(axis=1) > 1]
+    return bool((np.abs(line[:, None] - others[None]).max(axis=2) < CLOSE).any())
+
+
 def place(points, sizes, area, hard, soft):
     """For each point the box of its label, or None where there is no room. Earlier ones choose first.
 
     points: (x, y) each; sizes: (width, height) each; area: the box that holds all; hard: (n, 2), what no label may
     cover; soft: (m, 2), what it had better not cover."""
-    placed, leaders, boxes = [], np.empty((0, 2)), []
+    placed, leaders, boxes, every = [], np.empty((0, 2)), [], np.array(points)
     for point, size in zip(points, sizes, strict=True):
         best, cost, best_leader = None, math.inf, None
         for distance in DISTANCES:
@@ -59,6 +66,7 @@ def place(points, sizes, area, hard, soft):
                     and not inside(hard, box, GAP)
                     and not inside(leaders, box)
                     and not any(inside(line, other) for other in placed)
+                    and not passes(line, every, point)
                 ):
                     best, cost, best_leader = box, price, line
         boxes.append(best)

@@ -55,7 +55,10 @@ def view(night):
     top, low, sigma = line[0], line[-1], night.sigma or 0.0
     off = [abs(e.val_bpb - running[e.number - 1]) for e in others if running[e.number - 1] is not None]
     typical = 3 * median(off) if off else 0.0
-    reach = max(0.35 * (top - low), 4 * sigma, min(typical, max(3 * (top - low), 0.02 * top)), 1e-4 * top)
+    most = (
+        max(3 * (top - low), 0.02 * top) if top > low else 0.25 * top
+    )  # where nothing is gained, nothing is flattened
+    reach = max(0.35 * (top - low), 4 * sigma, min(typical, most), 1e-4 * top)
     shown = [e.val_bpb for e in kept + others if low - reach <= e.val_bpb <= top + reach]
     margin = 0.08 * (max(shown) - min(shown)) + 1.5 * sigma + 1e-4 * top
     return View(kept, others, missing, min(shown) - margin, max(shown) + margin)

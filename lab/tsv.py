@@ -4,7 +4,6 @@ Known from the field: a byte order mark, CRLF, quotes as a spreadsheet puts them
 another order or beside others, bytes that are no UTF-8, a status in capitals, a word in the place of a number.
 """
 
-import math
 import re
 import stat
 import unicodedata
@@ -12,7 +11,8 @@ import unicodedata
 from lab import results
 from lab.errors import Refused, os_reason
 
-LARGEST = 64 * 2**20  # bytes: no results.tsv is larger
+LONGEST = 64 * 2**20  # bytes: no results.tsv is longer
+SMALLEST, LARGEST = 1e-6, 1e6  # bits per byte, or GB
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 STATUSES = {s: s for s in results.STATUSES} | {"kept": "keep", "discarded": "discard", "crashed": "crash"}
 TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reverse the text that follows
@@ -38,9 +38,9 @@ def fields_of(line):
 
 
 def number(text):
-    """The finite number above 0 that the text is, or None."""
+    """The positive number that the text is, or None; what no run can measure is none."""
     value = float(text) if NUMBER.fullmatch(text) else 0.0
-    return value if math.isfinite(value) and value > 0 else None
+    return value if SMALLEST <= value <= LARGEST else None
 
 
 def status(text):
@@ -54,7 +54,7 @@ def text_of(path):
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
             raise Refused(f"{path} is no file: a results.tsv is wanted")
-        if info.st_size > LARGEST:
+        if info.st_size > LONGEST:
             raise Refused(f"{path} has {info.st_size >> 20} MB: no results.tsv is that large")
         data = path.read_bytes()
     except FileNotFoundError:

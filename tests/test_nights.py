@@ -111,7 +111,7 @@ def test_bytes_that_are_no_utf8_cost_a_letter_not_the_night(tmp_path):
     assert e.description == "caf�" and e.val_bpb == 1.0
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "0", "0.000000", "-1.0", "good", "", "1_0", "0,99"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "1e308", "1e-300", "0", "0.000000", "-1.0", "good", "", "1_0", "0,99"])
 def test_what_is_no_finite_positive_number_is_no_value(tmp_path, value):
     night = night_of(tmp_path, rows(("keep", value), ("keep", 1.0), ("ok", value)))
     assert [e.val_bpb for e in night.experiments] == [None, 1.0, None]
