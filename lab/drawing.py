@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lab import labels, plots
 
 KEPT, OTHER, MISSING, INK = "#0072b2", "#8b9099", "#d55e00", "#22262b"
-LABEL = 40  # characters of a description beside its point
+LABEL = 44  # characters of a description beside its point
 MOST = 40  # labels that are tried
 EDGE = 0.02  # where crosses stand: this part of the height above the lower edge
 
@@ -26,8 +26,12 @@ def drawable():
 
 
 def shortened(text):
+    """What a label has room for, cut after a word where one ends in its second half."""
     text = "".join(c if ord(c) in drawable() else "□" for c in text[: LABEL + 1])
-    return text if len(text) <= LABEL else text[: LABEL - 1].rstrip() + "…"
+    if len(text) <= LABEL:
+        return text
+    end = text.rfind(" ", LABEL // 2, LABEL)
+    return text[: end if end > 0 else LABEL - 1].rstrip(" ,;:-") + "…"
 
 
 def png(figure):

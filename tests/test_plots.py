@@ -202,6 +202,7 @@ def test_descriptions_are_drawn_letter_by_letter_and_a_letter_the_font_lacks_war
 def test_long_descriptions_are_cut():
     assert drawing.shortened("x" * 10_000) == "x" * (drawing.LABEL - 1) + "…"
     assert drawing.shortened("x" * drawing.LABEL) == "x" * drawing.LABEL
+    assert drawing.shortened("one two, " * 10) == "one two, one two, one two, one two, one…"
 
 
 @pytest.mark.parametrize("night", [NIGHTS["none"], SMALL, NIGHTS["1000"]], ids=["none", "small", "1000"])
