@@ -10,6 +10,7 @@ and writes it to audit.tsv; what was scored once is remembered in .lab/audit.jso
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 from lab import archive, locks, results, runlog, scoring
@@ -169,9 +170,11 @@ def run(args):
         known = {}
     rows = []
     for i, record in enumerate(records, 1):
-        print(f"\r{i}/{len(records)}: {archive.name_of(record)} ", end="", flush=True)
+        if sys.stdout.isatty():
+            print(f"\r{i}/{len(records)}: {archive.name_of(record)} ", end="", flush=True)
         rows.append(examine(top, record, args, known))
-    print("\r", end="")
+    if sys.stdout.isatty():
+        print(f"\r{'':30}\r", end="")
     sigma = history.noise().sigma
     compare(rows, sigma)
     print(table(rows))

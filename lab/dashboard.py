@@ -9,6 +9,7 @@ It writes nothing anywhere, and fetches nothing from anywhere. docs/dashboard.md
 
 import ipaddress
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def run(args):
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}/  {', '.join(found)}  (Ctrl-C ends it)", flush=True)
     config = uvicorn.Config(made, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has ended: that is no failure
     try:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:

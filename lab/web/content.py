@@ -85,6 +85,6 @@ def sample(experiment):
         return None, "only kept runs are sampled"
     try:
         with open(Path(experiment.archive) / "sample_output.txt", encoding="utf-8", errors="replace") as f:
-            return plain(f.read(SAMPLE + 1), SAMPLE), None
+            return plain(f.read(SAMPLE + 1), SAMPLE).rstrip(), None
     except OSError:
         return None, f"no sample yet: uv run -m lab sample {experiment.number}"

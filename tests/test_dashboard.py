@@ -1,0 +1,329 @@
+"""lab dashboard: what it shows and answers, what it refuses, and that nothing in a night becomes markup or a path."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import pytest
+import schemathesis
+from fakenight import PROGRESS, ROOT, FakeNight
+from starlette.testclient import TestClient
+
+from lab import dashboard
+from lab.errors import Refused
+from lab.web import app, trees
+
+NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too' {{ 7 * 7 }} ${x} javascript:alert(3)"
+TOKEN = "a-token-of-24-characters"
+LOCAL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """Five rows: baseline, a keep with a nasty description and sample, a discard, a crash, a keep."""
+    night = FakeNight(tmp_path_factory.mktemp("night") / "tree")
+    night.baseline()
+    night.experiment(NASTY, 0.99)
+    night.experiment("worse", 1.2)
+    night.experiment("broken", None, tail="Traceback (most recent call last):\nRuntimeError: a shape\n")
+    night.experiment("better still", 0.95)
+    (archive,) = (night.path / "runs").glob("0002-*")
+    (archive / "sample_output.txt").write_text(f"Once upon a time {NASTY}\x00\x1b[31m\n")
+    return night
+
+
+@pytest.fixture(scope="module")
+def client(night):
+    return TestClient(app.create(trees.find([night.path])), base_url=LOCAL)
+
+
+def commit_of(client, number):
+    return client.get("/api/experiments").json()["experiments"][number - 1]["commit"]
+
+
+def everything_below(path):
+    return sorted((str(p), p.lstat().st_mtime_ns) for p in Path(path).rglob("*"))
+
+
+# --- what it says --------------------------------------------------------------
+
+
+def test_the_api_tells_the_night(client, night):
+    told = client.get("/api/experiments").json()
+    assert [e["status"] for e in told["experiments"]] == ["keep", "keep", "discard", "crash", "keep"]
+    assert [e["val_bpb"] for e in told["experiments"]] == [1.0, 0.99, 1.2, None, 0.95]
+    assert told["counts"] == {"keep": 3, "discard": 1, "crash": 1} and told["tree"] == "test"
+    assert told["best"]["number"] == 5 and told["baseline"]["number"] == 1 and told["sigma"] == pytest.approx(0.002)
+    assert told["experiments"][4]["gain"] == pytest.approx(0.04) and told["experiments"][2]["gain"] is None
+    assert [e["runs"] for e in told["experiments"]][:2] == [3, 1]
+    latest = client.get("/api/latest").json()
+    assert latest["experiment"] == latest["best"] == told["experiments"][4] and latest["live"]["running"] is False
+
+
+def test_an_experiment_has_its_diff_its_runs_its_log_and_its_sample(client):
+    detail = client.get(f"/api/experiments/{commit_of(client, 2)}").json()
+    assert re.search(r"^\+# line \d", detail["diff"], re.MULTILINE) and detail["diff"].startswith("diff --git a/train.py")
+    assert detail["run_facts"][0]["seed"] == 42 and detail["run_facts"][0]["val_bpb"] == 0.99
+    assert "val_bpb:          0.990000" in detail["log"] and "| loss" not in detail["log"]
+    sample = client.get(f"/api/samples/{commit_of(client, 2)}").json()
+    assert sample["text"] == f"Once upon a time {NASTY}[31m"  # as text; control characters are gone
+    assert client.get(f"/api/samples/{commit_of(client, 3)}").json()["reason"] == "only kept runs are sampled"
+    full = client.get("/api/experiments").json()["experiments"][1]["commit"]
+    assert client.get(f"/api/experiments/{full[:5]}").json()["number"] == 2
+
+
+def test_the_chart_has_a_point_an_experiment(client):
+    figure = client.get("/api/chart").json()
+    assert sum(len(trace["x"]) for trace in figure["data"][2:]) == 5
+
+
+def test_pages_are_there_and_hold_every_row(client):
+    page = client.get("/")
+    assert page.status_code == 200 and page.text.count('<tr class="') == 5
+    assert 'class="crash"' in page.text and ">0.990000<" in page.text
+    assert client.get("/docs").text.count("<h2><code>/") == 7
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_the_strip_follows_a_run_in_progress(night):
+    import fcntl
+
+    tree = next(iter(trees.find([night.path]).values()))
+    log = night.path / "run.log"
+    before = log.read_bytes()
+    holder = os.open(night.path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        log.write_text("run: {}\n")
+        assert tree.live() == {"running": True, "stage": "set-up"}
+        log.write_text("run: {}\n" + PROGRESS)
+        live = tree.live()
+        assert (live["step"], live["percent"], live["loss"], live["seconds_left"]) == (123, 41.0, 3.141593, 177)
+        assert (live["tokens_per_second"], live["stage"]) == (1648000, "training")
+        log.write_text(PROGRESS.replace("41.0%", "100.0%"))
+        assert tree.live()["stage"] == "evaluation"
+    finally:
+        os.close(holder)
+        log.write_bytes(before)
+    assert tree.live() == {"running": False}
+
+
+def test_new_rows_show_without_a_restart(night, tmp_path):
+    twin = night.copy(tmp_path / "twin")
+    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    assert client.get("/api/live").json()["experiments"] == 5
+    twin.experiment("one more", 1.1)
+    assert client.get("/api/live").json()["experiments"] == 6
+
+
+def test_worktrees_are_found_by_themselves_and_told_apart(night, tmp_path):
+    twin = night.copy(tmp_path / "twin")
+    twin.git("worktree", "add", "-q", "-b", "autoresearch/second", str(tmp_path / "second"))
+    twin.git("worktree", "add", "-q", "--detach", str(tmp_path / "test"))
+    found = trees.find([twin.path])
+    assert set(found) == {"test", "second", "test (2)"}
+    assert list(trees.find([twin.path], alone=True)) == ["test"]
+    client = TestClient(app.create(found), base_url=LOCAL)
+    assert client.get("/api/experiments", params={"tree": "second"}).json()["experiments"] == []
+    assert client.get("/", params={"tree": "test (2)"}).status_code == 200
+    assert client.get("/", params={"tree": "../twin"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [(None, None), ("", None), ("commit\tval_bpb\n", "column"), ("\x00\x01", "results.tsv"), ("<b>not a table</b>\n", "results.tsv")],
+)
+def test_a_tree_without_a_night_is_a_sentence(tmp_path, content, says):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    if content is not None:
+        (tree / "results.tsv").write_text(content)
+    client = TestClient(app.create(trees.find([tree])), base_url=LOCAL)
+    told = client.get("/api/experiments").json()
+    assert told["experiments"] == [] and (says in told["problem"] if says else told["problem"] is None)
+    assert client.get("/").status_code == client.get("/api/chart").status_code == 200
+    assert "<b>not" not in client.get("/").text
+    if content is None:
+        tree.rmdir()
+        assert client.get("/api/experiments").json()["problem"] == "this working tree is gone"
+        assert client.get("/").status_code == client.get("/api/live").status_code == 200
+
+
+# --- what it does not let happen --------------------------------------------------
+
+
+def test_nothing_of_a_night_becomes_markup(client):
+    for path in ("/", f"/experiment/{commit_of(client, 2)}"):
+        text = client.get(path).text
+        assert "alert(1)" in text and "&lt;script&gt;alert(1)" in text and "{{ 7 * 7 }}" in text
+        assert "<script>" not in text and "<img" not in text and "onerror=alert" in text.replace("&#39;", "")
+        assert re.findall(r"<script[^>]*>", text) in ([], ['<script src="/static/plotly.min.js" defer>', '<script src="/static/app.js" defer>'])
+    figure = client.get("/api/chart").json()
+    assert not [t for trace in figure["data"] for t in trace.get("text", []) if "<script" in t or "<img" in t]
+
+
+SECRET = "line that only the file has"
+ATTACKS = [
+    "..", "../..", "../../etc/passwd", "/etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "..%2f..%2fetc%2fpasswd", "....//etc/passwd",
+    "%00", "abcdef%00", "abcd%2f..%2f..", "C:%5cwindows", "--help", "-O%2ftmp%2fx", "HEAD", "main", "a" * 10240, "abc", "ABCDEF12", "0" * 41,
+    "%ff%fe", "abcd;ls", "$(id)", "best", "0002-abcdef0", "train.py", "results.tsv",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ["/api/experiments/", "/api/samples/", "/experiment/", "/static/", "/api/", "/"])
+def test_no_url_reaches_a_file(client, night, route):
+    (night.path / "secret.txt").write_text(SECRET)
+    for attack in [*ATTACKS, "secret.txt", "../secret.txt"]:
+        for tail in ("", "?tree=../../etc", "?tree=" + attack.replace("?", "")):
+            response = client.get(route + attack + tail, follow_redirects=False)
+            if route + attack + tail in ("/", "/?tree=", "/.."):
+                continue
+            normal = response.url.path in ("/", "/api", "/docs", "/health", "/openapi.json", "/api/experiments", "/experiment")
+            assert response.status_code in (404, 422) or normal, (route + attack + tail, response.status_code)
+            assert SECRET not in response.text and "root:" not in response.text and len(response.text) < 30_000
+    (night.path / "secret.txt").unlink()
+
+
+def test_other_methods_are_refused_and_head_has_no_body(client):
+    for path in ("/", "/api/experiments", "/health", "/static/app.js"):
+        for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+            assert client.request(method, path).status_code == 405
+        head = client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+
+
+def test_it_writes_nothing(client, night):
+    before = everything_below(night.path)
+    for path in ("/", "/api/experiments", "/api/latest", "/api/live", "/api/chart", f"/experiment/{commit_of(client, 2)}", f"/api/experiments/{commit_of(client, 3)}"):
+        assert client.get(path).status_code == 200
+    assert everything_below(night.path) == before
+
+
+def test_every_answer_has_the_headers(client):
+    for path in ("/", "/api/experiments", "/nothing", "/static/plotly.min.js", "/api/experiments/zz"):
+        headers = client.get(path).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_a_page_of_another_name_cannot_read_a_local_dashboard(client):
+    assert client.get("/api/experiments", headers={"host": "evil.example:8000"}).status_code == 400
+    assert client.get("/health", headers={"host": "127.0.0.1.evil.example"}).status_code == 400
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
+        assert client.get("/health", headers={"host": host}).status_code == 200
+
+
+# --- the token -----------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(night):
+    return TestClient(app.create(trees.find([night.path]), token=TOKEN, local_only=False), base_url="http://box:80")
+
+
+def test_without_the_token_nothing_but_health(guarded):
+    for path in ("/", "/api/experiments", "/openapi.json", "/docs", "/static/app.js", "/nothing", "/api/experiments/../.."):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}, {"cookie": "autoresearch=x"}, {"cookie": f"autoresearch={TOKEN}"}):
+            response = guarded.get(path, headers=headers)
+            assert response.status_code == 401 and "experiments" not in response.text, path
+    assert guarded.get("/?token=wrong").status_code == 401
+    page = guarded.get("/", headers={"accept": "text/html"})
+    assert page.status_code == 401 and 'type="password"' in page.text and page.headers["x-frame-options"] == "DENY"
+    assert guarded.get("/health").json() == {"status": "ok"}
+
+
+def test_the_token_opens_by_header_and_by_a_cookie_that_is_not_the_token(guarded):
+    assert guarded.get("/api/experiments", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+    answer = guarded.get(f"/?tree=test&token={TOKEN}", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/?tree=test")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie and TOKEN not in cookie
+    assert guarded.get("/").status_code == 200  # the client keeps the cookie
+    assert guarded.get(f"//evil.example/?token={TOKEN}", follow_redirects=False).headers.get("location", "/")[:2] != "//"
+
+
+def test_when_a_token_is_needed():
+    assert dashboard.check_token(None, "127.0.0.1") is None and dashboard.check_token("", "localhost") is None
+    assert dashboard.check_token(TOKEN, "0.0.0.0") == TOKEN
+    for token, host, says in [(None, "0.0.0.0", "open to others"), ("", "192.168.1.2", "open to others"), (None, "::", "open to others"),
+                              ("short", "127.0.0.1", "16 or more"), ("ä" * 20, "::", "ASCII"), ("with a space in it", "::", "no space")]:  # fmt: skip
+        with pytest.raises(Refused, match=says):
+            dashboard.check_token(token, host)
+
+
+# --- the description for programs ------------------------------------------------
+
+
+def test_schemathesis_finds_no_server_error(night):
+    """Nor an answer that the description does not have. Both kinds of input: as described, and not."""
+    description = schemathesis.openapi.from_asgi("/openapi.json", app.create(trees.find([night.path]), local_only=False))
+    operations = [found.ok() for found in description.get_all_operations()]
+    assert len(operations) == 7
+    calls = []
+    for operation in operations:
+        for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:
+
+            @hypothesis.settings(
+                max_examples=12, deadline=None, database=None, derandomize=True,
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )  # fmt: skip
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+            def check(case):
+                calls.append(case.call().status_code)
+                case.call_and_validate()
+
+            try:
+                check()
+            except hypothesis.errors.Unsatisfiable:
+                assert mode is schemathesis.GenerationMode.NEGATIVE  # a route that takes nothing can't be called wrongly
+    assert {200, 404, 422} <= set(calls) and max(calls) < 500
+
+
+# --- the command ---------------------------------------------------------------
+
+
+def start(night, *args):
+    command = [sys.executable, "-m", "lab", "dashboard", "--tree", str(night.path), *args]
+    env = night.env | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=night.path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_command_serves_until_it_is_ended(night):
+    import urllib.request
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = start(night, "--port", "0")
+        url = re.match(r"(http://127\.0\.0\.1:\d+/)  test  \(Ctrl-C ends it\)", process.stdout.readline())[1]
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with urllib.request.urlopen(url + "health", timeout=5) as answer:
+                    assert json.load(answer) == {"status": "ok"}
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_what_cannot_be_served_is_one_line(night, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for args, says in [(["--port", str(port)], "Address already in use"), (["--host", "0.0.0.0"], "give a --token"),
+                           (["--tree", str(tmp_path / "no")], "is no folder"), (["--port", "99999"], "no such port"),
+                           (["--host", "no.such.host.invalid", "--token", TOKEN], "cannot listen on")]:  # fmt: skip
+            process = start(night, *args)
+            out, err = process.communicate(timeout=30)
+            assert process.returncode == 1 and out == "" and says in err and err.count("\n") == 1, (args, err)
