@@ -48,7 +48,7 @@ SHOWN = ["/run/opengl-driver", "/run/current-system"]  # where NixOS keeps its G
 DEVICES = ["/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg"]  # NVIDIA; all; AMD; NVIDIA under WSL
 SECRET = re.compile(r"(?i)key|token|secret|passw|credential|^ssh_")
 HOW_TO_GET = "get it: apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # not on Windows
 # In front of the command: what bubblewrap was told to ignore, the command heeds again.
 HEED = """
 import os, signal, sys

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Step 2, where compute nodes have no internet: the agent works here, on the login node, and only the training runs on
+# a compute node, which is allocated once for the whole night. Start it in tmux. Again with the same TAG, it goes on.
+#
+#   deploy/slurm/login-night.sh TAG HOURS 'AGENT COMMAND' [PROGRAM]
+#
+# It makes a clone in $SCRATCH/autoresearch/TAG/login/tree, in which every run command is train-under-srun.sh's.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=deploy/slurm/site.sh
+. deploy/slurm/site.sh
+
+tag=${1:?TAG} hours=${2:?HOURS} agent=${3:?AGENT COMMAND} program=${4:-program.md}
+source=$PWD
+work=$SCRATCH/autoresearch/$tag/login
+mkdir -p "$work"
+
+if [ ! -d "$work/tree" ]; then
+    rm -rf "$work"/new-*
+    new=$work/new-$$
+    git clone --quiet "$source" "$new"
+    git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
+    cp "$program" "$new/program.md"
+    # The agents' permission files name the run command too, seed by seed.
+    sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' \
+        "$new"/program.md "$new"/agents/claude.json "$new"/agents/codex/rules/*.rules
+    git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost \
+        commit --quiet -m "runs go to a compute node" -- program.md agents
+    git -C "$new" switch --quiet -c "autoresearch/$tag-login"
+    mv "$new" "$work/tree"
+fi
+cd "$work/tree"
+
+# One allocation for the night: a run that waited in the queue would outlast the patience of the agent's shell.
+options=(--partition "$PARTITION" --ntasks 1 --cpus-per-task "${CPUS:-8}" --mem "${MEM:-32G}")
+[ -z "$ACCOUNT" ] || options+=(--account "$ACCOUNT")
+[ "${GRES:-}" = none ] || options+=(--gres "${GRES:-gpu:1}")
+minutes=$(awk -v h="$hours" 'BEGIN { printf "%d", h * 60 + 25 }')
+job=$(salloc --no-shell --job-name "autoresearch-$tag" --time "$minutes" "${options[@]}" 2>&1 |
+    tee /dev/stderr | sed -n 's/.*Granted job allocation \([0-9]*\).*/\1/p')
+trap 'scancel "$job"' EXIT
+
+export SRUN_OPTIONS="--jobid=$job --overlap"
+export UV_PROJECT_ENVIRONMENT=$source/.venv UV_OFFLINE=1 UV_NO_SYNC=1
+uv run -m lab night --hours "$hours" --agent "$agent"

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One training on a compute node, for an agent that works on the login node. It stands in program.md in place of
+# train.py, and the rest of the loop stays as it is:
+#
+#   uv run deploy/slurm/train-under-srun.sh > run.log 2>&1
+#
+# SRUN_OPTIONS: options of srun; --jobid=N to run in an allocation that is there already (login-night.sh makes one).
+# A training locks the folder of train.py, so that `lab record` knows that it goes on; but such a lock holds on one
+# machine only, whatever file system the folder is on. So this script holds the lock here, unless this machine is a
+# compute node itself, where the training may find it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+if [ -z "$(sinfo --noheader --nodes="$(hostname -s)" --format=%N 2> /dev/null)" ]; then
+    exec 9< .
+    flock --nonblock 9 || {
+        echo "another run is going on in $PWD: wait for it, or train in another checkout" >&2
+        exit 1
+    }
+fi
+read -ra options <<< "${SRUN_OPTIONS:---gres=gpu:1 --cpus-per-task=8 --mem=32G}"
+minutes=$(python -c 'from constants import GRACE, TIME_BUDGET; print((TIME_BUDGET + 2 * GRACE) // 60 + 2)')
+export HF_HUB_OFFLINE=1
+
+# The training's own lines, stderr's too, go to stdout; what Slurm has to say of it is kept apart.
+mkdir -p .lab
+srun --nodes=1 --ntasks=1 --time="$minutes" "${options[@]}" sh -c 'exec python train.py 2>&1' 2> .lab/srun.err &
+run=$!
+ended=
+trap 'ended=yes; kill -TERM "$run" 2> /dev/null || true' TERM INT
+rc=0
+wait "$run" || rc=$?
+while kill -0 "$run" 2> /dev/null; do wait "$run" || true; done # a signal ends a wait
+
+# Ended from outside (the night is over, the job cancelled, the node lost) a run is no result and no crash: it says so
+# as its last line, as train.py itself does. Memory beyond --mem is its own fault.
+if [ "$rc" -ge 128 ] && ! grep -qi 'oom\|out of memory' .lab/srun.err; then ended=yes; fi
+if [ -n "$ended" ]; then
+    printf '\npreempted\n'
+    exit 75
+fi
+[ "$rc" -eq 0 ] || cat .lab/srun.err >&2
+exit "$rc"

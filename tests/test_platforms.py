@@ -1,0 +1,246 @@
+"""What differs on Windows, macOS, AMD and Apple GPUs, as far as it can be tried on Linux: a Python without fcntl, most
+signals and symbolic links; a file that cannot be replaced because somebody reads it; another encoding; what torch says
+of devices that are not there. (dtype, compile and attention by device: test_model.py, test_attention.py.)
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakenight import FakeNight
+from test_run import MAIN, TINY
+
+import prepare
+import train
+
+# Runs `python ARGS` in a Python that lacks what Windows' has not. What is imported before that is the libraries' own
+# business: they have their Windows code, which is not to be tried on Linux.
+WINDOWS = """
+import asyncio, ctypes, logging, multiprocessing.connection, os, platform, runpy, shutil, signal, socket, subprocess, sys
+import tempfile, time
+if any(arg.endswith("train.py") for arg in sys.argv):
+    import filelock, numpy, requests, tiktoken, torch
+
+sys.modules["fcntl"] = None
+for module, names in {
+    signal: "SIGHUP SIGKILL SIGUSR1 SIGUSR2 SIGQUIT SIGALRM SIGCHLD SIGCONT SIGSTOP SIGPIPE alarm pthread_sigmask",
+    os: "killpg getpgid getpgrp setsid fork getuid geteuid getgid sched_getaffinity sysconf statvfs getloadavg mkfifo WNOHANG",
+    time: "clock_gettime CLOCK_BOOTTIME",
+}.items():
+    for name in names.split():
+        delattr(module, name)
+
+def symlink(*args, **kwargs):
+    raise OSError(22, "A required privilege is not held by the client")
+
+really_open = os.open
+def open_no_folder(path, *args, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return really_open(path, *args, **kwargs)
+
+os.symlink, os.open, sys.platform = symlink, open_no_folder, "win32"
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.getcwd())
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class WindowsNight(FakeNight):
+    """A night whose commands run in such a Python."""
+
+    def lab(self, *args, cwd=None, timeout=60, **env):
+        done = subprocess.run(
+            [sys.executable, "-c", WINDOWS, "-m", "lab", *args], cwd=cwd or self.path, env=self.env | env, timeout=timeout,
+            capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return SimpleNamespace(rc=done.returncode, out=done.stdout, err=done.stderr)
+
+
+# --- Windows ------------------------------------------------------------------
+
+
+def test_a_night_is_recorded_without_locks_signals_and_links(tmp_path):
+    night = WindowsNight(tmp_path / "tree")
+    night.baseline()
+    kept, result = night.experiment("wider", 0.95)
+    assert result.out.startswith("keep")
+    _, result = night.experiment("worse", 1.05)
+    assert result.out.startswith("discard")
+    assert night.head() == kept and night.archives() == [f"0001-{night.rows()[0][0]}", f"0002-{night.rows()[1][0]}"]
+    best = tmp_path / "tree" / "runs" / "best"
+    assert not best.is_symlink() and best.read_text() == night.archives()[1], "a file that names it, in place of a link"
+    status = night.lab("status")
+    assert status.rc == 0 and "row 0002" in status.out and not status.err
+    assert json.loads(night.lab("status", "--json").out)["in_progress"] is False
+
+
+def test_the_help_of_every_command_is_there(tmp_path):
+    from lab.__main__ import COMMANDS
+
+    night = WindowsNight(tmp_path)
+    shown = night.lab("--help")
+    assert shown.rc == 0, shown.err
+    for name in COMMANDS:
+        if (Path(train.__file__).parent / "lab" / f"{name}.py").exists():
+            assert re.search(rf"^    {name} ", shown.out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "command, needle", [(["night", "--agent", "x"], "Linux or macOS"), (["sandbox"], "for Linux only")], ids=["night", "sandbox"]
+)  # fmt: skip
+def test_what_windows_cannot_do_is_one_line(tmp_path, command, needle):
+    result = WindowsNight(tmp_path).lab(*command, PATH=f"{bare_path(tmp_path)}")
+    assert result.rc == 1 and needle in result.err and len(result.err.splitlines()) == 1, result.err
+
+
+def bare_path(folder):
+    """A PATH with git alone."""
+    (folder / "bin").mkdir()
+    git = subprocess.run(["sh", "-c", "command -v git"], capture_output=True, text=True).stdout.strip()
+    (folder / "bin" / "git").symlink_to(git)
+    return folder / "bin"
+
+
+def test_a_training_runs_to_its_end(make_repo, prepared_stdlib):
+    repo = make_repo(time_budget=1, grace=250)
+    repo.copy_cache(prepared_stdlib)
+    train = (repo.path / "train.py").read_text()
+    (repo.path / "train.py").write_text(train.replace(f"\n{MAIN}\n", f"{TINY}\n\n{MAIN}\n"))
+    result = repo.run("-c", WINDOWS, "train.py", timeout=200)
+    assert result.rc == 0, result.err
+    assert re.search(r"^val_bpb: +\d+\.\d{6}$", result.out, re.MULTILINE) and (repo.path / "checkpoint.pt").exists()
+    assert re.search(r"^total_seconds: +\d", result.out, re.MULTILINE)
+
+
+HELD = """
+import os, sys, errno
+from lab import __main__
+really, held = os.replace, sys.argv.pop(1)
+
+def replace(source, target):
+    if os.path.basename(target) == held:
+        raise PermissionError(errno.EACCES, "The process cannot access the file because it is being used", str(target))
+    really(source, target)
+
+os.replace = replace
+raise SystemExit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize("held", ["results.tsv", "runs.jsonl", "best"])
+def test_a_file_that_another_program_holds_open_stops_a_record_half_way_and_nothing_is_lost(tmp_path, held):
+    night = FakeNight(tmp_path / "tree")
+    night.baseline()
+    night.change_train()
+    night.commit("wider")
+    night.run(0.95)
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, held, "record", "wider"],
+        cwd=night.path,
+        env=night.env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and held in done.stderr, done.stderr
+    assert "nothing is lost: run the same command again" in done.stderr
+    result = night.recorded("wider")
+    assert result.out.startswith("keep") and [row[4] for row in night.rows()] == ["baseline", "wider"]
+    night.check()
+
+
+def test_what_files_hold_does_not_depend_on_the_locale(tmp_path):
+    """Windows' own encoding is not UTF-8; here it is ASCII, which is less."""
+    night = FakeNight(tmp_path / "tree")
+    night.baseline()
+    night.experiment("größer → 大", 0.95)
+    night.env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (night.path / "program.md").write_text("Größe zählt.\n", encoding="utf-8")
+    night.change_train("# Größe → 大\n" + night.read("train.py"))
+    night.commit("größer noch")
+    night.run(0.90)
+    assert night.recorded("another").out.startswith("keep")
+    assert [row[4] for row in night.rows()] == ["baseline", "größer → 大", "another"]
+    assert night.lab("status").rc == 0
+    night.check()
+
+
+# --- devices ------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpu=None, capability=None, hip=None, mps=False): what torch reports."""
+
+    def be(gpu=None, capability=(8, 0), hip=None, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    "reported, device, name",
+    [
+        (dict(gpu="NVIDIA H100 80GB HBM3", capability=(9, 0)), "cuda", "NVIDIA H100 80GB HBM3"),
+        (dict(gpu="NVIDIA A100-SXM4-80GB", mps=True), "cuda", "NVIDIA A100-SXM4-80GB"),
+        (dict(gpu="AMD Instinct MI300X", capability=(9, 4), hip="6.4"), "cuda", "AMD Instinct MI300X"),
+        (dict(mps=True), "mps", ", [0-9]+ cores"),
+        (dict(), "cpu", ", [0-9]+ cores"),
+    ],
+    ids=["H100", "A100", "ROCm", "Apple", "CPU"],
+)
+def test_the_device_is_the_best_that_torch_reports(machine, reported, device, name):
+    machine(**reported)
+    chosen, said = prepare.pick_device()
+    assert chosen.type == device and re.search(name, said)
+
+
+def test_a_rocm_gpu_trains_in_bfloat16_compiled_by_triton_on_flex(machine, monkeypatch):
+    machine(gpu="AMD Instinct MI300X", capability=(9, 4), hip="6.4")
+    device = torch.device("cuda")
+    assert train.choose_dtype(device)[0] == torch.bfloat16
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(train, "COMPILE", True)
+    assert train.choose_compile(device) == (True, "triton")
+    attention, reason = train.choose_attention(device, torch.bfloat16)
+    assert attention.name == "flex", reason
+
+
+def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):
+    machine()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(prepare, "Path", lambda *parts: Path("/nowhere", *parts[1:]))
+    monkeypatch.setattr(prepare.platform, "processor", lambda: "Apple M4")
+    assert prepare.pick_device()[1] == f"Apple M4, {os.cpu_count()} cores"
+
+
+def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
+    asked = []
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(train, "COMPILE", True)
+    monkeypatch.setattr(train.shutil, "which", lambda name: asked.append(name) or name)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
+
+
+def test_processes_are_found_where_there_is_no_proc(monkeypatch):
+    from lab import processes
+
+    monkeypatch.setattr(processes, "Path", lambda *parts: Path("/nowhere"))
+    table = "    1     0 Ss\n  200     1 S+\n  201   200 Z\n  202   200 R\n"
+    monkeypatch.setattr(processes.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=table))
+    assert processes.descendants(1) == [200, 202], "what is dead is not there"

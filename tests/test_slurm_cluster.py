@@ -1,0 +1,263 @@
+"""The script of lab slurm on a real Slurm of one node, with the real train.py, record and night, and agents that follow
+program.md: preempted, requeued and cancelled, every experiment is recorded once.
+
+The cluster is Debian's packages, run by this test below a temporary folder and ended with it: slurmctld, slurmd and
+munged with a key and a socket of its own. The metric is staged as in test_night_scripted.py, to call up verdicts.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import kill_group, left_out, tiny_repo
+from scripted_agent import Agent
+from test_night_scripted import STAGE
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ["slurmctld", "slurmd", "sbatch", "srun", "munged"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+# config_overrides: tasks side by side on a machine of one core. cred_expire: a requeued job starts again when its
+# credential has expired, by default after two minutes.
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+SlurmdPort={slurmd}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={base}/munge.socket,cred_expire=5
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+StateSaveLocation={base}/state
+SlurmdSpoolDir={base}/spool
+SlurmctldPidFile={base}/slurmctld.pid
+SlurmdPidFile={base}/slurmd.pid
+SchedulerParameters=bf_interval=1,sched_interval=1
+SlurmdParameters=config_overrides
+KillWait=5
+JobRequeue=1
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Slurm:
+    def __init__(self, base):
+        self.base, self.daemons = base, []
+        host = socket.gethostname().split(".")[0]
+        for name in ("state", "spool"):
+            (base / name).mkdir()
+        (base / "munge.key").write_bytes(os.urandom(128))
+        (base / "munge.key").chmod(0o400)
+        (base / "slurm.conf").write_text(CONFIG.format(base=base, host=host, ctld=free_port(), slurmd=free_port()))
+        self.env = os.environ | {"SLURM_CONF": str(base / "slurm.conf")}
+        self.start(
+            "munged", "--foreground", "--force", f"--key-file={base}/munge.key", f"--socket={base}/munge.socket",
+            f"--pid-file={base}/munge.pid", f"--log-file={base}/munge.log", f"--seed-file={base}/munge.seed",
+        )  # fmt: skip
+        self.until(lambda: (base / "munge.socket").exists(), 10, "munged is not up")
+        self.start("slurmctld", "-D")
+        self.start("slurmd", "-D", "-N", host)
+        self.until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 30, "the node is not up")
+
+    def start(self, name, *args):
+        with open(self.base / f"{name}.out", "ab") as out:
+            self.daemons.append(
+                subprocess.Popen([name, *args], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                 start_new_session=True)
+            )  # fmt: skip
+
+    def ask(self, *command, **kwargs):
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, **kwargs).stdout.strip()
+
+    def do(self, *command):
+        subprocess.run(command, env=self.env, check=True, capture_output=True, text=True)
+
+    def state(self, job):
+        """The state of a job that runs or waits; "" of one that is over."""
+        return self.ask("squeue", "-h", "-j", str(job), "-o", "%T")
+
+    def until(self, condition, seconds, otherwise):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            logs = "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.base.glob("*.out"))
+            assert time.monotonic() < deadline, f"{otherwise}\n{logs}"
+            time.sleep(0.3)
+
+    def end(self):
+        self.ask("scancel", "--user=root")
+        deadline = time.monotonic() + 20
+        while self.ask("squeue", "-h") and time.monotonic() < deadline:
+            time.sleep(0.3)
+        for daemon in reversed(self.daemons):
+            daemon.send_signal(signal.SIGTERM)
+            try:
+                daemon.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                pass
+            kill_group(daemon)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if missing := [name for name in NEEDED if not shutil.which(name)]:
+        left_out(f"Slurm is not installed: {', '.join(missing)} (apt-get install slurmctld slurmd slurm-client munge)")
+    if os.geteuid():
+        left_out("only root can start a Slurm whose tasks are its own")
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.end()
+    assert all(daemon.poll() is not None for daemon in cluster.daemons)
+
+
+@pytest.fixture(scope="module")
+def source(slurm, tmp_path_factory, prepared_stdlib):
+    """(path, environment) of a checkout to call lab slurm in: tiny rules, a staged metric, data prepared."""
+    base = tmp_path_factory.mktemp("source")
+    (base / "home").mkdir()
+    (base / "a scratch").mkdir()
+    repo = tiny_repo(
+        base / "clone", base / "home", base / "cache", "stdlib", None, 1, 90,
+        AUTORESEARCH_DATASET="stdlib", AUTORESEARCH_NO_SAMPLE="1", SLURM_CONF=slurm.env["SLURM_CONF"],
+        SCRATCH=base / "a scratch", GIT_CONFIG_GLOBAL=os.devnull,
+    )  # fmt: skip
+    repo.copy_cache(prepared_stdlib)
+    shutil.copytree(ROOT / "deploy", repo.path / "deploy")
+    repo.edit("prepare.py", r"\{self\.val_bpb:\.6f\}", "{staged_bpb(self):.6f}")
+    with open(repo.path / "prepare.py", "a") as f:
+        f.write("\nimport re\n" + STAGE)
+    # `uv run` would make an environment of its own: this one runs what the tests run in.
+    (base / "bin").mkdir()
+    (base / "bin" / "uv").write_text(
+        '#!/bin/sh\nshift\n[ "$1" = --no-sync ] && shift\n'
+        f'case "$1" in *.sh) exec "$@";; esac\nexec {sys.executable} "$@"\n'
+    )
+    (base / "bin" / "uv").chmod(0o755)
+    path = f"{base / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    repo.env |= {"PATH": path}
+    (repo.path / "other.md").write_text((repo.path / "program.md").read_text() + "\nTry the optimizer first.\n")
+    agent = Agent(repo.path, repo.env)
+    agent.git("init -q -b main")
+    agent.git("add -A")
+    agent.git("commit -q -m start")
+    return repo, agent
+
+
+def test_an_array_of_two_nights_is_preempted_requeued_and_cancelled(slurm, source):
+    repo, _ = source
+    base = repo.path.parent
+    plan = [["a gain", "# effect: -0.03", ""], ["a loss", "# effect: 0.03", ""], ["more", "# effect: -0.02", ""]]
+    (base / "plan.json").write_text(json.dumps(plan))
+    shutil.copy(ROOT / "tests" / "scripted_agent.py", base)
+    written = repo.run(
+        "-m", "lab", "slurm", "--tag", "nov21", "--hours", "0.5", "--programs", "program.md", "other.md", "--gres", "none",
+        "--cpus", "1", "--mem", "100M", "--group-readable", "--submit",
+        "--agent", shlex.join([sys.executable, f"{base}/scripted_agent.py", f"{base}/plan.json"]),
+    )  # fmt: skip
+    assert written.rc == 0, written.err
+    job, folder = re.search(r"submitted: job (\d+)", written.out)[1], base / "a scratch" / "autoresearch" / "nov21"
+    trees = [folder / str(task) / "tree" for task in (0, 1)]
+
+    def records(tree):
+        path = tree / "runs.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def training(tree):
+        log = tree / "run.log"
+        return log.exists() and "dtype: " in (text := log.read_text()) and "---" not in text
+
+    def log(task):
+        return (folder / "logs" / f"{job}_{task}.log").read_text()
+
+    def in_the_middle(tree):
+        slurm.until(lambda: len(records(tree)) >= 2 and training(tree), 400, f"no training in {tree}")
+
+    in_the_middle(trees[1])
+    slurm.do("scontrol", "requeue", f"{job}_1")  # what a preemption does
+    in_the_middle(trees[0])
+    slurm.do("scancel", "--signal=TERM", "--batch", f"{job}_0")  # what --signal=B:TERM does near the time limit
+    for task in (0, 1):
+        slurm.until(lambda t=task: " start 2 on " in log(t), 300, "the task did not come back")
+        slurm.until(
+            lambda t=trees[task]: "every idea was tried" in (t / ".lab" / "agent.log").read_text(), 600,
+            f"task {task} did not go on",
+        )  # fmt: skip
+    assert "back into the queue" in log(0) and "back into the queue" not in log(1)
+
+    for task, tree in enumerate(trees):
+        agent = Agent(tree, repo.env)
+        rows = [line.split("\t") for line in (tree / "results.tsv").read_text().splitlines()[1:]]
+        assert [row[3:] for row in rows] == [
+            ["keep", "baseline"], ["keep", "a gain"], ["discard", "a loss"], ["keep", "more"],
+        ], log(task)  # fmt: skip
+        runs = records(tree)
+        assert len({r["run_id"] for r in runs}) == len(runs) == 3 + 3, "three of the baseline, and one of each idea"
+        assert agent.git("branch --show-current").strip() == f"autoresearch/nov21-{task}"
+        subjects = agent.git("log --format=%s").splitlines()
+        assert subjects == ["more", "a gain", *(["task 1: other.md"] if task else []), "start"]
+        assert "error" not in agent.git("fsck --strict")
+        assert os.readlink(tree / "runs" / "best") == f"0004-{rows[-1][0]}"
+        night = (tree / "night.log").read_text()
+        assert night.count("of the agent, process") == 2 and night.count("ended by SIGTERM") == 1, night
+    assert not any((base / "home").iterdir()), "something was written to the user's home"
+
+    table = repo.run("-m", "lab", "status", "--trees", str(folder / "*" / "tree"))
+    assert table.rc == 0 and "nov21-0" in table.out and "nov21-1" in table.out, table.err
+
+    slurm.do("scancel", job)
+    slurm.until(lambda: not slurm.state(job), 30, "a cancelled array came back")
+    assert all(len(re.findall(r"task \d: start \d", log(task))) == 2 for task in (0, 1))
+
+
+def test_a_training_under_srun_is_recorded_and_one_that_is_ended_is_not_a_result(slurm, source):
+    repo, agent = source
+    run = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1"
+    options = {"SRUN_OPTIONS": "--cpus-per-task=1 --mem=100M"}
+    agent = Agent(repo.path, repo.env | options)
+    agent.shell(r"sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' program.md")
+    agent.git("switch -q -c autoresearch/login")
+    agent.git('commit -q -m "runs go to a compute node" -- program.md')
+    assert run in agent.next(), "lab takes the run command from program.md"
+    agent.train(run)
+    log = (repo.path / "run.log").read_text()
+    assert "\nval_bpb:" in log, log
+    said = agent.record("baseline")
+    assert f"AUTORESEARCH_SEED=43 {run}" in said
+
+    (repo.path / "run.log").write_text("")
+    process = subprocess.Popen(
+        ["sh", "-c", f"AUTORESEARCH_SEED=43 {run}"], cwd=repo.path, env=agent.env, start_new_session=True
+    )
+    slurm.until(lambda: "dtype:" in (repo.path / "run.log").read_text(), 120, "it did not begin")
+    os.killpg(process.pid, signal.SIGTERM)  # as lab night ends what it started
+    process.wait(timeout=30)
+    slurm.until(lambda: not slurm.ask("squeue", "-h"), 30, "it goes on on the node")
+    said = agent.next()
+    assert "the last run was preempted" in said, f"{said}\n{(repo.path / 'run.log').read_text()}"
+    assert f"AUTORESEARCH_SEED=43 {run}" in said
