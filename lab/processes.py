@@ -81,13 +81,14 @@ def marked(name, value):
 
 
 def end(find, patience=PATIENCE):
-    """Ends what find() finds, until it finds nothing: SIGTERM to each, so that a training can say "preempted",
-    then SIGKILL. Returns how many had to be killed."""
-    send(signal.SIGTERM, find())
-    deadline, killed = time.monotonic() + patience, set()
-    while left := find():
+    """Ends what find() finds, until it finds nothing: SIGTERM to each, once, so that a training can say
+    "preempted" (to those too that were just being started), then SIGKILL. Returns how many had to be killed."""
+    deadline, asked, killed = time.monotonic() + patience, set(), set()
+    while left := set(find()):
+        send(signal.SIGTERM, left - asked)
+        asked |= left
         if time.monotonic() > deadline:
-            killed |= set(left)
+            killed |= left
             send(signal.SIGKILL, left)
         time.sleep(0.05)
     return len(killed)
