@@ -59,7 +59,7 @@ def create(trees, token=None, local_only=True):
         diff, diff_of = content.diff(tree, experiment)
         log, log_of = content.log_tail(tree, experiment)
         facts = [content.run_facts(record) for record in experiment.runs]
-        return content.brief(night, experiment, gains) | {
+        return content.brief(experiment, gains, night.best) | {
             "tree": tree.name, "run_facts": facts, "diff": diff, "diff_of": diff_of, "log": log, "log_of": log_of,
         }  # fmt: skip
 

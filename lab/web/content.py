@@ -26,19 +26,20 @@ def plain(text, limit):
     return text if len(text) <= limit else f"{text[:limit]}\n… cut here"
 
 
-def brief(night, experiment, gains):
-    """The fields of models.Experiment."""
+def brief(experiment, gains, best):
+    """The fields of models.Experiment. gains: {number: gain} of the kept ones; best: the night's best."""
     return {
         "number": experiment.number, "commit": experiment.commit, "val_bpb": experiment.val_bpb,
         "memory_gb": experiment.memory_gb, "status": experiment.status, "description": experiment.description,
         "gain": gains.get(experiment.number), "runs": len(experiment.runs), "archived": experiment.archive is not None,
-        "best": experiment is night.best, "linked": HEX.fullmatch(experiment.commit) is not None,
+        "best": experiment is best, "linked": HEX.fullmatch(experiment.commit) is not None,
     }  # fmt: skip
 
 
 def all_briefs(night):
     gains = {e.number: gain for e, gain in night.gains()}
-    return [brief(night, e, gains) for e in night.experiments]
+    best = night.best  # reckoned anew at every call
+    return [brief(e, gains, best) for e in night.experiments]
 
 
 def run_facts(record):
