@@ -637,6 +637,14 @@ def test_a_clean_that_is_killed_again_and_again_loses_nothing(nights, how):
     check_home(nights, expected)
 
 
+def test_two_files_of_one_name_that_differ_are_both_kept(tmp_path):
+    for name, text in [("source", "a result"), ("target", "another")]:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(Refused, match="is not what"):
+        collect.move(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "source").read_text() == "a result" and (tmp_path / "target").read_text() == "another"
+
+
 def test_a_fleet_that_never_began_is_cleaned(fleet):
     fleet.no_tmux()
     fleet.launch(CUDA_VISIBLE_DEVICES="0,1")
