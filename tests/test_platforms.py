@@ -93,7 +93,7 @@ def test_the_help_of_every_command_is_there(tmp_path):
     assert shown.rc == 0, shown.err
     for name in COMMANDS:
         if (Path(train.__file__).parent / "lab" / f"{name}.py").exists():
-            assert re.search(rf"^    {name} ", shown.out, re.MULTILINE), name
+            assert re.search(rf"^    {name}\s", shown.out, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(
