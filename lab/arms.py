@@ -36,7 +36,8 @@ def find(names, tops):
     """(arms, seeds used so far): what the names mean in these working trees; the first tree's baseline and best where
     there are no names."""
     repos = [Repo.find(top) for top in tops]
-    records = [record for repo in repos for record in results.read_runs(repo.top / "runs.jsonl")[0]]
+    nights = [path for repo in repos for path in (repo.top / "runs.jsonl", *repo.top.glob("runs/**/runs.jsonl"))]
+    records = [record for path in nights for record in results.read_runs(path)[0]]
     if not names:
         names = default(repos[0])
     arms = [find_one(name, repos, records) for name in names]
@@ -83,10 +84,10 @@ def find_one(name, repos, records):
 
 
 def check_out(arm, place):
-    """The arm's files in the folder `place`, built beside it and moved in."""
+    """The arm's files, and nothing else, in a folder of `place`: built beside it and moved in. Every time anew, as the
+    code that was trained there last may have changed them."""
     folder = place / arm.short
-    if folder.is_dir():
-        return folder
+    shutil.rmtree(folder, ignore_errors=True)
     building = place / f".{arm.short}.partial"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

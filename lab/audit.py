@@ -20,8 +20,6 @@ from lab.history import History
 
 HELP = "score the kept runs again, and on the holdout"
 FLAGGED = 4  # exit status where a row is flagged
-SAME = 1e-4  # val_bpb: how far the second score may be off in float32 on the same kind of device; measured: 1e-6
-OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
 SURE = 3  # σ: a val gain above it ...
 SHARE = 0.5  # ... must show at least this share of itself on the holdout
 COLUMNS = ["row", "commit", "val_logged", "val_again", "holdout", "val_gain", "holdout_gain", "flags", "description"]
@@ -35,6 +33,7 @@ def add_arguments(parser):
     parser.epilog = f"exit status: 0 nothing is flagged; {FLAGGED} a row is flagged; 1 nothing could be audited"
     parser.add_argument("numbers", metavar="NUMBER", nargs="*", type=int, help="rows of results.tsv (all kept ones)")
     parser.add_argument("--best", action="store_true", help="the baseline and the best only")
+    parser.add_argument("--tree", metavar="PATH", default=".", help="the working tree to audit (this one)")
     parser.add_argument("--device", help="cpu, cuda, mps (as a run would choose)")
     parser.add_argument("--again", action="store_true", help="score again what was scored already")
     parser.add_argument(
@@ -47,12 +46,11 @@ def add_arguments(parser):
 
 
 def logged(folder):
-    """(header, val_bpb, is float32) of an archived run; a refusal where its log is no complete run's."""
+    """(header, val_bpb) of an archived run; a refusal where its log is no complete run's."""
     log = runlog.read(folder / "run.log")
     if not log or log.ended != "complete":
         raise Refused("its run.log is missing or incomplete")
-    text = (folder / "run.log").read_text(errors="replace")
-    return log.header, log.summary["val_bpb"], "\ndtype: float32" in text
+    return log.header, log.summary["val_bpb"]
 
 
 def score(top, folder, args, known):
@@ -68,9 +66,10 @@ def score(top, folder, args, known):
 
 
 def scoring_digest(top, folder, device):
-    """What a score depends on: checkpoint, code, rules, device."""
+    """What a score depends on: checkpoint, code, rules, how it is scored, device."""
     digest = hashlib.sha256(f"{device}".encode())
-    for path in (folder / "checkpoint.pt", folder / "train.py", *(top / name for name in scoring.RULES)):
+    rules = [top / name for name in scoring.RULES]
+    for path in (folder / "checkpoint.pt", folder / "train.py", *rules, Path(scoring.__file__)):
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
@@ -86,7 +85,7 @@ def examine(top, record, args, known):
     found = {"row": record["row"], "commit": record["short"], "description": record["description"], "flags": []}
     folder = top / "runs" / archive.name_of(record)
     try:
-        header, found["val_logged"], single = logged(folder)
+        header, found["val_logged"] = logged(folder)
         if header["rules_sha256"] != rules_of(top):
             raise Refused("it ran under other rules than constants.py and prepare.py here")
         scores = score(top, folder, args, known)
@@ -100,10 +99,8 @@ def examine(top, record, args, known):
         found["flags"].append(scores["refused"])
         return found
     found["val_again"], found["holdout"] = scores["val"], scores["holdout"]
-    same = single and header["device"].partition(" ")[0] == scores["device"]
-    off, limit = found["val_again"] - found["val_logged"], SAME if same else OTHER
-    if not abs(off) <= limit:
-        found["flags"].append(f"does not reproduce: {off:+.6f} from what was logged (limit {limit})")
+    if sentence := scoring.off(folder, header, found["val_logged"], scores):
+        found["flags"].append(sentence)
     return found
 
 
@@ -158,7 +155,7 @@ def chosen(history, args):
 
 
 def run(args):
-    top = Repo.find(Path.cwd()).top
+    top = Repo.find(args.tree).top
     history = History(archive.records_of(top, Repo(top).tag()))
     records = chosen(history, args)
     if locks.run_in_progress(top):
@@ -180,6 +177,8 @@ def run(args):
     print(table(rows))
     flagged = [row for row in rows if row["flags"]]
     known_sigma = "σ is not known, so gains on val alone are not looked for" if sigma is None else f"σ {sigma:.6f}"
+    if "holdout" not in rows[0] and len(rows) > 1:
+        known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
     print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
     results.write(top / "audit.tsv", "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
     if not any("holdout" in row for row in rows):

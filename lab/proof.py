@@ -7,7 +7,8 @@ SPLITS = ("val", "holdout")
 
 
 def values(arm, runs, split):
-    return [r[split] for r in runs if r["code"] == arm.code and r[split] is not None]
+    """Of the arm's runs that came to an end and were not refused."""
+    return [r[split] for r in runs if r["code"] == arm.code and r[split] is not None and not r.get("refused")]
 
 
 def report(arms, runs, seeds):
@@ -21,7 +22,7 @@ def report(arms, runs, seeds):
         if crashes:
             lines.append(f"{arm.short}: {len(crashes)} of {len(own)} runs crashed and are in no mean")
         if refused:
-            lines.append(f"{arm.short}: the metric refused {len(refused)} of {len(own)} runs: {refused[0]['refused']}")
+            lines.append(f"{arm.short}: {len(refused)} of {len(own)} runs were refused and are in no mean: {refused[0]['refused']}")
     lines += noise(arms[0], runs) if len(arms) == 1 else [s for arm in arms[1:] for s in gain(arms[0], arm, runs)]
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ from lab.gitrepo import Repo
 HELP = "train baseline and best anew under fresh seeds, and compare them"
 FEWEST = 3  # seeds
 FIRST_SEED = 1000  # far from those that a night uses
+MARK = "AUTORESEARCH_PROOF"  # environment variable of all that a proof starts: its folder
 
 
 def add_arguments(parser):
@@ -78,11 +79,11 @@ class Proof:
     def train(self, arm, seed):
         """One training and its scores, added to the runs; a crash is a run without values."""
         folder = arms.check_out(arm, self.place)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
         with open(folder / "run.log", "w") as log:
             training = subprocess.Popen(
                 [sys.executable, "train.py"], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | arm.dataset | {"AUTORESEARCH_SEED": str(seed)}, start_new_session=True,
+                start_new_session=True,
+                env=os.environ | arm.dataset | {"AUTORESEARCH_SEED": str(seed), MARK: str(self.place)},
             )  # fmt: skip
             try:
                 training.wait()
@@ -90,11 +91,21 @@ class Proof:
                 if training.poll() is None:
                     processes.send(signal.SIGKILL, [*processes.descendants(training.pid), training.pid])
                     training.wait()
+        left = [name for name in ("run.log", "checkpoint.pt") if (folder / name).is_file()]
+        for name in left:
+            os.replace(folder / name, self.place / name)
+        arms.check_out(arm, self.place)  # it is scored by the commit's prepare.py, whatever the training did to its own
+        for name in left:
+            os.replace(self.place / name, folder / name)
         try:
             self.judge(arm, seed, folder)
         finally:
             os.replace(folder / "run.log", self.place / f"{arm.short}-{seed}.log")
             (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def end_orphans(self):
+        """Ends what a proof that was killed left running: it would slow these trainings down."""
+        processes.end(lambda: processes.marked(MARK, str(self.place)))
 
     def judge(self, arm, seed, folder):
         """Adds what the training in `folder` came to."""
@@ -106,15 +117,24 @@ class Proof:
             raise Again(f"the training of {arm.short} was {log.ended}: the same command goes on with it")
         if log.ended != "complete":
             return self.add(run | {"crash": log.trace(300)})
-        self.check(arm, seed, log.header)
-        summary, scores = log.summary, scoring.score(folder, folder, lab=self.top)
+        self.check(arm, seed, log.header, folder)
+        summary = log.summary
+        if (folder / "checkpoint.pt").is_file():
+            scores = scoring.score(folder, folder)
+        else:
+            scores = {"refused": "it left no checkpoint.pt"}
+        if "refused" not in scores and (sentence := scoring.off(folder, log.header, summary["val_bpb"], scores)):
+            scores = {"refused": sentence}
         self.add(run | {
             "device": log.header["device"], "data": log.header["data_sha256"], "val": summary["val_bpb"],
             "holdout": scores.get("holdout"), "refused": scores.get("refused"), "seconds": summary["total_seconds"],
             "tokens_per_second": summary["total_tokens_M"] * 1e6 / max(summary["training_seconds"], 1e-9),
         })  # fmt: skip
 
-    def check(self, arm, seed, header):
+    def check(self, arm, seed, header, folder):
+        rules = hashlib.sha256(b"".join((folder / name).read_bytes() for name in scoring.RULES)).hexdigest()
+        if header["rules_sha256"] != rules:
+            raise Refused(f"{arm.short} ran under other rules than the commit has: its train.py changes the frozen files")
         if header["train_sha256"] != arm.code or header["seed"] != seed:
             raise Refused(f"the log of {arm.short} is of other code or another seed than was started")
         if header["clock"] not in self.clocks:
@@ -143,6 +163,7 @@ def run(args, clocks=("monotonic",)):
         if args.dry_run:
             return 0
         it.place.mkdir(parents=True, exist_ok=True)
+        it.end_orphans()
         results.write(it.place / "plan.json", json.dumps({"first_seed": it.first_seed}) + "\n")
         work(it, todo)
         text = proof.report(found, it.runs, it.seeds)

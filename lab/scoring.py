@@ -1,10 +1,8 @@
 """Scores a checkpoint with the frozen metric, in a process of its own: val rows again, and the holdout's.
 
-    python -m lab.scoring FOLDER DEVICE      what `score` below starts; FOLDER holds train.py and checkpoint.pt
-
 The train.py beside the checkpoint is an agent's: it is imported to build the model, after everything that counts
 has been bound. It could still do anything that a Python program can; what this process sees through is a train.py
-that replaces functions of prepare.py, torch's cross-entropy, or the files of the rules.
+that replaces anything in prepare.py, torch's cross-entropy, or the files of the rules, and leaves it replaced.
 """
 
 import contextlib
@@ -21,19 +19,30 @@ from lab.errors import Refused
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
 RULES = ("constants.py", "prepare.py")
+SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
+OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
+# lab is the one that runs here, prepare.py and corpus/ are the tree's: it may have an older lab, or none.
+CHILD = """
+import sys
+sys.path.insert(0, {lab!r})
+from lab import scoring
+sys.path.insert(0, {tree!r})
+scoring.main()
+"""
 
 
-def score(tree, folder, device=None, time_limit=TIME_LIMIT, lab=None):
+def score(tree, folder, device=None, time_limit=TIME_LIMIT):
     """What the frozen code of `tree` makes of the checkpoint in `folder`: {"val", "holdout"} in bits per byte, or
     {"refused": sentence} where the causality audit or the metric refuses it. Raises Refused where it could not be
-    scored at all (no data, no memory, a train.py that cannot be imported). lab: where lab/ lies, if not in the tree."""
+    scored at all (no data, no memory, a train.py that cannot be imported)."""
     log = runlog.read(Path(folder) / "run.log")
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | ({"PYTHONPATH": str(lab)} if lab else {})
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     if log and log.header:
         env["AUTORESEARCH_DATASET"] = log.header["dataset"]
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "answer.json"
-        command = [sys.executable, "-m", "lab.scoring", str(Path(folder).resolve()), device or "", str(answer)]
+        code = CHILD.format(lab=str(Path(__file__).resolve().parent.parent), tree=str(Path(tree).resolve()))
+        command = [sys.executable, "-c", code, str(Path(folder).resolve()), device or "", str(answer)]
         try:
             done = subprocess.run(
                 command, cwd=tree, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -47,6 +56,16 @@ def score(tree, folder, device=None, time_limit=TIME_LIMIT, lab=None):
         return json.loads(answer.read_text())
 
 
+def off(folder, header, val, scores):
+    """A sentence where the second score of val is further from the first than rounding explains; None where not."""
+    text = (Path(folder) / "run.log").read_text(errors="replace")
+    same = "\ndtype: float32" in text and header["device"].partition(" ")[0] == scores["device"]
+    limit = SAME if same else OTHER
+    if abs(scores["val"] - val) <= limit:
+        return None
+    return f"does not reproduce: {scores['val'] - val:+.6f} from what was logged (limit {limit})"
+
+
 def batch_size_of(folder):
     """The rows a batch that the run itself was evaluated with, from its log; 8 where it does not tell."""
     log = Path(folder) / "run.log"
@@ -57,12 +76,11 @@ def batch_size_of(folder):
 
 def fingerprint(prepare, cross_entropy):
     """What the frozen code is made of, in memory and on disk: another value means that somebody replaced some."""
-    functions = {
+    parts = {
         name: (id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
         for name, value in vars(prepare).items()
-        if callable(value)
     }
-    return functions, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
+    return parts, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
 
 
 def score_here(folder, device):
@@ -109,6 +127,3 @@ def main():
         sys.exit(f"{kind}{' '.join(str(error).split())[:300]}")
     Path(answer).write_text(json.dumps(result))
 
-
-if __name__ == "__main__":
-    main()

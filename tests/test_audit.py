@@ -2,14 +2,22 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
+import traceback
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, tiny_repo
+from conftest import ROOT, Result, assert_refused, tiny_repo
+
+from lab import scoring
+from lab.__main__ import main
+from lab.errors import Refused
 
 PEEKING = """
 
@@ -20,7 +28,58 @@ class GPT(GPT):
             logits = logits + 0.5 * F.one_hot(idx.roll(-1, 1), logits.size(-1))
         return logits
 """
+SHRINKING = "\nimport prepare, types\nprepare.math = types.SimpleNamespace(log=lambda x: 100.0)\n"
 PATCHING = "\nimport prepare\nprepare.token_nats = lambda logits, y: torch.zeros_like(y, dtype=torch.float32)\n"
+
+
+def in_fork(tree, env, task):
+    """Result of the status that task() returns, in a fork of this process: in that directory, with that environment."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                os.chdir(tree)
+                os.environ.clear()
+                os.environ.update(env)
+                sys.stdout, sys.stderr = out, err
+                status = task()
+            except SystemExit as error:
+                err.write(f"{error}\n")
+            except BaseException:
+                traceback.print_exc(file=err)
+            finally:
+                out.flush()
+                err.flush()
+                os._exit(status or 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return Result(status, out.read(), err.read())
+
+
+def score_in_fork(tree, folder, device=None, time_limit=None):
+    """As scoring.score, whose own process test_a_tree_with_an_older_lab... starts."""
+    answer = tree / ".lab" / "answer.json"
+    answer.unlink(missing_ok=True)
+
+    def task():
+        for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus")]:
+            del sys.modules[name]
+        sys.path.insert(0, str(tree))
+        sys.argv = ["", str(folder), device or "", str(answer)]
+        return scoring.main()
+
+    result = in_fork(tree, dict(os.environ), task)
+    if result.rc:
+        raise Refused(f"{folder}: {result.err.strip()}")
+    return json.loads(answer.read_text())
+
+
+def call(args):
+    scoring.score = score_in_fork
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).reconfigure(errors="replace")
+    return main(["audit", *args])
 
 
 class Night:
@@ -68,7 +127,8 @@ class Night:
         return folder
 
     def audit(self, *args, **env):
-        return self.repo.run("-m", "lab", "audit", *args, timeout=250, **env)
+        """The command, in a fork of the test's process, where torch is loaded: each row costs a second, not ten."""
+        return in_fork(self.path, self.repo.env | {key: str(value) for key, value in env.items()}, lambda: call(args))
 
     def table(self):
         head, *lines = (self.path / "audit.tsv").read_text().splitlines()
@@ -80,6 +140,7 @@ def trained(tmp_path_factory, prepared_stdlib):
     """A checkout with one real run in the folder `one`, on a branch. Copied, never changed."""
     base = tmp_path_factory.mktemp("audited")
     repo = tiny_repo(base / "clone", base, prepared_stdlib, "stdlib", time_budget=2, AUTORESEARCH_DATASET="stdlib")
+    repo.edit("train.py", "DEPTH=4, ASPECT_RATIO=32, HEAD_DIM=64", "DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32")
     result = repo.run("train.py", timeout=250)
     assert result.rc == 0, result.err
     (repo.path / "one").mkdir()
@@ -132,6 +193,7 @@ def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     altered = night.keep(edit=lambda c: c["model"]["lm_head.weight"].mul_(1.5))
     night.keep(train=PEEKING)
     night.keep(train=PATCHING)
+    night.keep(train=SHRINKING)
     gone = night.keep()
     (gone / "checkpoint.pt").unlink()
     log = night.keep()
@@ -149,16 +211,17 @@ def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     assert "does not reproduce" in table[3]["flags"], altered
     assert "sees its own future" in table[4]["flags"] and table[4]["val_again"] == ""
     assert "replaces parts of the frozen code" in table[5]["flags"]
-    assert table[6]["flags"] == "its checkpoint.pt is gone" and "run.log is missing" in table[7]["flags"]
+    assert "replaces parts of the frozen code" in table[6]["flags"]
+    assert table[7]["flags"] == "its checkpoint.pt is gone" and "run.log is missing" in table[8]["flags"]
     # What was learnt from the rows reproduces once the log says so: then it is the holdout that tells.
-    assert "does not reproduce" in table[8]["flags"]
+    assert "does not reproduce" in table[9]["flags"]
     text = (learnt / "run.log").read_text()
-    (learnt / "run.log").write_text(re.sub(r"(?m)^(val_bpb: +)\S+", rf"\g<1>{table[8]['val_again']}", text))
-    result = night.audit("8")
-    flags = night.table()[8]
+    (learnt / "run.log").write_text(re.sub(r"(?m)^(val_bpb: +)\S+", rf"\g<1>{table[9]['val_again']}", text))
+    result = night.audit("9")
+    flags = night.table()[9]
     assert result.rc == 4 and flags["flags"] == "the gain is on val alone: has it learnt the validation rows?"
     assert float(flags["val_gain"]) > 0.1 and float(flags["holdout_gain"]) < float(flags["val_gain"]) / 2
-    assert list(night.table()) == [1, 8] and "FLAGGED: the gain is on val alone" in result.out
+    assert list(night.table()) == [1, 9] and "FLAGGED: the gain is on val alone" in result.out
 
 
 def test_scores_are_remembered_until_something_changes(night):
@@ -172,6 +235,19 @@ def test_scores_are_remembered_until_something_changes(night):
     with open(folder / "train.py", "a") as f:
         f.write("# another\n")
     assert night.audit("--best").rc == 0 and len(json.loads(known.read_text())) == 2
+
+
+def test_a_tree_with_an_older_lab_is_audited_by_this_one(night, tmp_path):
+    """Rules, data code and metric are the tree's, from wherever it is called; nothing of lab is."""
+    night.keep()
+    for name in ("audit.py", "scoring.py"):
+        (night.path / "lab" / name).unlink()
+    result = night.repo.run("-m", "lab", "audit", "--tree", night.path, timeout=250, wrap=["env", "-C", str(ROOT)])
+    assert (result.rc, result.err) == (0, "") and night.table()[1]["flags"] == "ok"
+    with open(night.path / "prepare.py", "a") as f:
+        f.write("# another\n")
+    result = night.repo.run("-m", "lab", "audit", "--tree", night.path, timeout=250, wrap=["env", "-C", str(ROOT)])
+    assert "it ran under other rules" in result.out
 
 
 def test_refusals(night, tmp_path):

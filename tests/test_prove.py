@@ -17,7 +17,7 @@ import pytest
 from conftest import assert_refused, tiny_repo
 from fakenight import FakeNight
 
-from lab import proof, prove, scoring
+from lab import processes, proof, prove, scoring
 from lab.errors import Again, Refused, Unfinished
 
 SIGMA = 0.002
@@ -26,15 +26,17 @@ import hashlib, json, os, random, sys
 TRUE = {true}
 seed = int(os.environ["AUTORESEARCH_SEED"])
 code = hashlib.sha256(open(__file__, "rb").read()).hexdigest()
+rules = hashlib.sha256(open("constants.py", "rb").read() + open("prepare.py", "rb").read()).hexdigest()
 assert sorted(p for p in os.listdir(".") if not p.endswith(".log")) == ["constants.py", "corpus", "prepare.py", "train.py"]
 with open(os.environ["ORDER"], "a") as f:
     f.write(f"{{TRUE}} {{seed}}\\n")
 print("run:", json.dumps(dict(
-    run_id=f"{{code[:8]}}{{seed}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256="a", data_sha256="b",
+    run_id=f"{{code[:8]}}{{seed}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256=rules, data_sha256="b",
     dataset="stdlib", seed=seed, device="cpu (x)", clock=os.environ.get("CLOCK", "injected"))))
 {extra}
 val = TRUE + random.Random(seed * 1000 + round(TRUE * 1000)).gauss(0, {sigma})
 open("checkpoint.pt", "w").write(str(val))
+{late}
 print(f"---\\nval_bpb: {{val:.6f}}\\ntraining_seconds: 300.0\\ntotal_seconds: 320.0\\npeak_vram_mb: 0.0\\nmfu_percent: 0.0")
 print("total_tokens_M: 3.0\\nnum_steps: 10\\nnum_params_M: 1.0\\ndepth: 4")
 '''
@@ -52,15 +54,15 @@ class Night:
         monkeypatch.chdir(self.path)
         monkeypatch.setenv("ORDER", str(self.order))
         monkeypatch.setattr(scoring, "score", self.score)
-        self.holdout_share = 1.0
+        self.holdout_share, self.prepare = 1.0, (self.path / "prepare.py").read_text()
 
-    def score(self, tree, folder, lab=None):
-        assert tree == folder and lab == self.path
+    def score(self, tree, folder):
+        assert tree == folder and (folder / "prepare.py").read_text() == self.prepare
         value = float((folder / "checkpoint.pt").read_text())
         return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share, "device": "cpu"}
 
-    def commit(self, true, extra="", sigma=SIGMA):
-        (self.path / "train.py").write_text(TRAINING.format(true=true, extra=extra, sigma=sigma))
+    def commit(self, true, extra="", sigma=SIGMA, late=""):
+        (self.path / "train.py").write_text(TRAINING.format(true=true, extra=extra, sigma=sigma, late=late))
         self.fake.git("commit", "-q", "-am", f"truth {true}")
         return self.fake.head()
 
@@ -124,11 +126,11 @@ def test_stopped_in_the_middle_it_goes_on_with_the_run_it_was_in(night, monkeypa
     a, b = night.commit(1.0), night.commit(0.95)
     calls = []
 
-    def interrupted(tree, folder, lab=None):
+    def interrupted(tree, folder):
         calls.append(folder)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return night.score(tree, folder, lab)
+        return night.score(tree, folder)
 
     monkeypatch.setattr(scoring, "score", interrupted)
     with pytest.raises(Unfinished):
@@ -156,6 +158,60 @@ def test_a_crash_is_counted_and_said_and_in_no_mean(night, capsys):
     out = capsys.readouterr().out
     assert f"{b[:7]}: 1 of 3 runs crashed and are in no mean" in out and "n = 3 + 2" in out
     assert "crashed" in out.splitlines()[3]
+
+
+def test_a_refused_run_is_in_no_mean_and_no_gain(night, monkeypatch, capsys):
+    a, b = night.commit(1.0), night.commit(0.5)
+
+    def score(tree, folder):
+        scores = night.score(tree, folder)
+        return scores if scores["val"] > 0.8 else {"refused": "the model sees its own future", "device": "cpu"}
+
+    monkeypatch.setattr(scoring, "score", score)
+    night.prove(a, b)
+    out = capsys.readouterr().out
+    assert f"{b[:7]}: 3 of 3 runs were refused and are in no mean: the model sees its own future" in out
+    assert "real" not in out and out.count("too few runs to tell") == 2
+
+
+def test_a_value_that_the_frozen_metric_does_not_give_is_refused(night, capsys):
+    a, b = night.commit(1.0), night.commit(0.95, late="val -= 0.4  # what is printed")
+    night.prove(a, b)
+    out = capsys.readouterr().out
+    assert f"{b[:7]}: 3 of 3 runs were refused and are in no mean: does not reproduce: +0.4" in out
+    assert "real" not in out
+
+
+def test_what_a_training_does_to_its_folder_is_gone_before_it_is_scored_and_before_the_next(night):
+    spoil = "open('prepare.py', 'w').write('spoilt'); open('seen', 'w').write('')"
+    assert night.prove(night.commit(1.0, late=spoil)) == 0  # Night.score and the training itself look at the files
+    assert len(night.trained()) == 3
+
+
+def test_a_train_py_that_changes_the_rules_before_it_begins_is_refused(night):
+    a = night.commit(1.0)
+    text = (night.path / "train.py").read_text()
+    spoilt = text.replace("rules = ", "open('prepare.py', 'a').write('# mine')\nrules = ", 1)
+    (night.path / "train.py").write_text(spoilt)
+    night.fake.git("commit", "-q", "-am", "spoils")
+    with pytest.raises(Refused, match="other rules than the commit has"):
+        night.prove(a, night.fake.head())
+
+
+def test_what_a_killed_proof_left_running_is_ended_first(night):
+    a, flag = night.commit(1.0), night.path.parent / "once"
+    extra = f"import time\nif not os.path.exists({str(flag)!r}): open({str(flag)!r}, 'w'); time.sleep(600)"
+    a = night.commit(0.9, extra)
+    env = night.fake.env | {"ORDER": str(night.order)}
+    process = subprocess.Popen([sys.executable, "-m", "lab", "prove", a], cwd=night.path, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not flag.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (place,) = (p.parent for p in (night.path / ".lab" / "prove").rglob("plan.json"))
+    assert len(processes.marked(prove.MARK, str(place))) == 1
+    assert night.prove(a) == 0 and processes.marked(prove.MARK, str(place)) == []
 
 
 def test_a_preempted_training_is_run_again(night):
@@ -241,7 +297,7 @@ def test_a_report_of_made_up_runs():
     runs = [{"code": "c", "seed": s, "val": rng.gauss(1, SIGMA), "holdout": None, "tokens_per_second": 10.0, "refused": "it peeks"}
             for s in range(3)]  # fmt: skip
     text = proof.report([arm], runs, range(3))
-    assert "the metric refused 3 of 3 runs: it peeks" in text and "holdout: 0 values are too few" in text
+    assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: 0 values are too few" in text
 
 
 @pytest.mark.slow
