@@ -384,10 +384,13 @@ def lock_folder(folder):
         import fcntl
 
         fd = os.open(folder, os.O_RDONLY)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
-    except BlockingIOError:
-        raise SystemExit(f"another run is going on in {folder}: wait for it, or train in another checkout") from None
+        for _ in range(20):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:  # perhaps somebody who only looks: status and dashboard hold it for a moment
+                time.sleep(0.05)
+        raise SystemExit(f"another run is going on in {folder}: wait for it, or train in another checkout")
     except (ImportError, OSError):
         return None  # a file system without locks
 

@@ -145,7 +145,8 @@ def change_branch(top, tag):
 
 def move_night(source, source_runs, target, target_runs):
     target.mkdir(parents=True, exist_ok=True)
-    archives = [p for p in Path(source_runs).glob("[0-9][0-9][0-9][0-9]-*")] + [Path(source_runs) / "best"]
+    numbered = Path(source_runs).glob("[0-9][0-9][0-9][0-9]-*")  # the night of a tag like 2026-nov21 is no archive
+    archives = [p for p in numbered if not (p / "runs.jsonl").exists()] + [Path(source_runs) / "best"]
     for path in archives:
         if os.path.lexists(path):
             os.replace(path, target_runs / path.name)

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from datetime import datetime, timezone
 
@@ -400,6 +401,15 @@ print("begun", flush=True)
 while not os.path.exists("enough"):
     time.sleep(0.05)
 """
+
+
+def test_who_only_looks_whether_a_run_goes_on_stops_none_from_beginning(run):
+    """status and the dashboard hold a shared lock for a moment."""
+    looking = os.open(run.repo.path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.3, os.close, [looking]).start()
+    run.begin()
+    assert locked(run.repo.path)
 
 
 @pytest.mark.parametrize("end", ["by itself", "killed"])
