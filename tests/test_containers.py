@@ -160,7 +160,7 @@ def test_the_dashboard_answers_its_health_check(images, volumes):
     """
     started = time.monotonic()
     done = subprocess.run(
-        command_in(tree, config, work, data, "sh", "-c", script, "sh", *config["Cmd"], AUTORESEARCH_TOKEN="a token of 20 letters"),
+        command_in(tree, config, work, data, "sh", "-c", script, "sh", *config["Cmd"], AUTORESEARCH_TOKEN="0123456789abcdef"),
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and "healthy" in done.stdout, done.stdout + done.stderr
