@@ -217,7 +217,10 @@ def test_an_array_of_two_nights_is_preempted_requeued_and_cancelled(slurm, sourc
             ["keep", "baseline"], ["keep", "a gain"], ["discard", "a loss"], ["keep", "more"],
         ], log(task)  # fmt: skip
         runs = records(tree)
-        assert len({r["run_id"] for r in runs}) == len(runs) == 3 + 3, "three of the baseline, and one of each idea"
+        assert len({r["run_id"] for r in runs}) == len(runs)
+        # A second of training may overrun on a busy machine: such a run has no score, and is run again.
+        scored = [(r["code"], r["header"]["seed"]) for r in runs if r["summary"]]
+        assert len(set(scored)) == len(scored) == 3 + 3, "three runs of the baseline, and one of each idea"
         assert agent.git("branch --show-current").strip() == f"autoresearch/nov21-{task}"
         subjects = agent.git("log --format=%s").splitlines()
         assert subjects == ["more", "a gain", *(["task 1: other.md"] if task else []), "start"]
