@@ -78,7 +78,7 @@ SEED = 42  # AUTORESEARCH_SEED goes over it; another seed is noise, not progress
 SMALL = dict(  # measured on two cores: benchmarks/README.md
     DEPTH=4, ASPECT_RATIO=32, HEAD_DIM=64, WINDOW_PATTERN="L",
     DEVICE_BATCH_SIZE=2**11 // MAX_SEQ_LEN, TOTAL_BATCH_SIZE=2**11,
-    WARMDOWN_RATIO=0.6, FINAL_LR_FRAC=0.05, COMPILE=False,  # compiling takes a minute, for a third more tokens/s
+    WARMDOWN_RATIO=0.6, FINAL_LR_FRAC=0.05, COMPILE=False,  # compiling takes a minute, for a quarter more tokens/s
 )  # fmt: skip
 
 
