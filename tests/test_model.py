@@ -288,6 +288,21 @@ def test_the_smaller_device_batch_divides_the_rows_of_a_step(warmup):
     assert warm_up(short_of_memory(tiny_model(), 4, error), batch_size=9, rows=27) == 3
 
 
+@pytest.mark.parametrize("gigabytes, fits", [(80, 128), (48, 64), (24, 32), (16, 32), (12, 16), (8, 16), (6, 8)])
+def test_the_default_batch_finds_what_fits_into_a_gpu_by_itself(gigabytes, fits, monkeypatch, capsys):
+    """By the README's reckoning: 0.8 GB whatever the batch, 44.3 GB more at 128 rows, and a tenth of the memory taken by
+    others. What rehearses is made up; what decides, and the defaults, are train.py's own."""
+
+    def rehearse(model, optimizer, device, batch_size, micro_batches):
+        assert batch_size * micro_batches == 2**19 // 2048
+        if 0.8 + 44.3 * batch_size / 128 > 0.9 * gigabytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "rehearse", rehearse)
+    assert (train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE) == (128, 2**19)
+    assert warm_up(tiny_model(), train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // 2048) == fits
+
+
 def test_out_of_memory_at_one_row_is_refused_in_a_sentence(warmup):
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(SystemExit, match="out of memory at one row: make the model smaller"):
