@@ -7,6 +7,7 @@
 It writes nothing anywhere, and fetches nothing from anywhere. docs/dashboard.md has the rest.
 """
 
+import importlib.util
 import ipaddress
 import os
 import signal
@@ -29,7 +30,7 @@ def add_arguments(parser):
     parser.add_argument("--tree", action="append", default=[], metavar="PATH", help="a working tree; may be repeated")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this one need a token")
     parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one ({PORT})")
-    parser.add_argument("--token", help=f"what visitors must show (default: ${TOKEN}); {SHORTEST_TOKEN} characters or more")
+    parser.add_argument("--token", help=f"what visitors must show, {SHORTEST_TOKEN} characters or more (${TOKEN})")
 
 
 def is_loopback(host):
@@ -56,18 +57,36 @@ def listen(host, port):
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(128)  # who reads the address that is printed next can call it at once
         return listening
     except (OSError, OverflowError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else "no such port"
         raise Refused(f"cannot listen on {host}:{port}: {reason}; another --port, or 0 for a free one") from None
 
 
+def ended(*_):
+    raise KeyboardInterrupt
+
+
 def run(args):
     token = check_token(os.environ.get(TOKEN) if args.token is None else args.token, args.host)
+    signal.signal(signal.SIGTERM, ended)  # uvicorn puts its own in place, and raises what it caught again at its end
+    try:
+        serve(args, token)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def serve(args, token):
+    """Serves until a signal ends it."""
     try:
         import uvicorn
 
         from lab.web import app, trees
+
+        if importlib.util.find_spec("plotly") is None:
+            raise ModuleNotFoundError(name="plotly")
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: uv run --group dashboard -m lab dashboard") from None
     found = trees.find([Path(path) for path in args.tree] or [Path.cwd()], alone=bool(args.tree))
@@ -76,10 +95,6 @@ def run(args):
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}/  {', '.join(found)}  (Ctrl-C ends it)", flush=True)
-    config = uvicorn.Config(made, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has ended: that is no failure
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
-    return 0
+    uvicorn.Server(
+        uvicorn.Config(made, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)
+    ).run(sockets=[listening])

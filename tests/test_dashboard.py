@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +19,14 @@ from starlette.testclient import TestClient
 
 from lab import dashboard
 from lab.errors import Refused
-from lab.web import app, trees
+from lab.nights import Experiment, Night
+from lab.results import COLUMNS
+from lab.web import app, content, trees
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too' {{ 7 * 7 }} ${x} javascript:alert(3)"
 TOKEN = "a-token-of-24-characters"
 LOCAL = "http://127.0.0.1:8000"
+SECRET = "line that only the file has"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,9 @@ def test_the_api_tells_the_night(client, night):
 
 def test_an_experiment_has_its_diff_its_runs_its_log_and_its_sample(client):
     detail = client.get(f"/api/experiments/{commit_of(client, 2)}").json()
-    assert re.search(r"^\+# line \d", detail["diff"], re.MULTILINE) and detail["diff"].startswith("diff --git a/train.py")
+    assert re.search(r"^\+# line \d", detail["diff"], re.MULTILINE) and detail["diff"].startswith(
+        "diff --git a/train.py"
+    )
     assert detail["run_facts"][0]["seed"] == 42 and detail["run_facts"][0]["val_bpb"] == 0.99
     assert "val_bpb:          0.990000" in detail["log"] and "| loss" not in detail["log"]
     sample = client.get(f"/api/samples/{commit_of(client, 2)}").json()
@@ -118,9 +124,45 @@ def test_the_strip_follows_a_run_in_progress(night):
 def test_new_rows_show_without_a_restart(night, tmp_path):
     twin = night.copy(tmp_path / "twin")
     client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
-    assert client.get("/api/live").json()["experiments"] == 5
+    before = client.get("/api/live").json()
+    assert before["experiments"] == 5 and client.get("/api/live").json() == before
     twin.experiment("one more", 1.1)
-    assert client.get("/api/live").json()["experiments"] == 6
+    after = client.get("/api/live").json()
+    assert after["experiments"] == 6 and after["version"] != before["version"]
+    assert f'data-version="{after["version"]}"' in client.get("/").text
+
+
+def test_a_commit_is_found_by_its_whole_name_or_a_beginning_that_only_it_has():
+    def row(number, commit, *whole):
+        runs = tuple({"commit": name} for name in whole)
+        return Experiment(number, commit, 1.0, None, "keep", "x", runs, None)
+
+    rows = (
+        row(1, "abcd"),
+        row(2, "abcde12", "abcde12" + "0" * 33),
+        row(3, "abff111"),
+        row(4, "abff111"),
+        row(5, "<b>"),
+    )
+    night = Night(Path("."), rows)
+
+    def found(commit):
+        experiment = content.lookup(night, commit)
+        return experiment and experiment.number
+
+    assert [found(c) for c in ("abcd", "abcde", "abcde120", "abcde12" + "0" * 33, "abff")] == [1, 2, 2, 2, 4]
+    assert [found(c) for c in ("ab", "abc", "abcde12f", "abcd0", "ffff", "<b>", "")] == [None] * 7
+
+
+def test_without_git_the_change_is_read_from_the_archives(night, tmp_path):
+    twin = night.copy(tmp_path / "twin")
+    shutil.rmtree(twin.path / ".git")
+    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    told = [client.get(f"/api/experiments/{commit_of(client, number)}").json() for number in (1, 2, 3, 5)]
+    assert told[3]["diff_of"] == "the archived train.py against row 2's"
+    assert "\n-# line 1\n+# line 4\n" in told[3]["diff"] and "LR" in told[3]["diff"]
+    assert "-# line 0" in told[1]["diff"]
+    assert [t["diff"] for t in (told[0], told[2])] == [None, None] and "git does not know" in told[2]["diff_of"]
 
 
 def test_worktrees_are_found_by_themselves_and_told_apart(night, tmp_path):
@@ -138,7 +180,13 @@ def test_worktrees_are_found_by_themselves_and_told_apart(night, tmp_path):
 
 @pytest.mark.parametrize(
     "content, says",
-    [(None, None), ("", None), ("commit\tval_bpb\n", "column"), ("\x00\x01", "results.tsv"), ("<b>not a table</b>\n", "results.tsv")],
+    [
+        (None, None),
+        ("", None),
+        ("commit\tval_bpb\n", "column"),
+        ("\x00\x01", "results.tsv"),
+        ("<b>not a table</b>\n", "results.tsv"),
+    ],
 )
 def test_a_tree_without_a_night_is_a_sentence(tmp_path, content, says):
     tree = tmp_path / "tree"
@@ -156,7 +204,90 @@ def test_a_tree_without_a_night_is_a_sentence(tmp_path, content, says):
         assert client.get("/").status_code == client.get("/api/live").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "field", ["verdict", "description", "start", "header", "seed", "device", "summary", "depth", "parent"]
+)
+def test_a_damaged_record_is_no_server_error(night, tmp_path, field):
+    shutil.copy(night.path / "results.tsv", tmp_path)
+    client = TestClient(app.create(trees.find([tmp_path])), base_url=LOCAL)
+    commit = commit_of(client, 2)
+    for value in ("\ud800", 10**400, float("nan"), [], {"a": 1}, None, "<b>"):
+        records, changed = night.records(), 0
+        for record in records:
+            for holder in (record, record["header"] or {}, record["summary"] or {}):
+                if field in holder:
+                    holder[field] = value
+                    changed += 1
+        assert changed >= 5
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        for path in ("/", "/api/experiments", "/api/chart", f"/experiment/{commit}", f"/api/experiments/{commit}"):
+            assert client.get(path).status_code == 200, (path, value)
+
+
 # --- what it does not let happen --------------------------------------------------
+
+
+def test_git_starts_nothing_that_an_agent_put_into_its_configuration(tmp_path):
+    """Hooks, a pager, an external diff, a text converter, gpg, a fetch of what is missing."""
+    night, ran = FakeNight(tmp_path / "tree"), tmp_path / "ran"
+    ran.mkdir()
+
+    def trap(name):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\ntouch {ran}/{name}\n")
+        program.chmod(0o755)
+        return str(program)
+
+    night.change_train()
+    signature = "gpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----"
+    signed = night.git("cat-file", "commit", night.commit()).replace("\n\n", f"\n{signature}\n\n", 1) + "\n"
+    commit, absent = night.git("hash-object", "-t", "commit", "-w", "--stdin", stdin=signed), "0123456789" * 4
+    (night.path / ".git" / "info" / "attributes").write_text("train.py diff=x\n")
+    for key in ("core.pager", "core.fsmonitor", "diff.external", "diff.x.textconv", "gpg.program", "core.sshCommand"):
+        night.git("config", key, trap(key))
+    for key, value in [("log.showSignature", "true"), ("core.repositoryFormatVersion", "1"), ("core.hooksPath", str(tmp_path)),
+                       ("extensions.partialClone", "origin"), ("remote.origin.url", f"ext::{trap('fetch')} x"),
+                       ("remote.origin.promisor", "true"), ("protocol.ext.allow", "always")]:  # fmt: skip
+        night.git("config", key, value)
+    header = "\t".join(COLUMNS)
+    (night.path / "results.tsv").write_text(f"{header}\n{commit}\t1\t1\tkeep\tx\n{absent}\t1\t1\tkeep\ty\n")
+    client = TestClient(app.create(trees.find([night.path])), base_url=LOCAL)
+    assert "+# line 1" in client.get(f"/api/experiments/{commit}").json()["diff"]
+    assert client.get(f"/api/experiments/{absent}").json()["diff"] is None
+    assert os.listdir(ran) == []
+    for args in (["show", commit], ["show", absent], ["show", "--ext-diff", commit]):  # they are traps indeed
+        subprocess.run(["git", *args], cwd=night.path, env=night.env, capture_output=True, timeout=60)
+    assert {"gpg.program", "diff.x.textconv", "fetch", "diff.external"} <= set(os.listdir(ran))
+
+
+def test_git_is_cut_short(night):
+    assert trees.git(night.path, "log", "--format=%H", limit=7) == night.head()[:7]
+    began = time.monotonic()
+    assert trees.git(night.path, "cat-file", "--batch-all-objects", "--batch", seconds=0) is None
+    assert trees.git(night.path, "-c", "alias.wait=!exec sleep 30", "wait", seconds=0.2) is None
+    assert time.monotonic() - began < 10
+
+
+def test_links_and_pipes_of_an_archive_are_not_followed(night, tmp_path):
+    twin = night.copy(tmp_path / "twin")
+    (archive,) = (twin.path / "runs").glob("0002-*")
+    (tmp_path / "elsewhere").write_text(SECRET)
+    for name in ("sample_output.txt", "run.log", "train.py"):
+        (archive / name).unlink()
+        (archive / name).symlink_to(tmp_path / "elsewhere")
+    shutil.rmtree(twin.path / ".git")
+    (twin.path / "run.log").unlink()
+    os.mkfifo(twin.path / "run.log")  # a reader of it would wait for ever
+    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    for number in (2, 5):
+        page = client.get(f"/experiment/{commit_of(client, number)}")
+        assert page.status_code == 200 and SECRET not in page.text
+    assert "no sample yet" in client.get(f"/api/samples/{commit_of(client, 2)}").json()["reason"]
+    archive.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "sample_output.txt").unlink()
+    (tmp_path / "moved" / "sample_output.txt").write_text(SECRET)
+    archive.symlink_to(tmp_path / "moved")
+    assert SECRET not in client.get(f"/api/samples/{commit_of(client, 2)}").text
 
 
 def test_nothing_of_a_night_becomes_markup(client):
@@ -164,12 +295,14 @@ def test_nothing_of_a_night_becomes_markup(client):
         text = client.get(path).text
         assert "alert(1)" in text and "&lt;script&gt;alert(1)" in text and "{{ 7 * 7 }}" in text
         assert "<script>" not in text and "<img" not in text and "onerror=alert" in text.replace("&#39;", "")
-        assert re.findall(r"<script[^>]*>", text) in ([], ['<script src="/static/plotly.min.js" defer>', '<script src="/static/app.js" defer>'])
+        assert re.findall(r"<script[^>]*>", text) in (
+            [],
+            ['<script src="/static/plotly.min.js" defer>', '<script src="/static/app.js" defer>'],
+        )
     figure = client.get("/api/chart").json()
     assert not [t for trace in figure["data"] for t in trace.get("text", []) if "<script" in t or "<img" in t]
 
 
-SECRET = "line that only the file has"
 ATTACKS = [
     "..", "../..", "../../etc/passwd", "/etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "..%2f..%2fetc%2fpasswd", "....//etc/passwd",
     "%00", "abcdef%00", "abcd%2f..%2f..", "C:%5cwindows", "--help", "-O%2ftmp%2fx", "HEAD", "main", "a" * 10240, "abc", "ABCDEF12", "0" * 41,
@@ -185,7 +318,15 @@ def test_no_url_reaches_a_file(client, night, route):
             response = client.get(route + attack + tail, follow_redirects=False)
             if route + attack + tail in ("/", "/?tree=", "/.."):
                 continue
-            normal = response.url.path in ("/", "/api", "/docs", "/health", "/openapi.json", "/api/experiments", "/experiment")
+            normal = response.url.path in (
+                "/",
+                "/api",
+                "/docs",
+                "/health",
+                "/openapi.json",
+                "/api/experiments",
+                "/experiment",
+            )
             assert response.status_code in (404, 422) or normal, (route + attack + tail, response.status_code)
             assert SECRET not in response.text and "root:" not in response.text and len(response.text) < 30_000
     (night.path / "secret.txt").unlink()
@@ -197,11 +338,21 @@ def test_other_methods_are_refused_and_head_has_no_body(client):
             assert client.request(method, path).status_code == 405
         head = client.head(path)
         assert (head.status_code, head.content) == (200, b"")
+    refused = client.post("/", headers={"accept": "text/html"})
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET") and "<h1>405</h1>" in refused.text
 
 
 def test_it_writes_nothing(client, night):
     before = everything_below(night.path)
-    for path in ("/", "/api/experiments", "/api/latest", "/api/live", "/api/chart", f"/experiment/{commit_of(client, 2)}", f"/api/experiments/{commit_of(client, 3)}"):
+    for path in (
+        "/",
+        "/api/experiments",
+        "/api/latest",
+        "/api/live",
+        "/api/chart",
+        f"/experiment/{commit_of(client, 2)}",
+        f"/api/experiments/{commit_of(client, 3)}",
+    ):
         assert client.get(path).status_code == 200
     assert everything_below(night.path) == before
 
@@ -210,16 +361,23 @@ def test_every_answer_has_the_headers(client):
     for path in ("/", "/api/experiments", "/nothing", "/static/plotly.min.js", "/api/experiments/zz"):
         headers = client.get(path).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
-        assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+        assert (
+            policy["default-src"] == "'none'"
+            and policy["script-src"] == "'self'"
+            and policy["frame-ancestors"] == "'none'"
+        )
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
         assert headers["referrer-policy"] == "no-referrer"
+        assert "unsafe" not in "".join(policy[key] for key in policy if key != "style-src-attr")
 
 
 def test_a_page_of_another_name_cannot_read_a_local_dashboard(client):
     assert client.get("/api/experiments", headers={"host": "evil.example:8000"}).status_code == 400
     assert client.get("/health", headers={"host": "127.0.0.1.evil.example"}).status_code == 400
-    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80", "127.0.0.2:8000", "LOCALHOST"):
         assert client.get("/health", headers={"host": host}).status_code == 200
+    for host in ("", "localhost.evil.example", "127.0.0.1:80.evil.example", "localhost:x", "evil.example#127.0.0.1"):
+        assert client.get("/health", headers={"host": host}).status_code == 400
 
 
 # --- the token -----------------------------------------------------------------
@@ -231,24 +389,43 @@ def guarded(night):
 
 
 def test_without_the_token_nothing_but_health(guarded):
-    for path in ("/", "/api/experiments", "/openapi.json", "/docs", "/static/app.js", "/nothing", "/api/experiments/../.."):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}, {"cookie": "autoresearch=x"}, {"cookie": f"autoresearch={TOKEN}"}):
+    for path in (
+        "/",
+        "/api/experiments",
+        "/openapi.json",
+        "/docs",
+        "/static/app.js",
+        "/nothing",
+        "/api/experiments/../..",
+    ):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": f"Basic {TOKEN}"},
+            {"cookie": "autoresearch=x"},
+            {"cookie": f"autoresearch={TOKEN}"},
+        ):
             response = guarded.get(path, headers=headers)
             assert response.status_code == 401 and "experiments" not in response.text, path
     assert guarded.get("/?token=wrong").status_code == 401
-    page = guarded.get("/", headers={"accept": "text/html"})
+    page = guarded.get("/?tree=%22%3E%3Cb%3E&token=wrong", headers={"accept": "text/html"})
     assert page.status_code == 401 and 'type="password"' in page.text and page.headers["x-frame-options"] == "DENY"
+    assert 'name="tree" value="&#34;&gt;&lt;b&gt;"' in page.text and page.text.count('name="token"') == 1
     assert guarded.get("/health").json() == {"status": "ok"}
 
 
 def test_the_token_opens_by_header_and_by_a_cookie_that_is_not_the_token(guarded):
     assert guarded.get("/api/experiments", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert guarded.get("/api/experiments", headers={"authorization": f"bearer  {TOKEN}"}).status_code == 200
+    assert guarded.get("/api/experiments", headers={"authorization": TOKEN}).status_code == 401
     answer = guarded.get(f"/?tree=test&token={TOKEN}", follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (303, "/?tree=test")
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie and TOKEN not in cookie
     assert guarded.get("/").status_code == 200  # the client keeps the cookie
-    assert guarded.get(f"//evil.example/?token={TOKEN}", follow_redirects=False).headers.get("location", "/")[:2] != "//"
+    assert (
+        guarded.get(f"//evil.example/?token={TOKEN}", follow_redirects=False).headers.get("location", "/")[:2] != "//"
+    )
 
 
 def test_when_a_token_is_needed():
@@ -265,7 +442,9 @@ def test_when_a_token_is_needed():
 
 def test_schemathesis_finds_no_server_error(night):
     """Nor an answer that the description does not have. Both kinds of input: as described, and not."""
-    description = schemathesis.openapi.from_asgi("/openapi.json", app.create(trees.find([night.path]), local_only=False))
+    description = schemathesis.openapi.from_asgi(
+        "/openapi.json", app.create(trees.find([night.path]), local_only=False)
+    )
     operations = [found.ok() for found in description.get_all_operations()]
     assert len(operations) == 7
     calls = []
@@ -284,7 +463,9 @@ def test_schemathesis_finds_no_server_error(night):
             try:
                 check()
             except hypothesis.errors.Unsatisfiable:
-                assert mode is schemathesis.GenerationMode.NEGATIVE  # a route that takes nothing can't be called wrongly
+                assert (
+                    mode is schemathesis.GenerationMode.NEGATIVE
+                )  # a route that takes nothing can't be called wrongly
     assert {200, 404, 422} <= set(calls) and max(calls) < 500
 
 
@@ -303,7 +484,7 @@ def test_the_command_serves_until_it_is_ended(night):
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(night, "--port", "0")
         url = re.match(r"(http://127\.0\.0\.1:\d+/)  test  \(Ctrl-C ends it\)", process.stdout.readline())[1]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while True:
             try:
                 with urllib.request.urlopen(url + "health", timeout=5) as answer:
@@ -312,8 +493,34 @@ def test_the_command_serves_until_it_is_ended(night):
             except OSError:
                 assert time.monotonic() < deadline
         process.send_signal(number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=200)
         assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_signal_ends_it_from_the_first_moment(night):
+    process = start(night, "--port", "0")
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["plotly", "jinja2", "uvicorn"])
+def test_without_its_group_it_names_the_command(night, tmp_path, name):
+    blocked = f"""
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == {name!r} else find(name, *args)
+if {name!r} != "plotly":
+    sys.modules[{name!r}] = None
+sys.argv = ["lab", "dashboard", "--port", "0"]
+runpy.run_module("lab", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], cwd=night.path, env=night.env, capture_output=True, text=True, timeout=200
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"lab dashboard: {name} is not installed: uv run --group dashboard -m lab dashboard\n"
 
 
 def test_what_cannot_be_served_is_one_line(night, tmp_path):
@@ -325,5 +532,5 @@ def test_what_cannot_be_served_is_one_line(night, tmp_path):
                            (["--tree", str(tmp_path / "no")], "is no folder"), (["--port", "99999"], "no such port"),
                            (["--host", "no.such.host.invalid", "--token", TOKEN], "cannot listen on")]:  # fmt: skip
             process = start(night, *args)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=200)
             assert process.returncode == 1 and out == "" and says in err and err.count("\n") == 1, (args, err)

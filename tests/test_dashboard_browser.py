@@ -36,7 +36,9 @@ def night(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(night):
     command = [sys.executable, "-m", "lab", "dashboard", "--port", "0", "--tree", str(night.path)]
-    process = subprocess.Popen(command, cwd=night.path, env=night.env | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=night.path, env=night.env | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
     yield re.match(r"(http://\S+/)", process.stdout.readline())[1]
     process.terminate()
     assert process.wait(timeout=20) == 0
@@ -90,13 +92,17 @@ def drawn(page):
 
 
 def shown(page):
-    return page.eval_on_selector_all("#table tbody tr:not([hidden]) .c-number", "cells => cells.map(c => Number(c.textContent))")
+    return page.eval_on_selector_all(
+        "#table tbody tr:not([hidden]) .c-number", "cells => cells.map(c => Number(c.textContent))"
+    )
 
 
 def test_the_chart_has_as_many_points_as_rows(visit):
     page = drawn(visit())
     assert page.locator("#chart .points path.point").count() == page.locator("#table tbody tr").count() == 5
     assert page.title() == "test · autoresearch"
+    buttons = page.eval_on_selector_all(".modebar-btn", "all => all.map(b => b.dataset.title || b.ariaLabel)")
+    assert "Zoom" in buttons and not [b for b in buttons if re.search("share|cloud|edit", b, re.IGNORECASE)]
 
 
 def test_filter_and_sort_by_mouse_and_by_keyboard(visit):
@@ -106,7 +112,9 @@ def test_filter_and_sort_by_mouse_and_by_keyboard(visit):
     assert shown(page) == [5, 2, 1, 3, 4]  # the crash has no value: last
     page.click("button[data-sort=val_bpb]")
     assert shown(page) == [3, 1, 2, 5, 4]
-    assert page.get_attribute("th.c-val_bpb", "aria-sort") == "descending" and not page.get_attribute("th.c-number", "aria-sort")
+    assert page.get_attribute("th.c-val_bpb", "aria-sort") == "descending" and not page.get_attribute(
+        "th.c-number", "aria-sort"
+    )
     page.focus("#filter")
     page.keyboard.type("BETTER")
     assert shown(page) == [5] and page.inner_text("#shown") == "1 of 5"
@@ -132,7 +140,9 @@ def test_an_experiment_opens_from_table_and_chart_and_shows_its_texts_as_text(vi
     assert page.locator("img, script").count() == 0
     page.go_back()
     drawn(page)
-    page.evaluate("document.getElementById('chart').emit('plotly_click', {points: [{customdata: [5, document.querySelector('#table tbody tr:nth-child(5) a').textContent]}]})")
+    page.evaluate(
+        "document.getElementById('chart').emit('plotly_click', {points: [{customdata: [5, document.querySelector('#table tbody tr:nth-child(5) a').textContent]}]})"
+    )
     page.wait_for_url("**/experiment/**")
     assert page.inner_text("h1") == "better still"
 
@@ -171,7 +181,10 @@ def test_the_strip_moves_while_a_run_goes_on_and_a_new_row_appears(visit, night)
         first = int(page.inner_text("[data-live=step]").replace(",", ""))
         width = page.evaluate("document.getElementById('bar').offsetWidth")
         until(page, f"Number(document.querySelector('[data-live=step]').textContent) > {first}")
-        assert page.inner_text("[data-live=tokens_per_second]") == "1,648,000" and page.inner_text("[data-live=seconds_left]") == "177 s"
+        assert (
+            page.inner_text("[data-live=tokens_per_second]") == "1,648,000"
+            and page.inner_text("[data-live=seconds_left]") == "177 s"
+        )
         assert page.evaluate("document.getElementById('bar').offsetWidth") > width
     finally:
         going.set()
@@ -191,7 +204,9 @@ def test_the_strip_moves_while_a_run_goes_on_and_a_new_row_appears(visit, night)
 def test_it_fits_the_screen_and_follows_the_scheme(visit, scheme, width):
     page = drawn(visit(viewport={"width": width, "height": 800}, color_scheme=scheme))
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    background, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    background, ink = (
+        page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+    )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (background, ink)]
     assert (light[0] > light[1]) == (scheme == "light") and abs(light[0] - light[1]) > 400
     page.goto(page.url + "docs")

@@ -33,8 +33,8 @@ def create(trees, token=None, local_only=True):
     app = FastAPI(title="autoresearch", docs_url=None, redoc_url=None, version="1",
                   description="A night's experiments, read-only. Lower val_bpb is better.")  # fmt: skip
 
-    def page(name, code=200, /, **values):
-        return HTMLResponse(pages.get_template(name).render(**values), code)
+    def page(name, code=200, headers=None, /, **values):
+        return HTMLResponse(pages.get_template(name).render(**values), code, headers)
 
     def tree_of(name):
         if name is None:
@@ -56,7 +56,7 @@ def create(trees, token=None, local_only=True):
 
     def detail(tree, night, experiment):
         gains = {e.number: gain for e, gain in night.gains()}
-        diff, diff_of = content.diff(tree, experiment)
+        diff, diff_of = content.diff(tree, night, experiment)
         log, log_of = content.log_tail(tree, experiment)
         facts = [content.run_facts(record) for record in experiment.runs]
         return content.brief(experiment, gains, night.best) | {
@@ -74,7 +74,8 @@ def create(trees, token=None, local_only=True):
         }  # fmt: skip
 
     def live_of(tree):
-        return {"tree": tree.name, "experiments": len(tree.night()[0].experiments)} | tree.live()
+        night, _ = tree.night()
+        return {"tree": tree.name, "version": tree.version, "experiments": len(night.experiments)} | tree.live()
 
     @app.get("/", include_in_schema=False)
     def night_page(tree: TreeName = None):
@@ -84,7 +85,9 @@ def create(trees, token=None, local_only=True):
     def experiment_page(commit: Commit, tree: TreeName = None):
         found = experiment_of(tree, commit)
         text, reason = content.sample(found[2])
-        return page("experiment.html", **detail(*found), sample=text, sample_reason=reason)
+        told = detail(*found)
+        columns = dict.fromkeys(key for facts in told["run_facts"] for key in facts)
+        return page("experiment.html", **told, columns=columns, sample=text, sample_reason=reason)
 
     @app.get("/docs", include_in_schema=False)
     def docs_page():
@@ -140,7 +143,8 @@ def create(trees, token=None, local_only=True):
     @app.exception_handler(StarletteException)
     def refused(request: Request, error):
         if "text/html" in request.headers.get("accept", ""):
-            return page("message.html", error.status_code, title=str(error.status_code), text=str(error.detail))
+            said = {"title": str(error.status_code), "text": str(error.detail)}
+            return page("message.html", error.status_code, error.headers, **said)
         return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -150,8 +154,8 @@ def create(trees, token=None, local_only=True):
         places = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]  # not what was sent
         return JSONResponse({"detail": jsonable_encoder(places)}, 422)
 
-    def login_page(wrong):
-        return pages.get_template("login.html").render(wrong=wrong)
+    def login_page(wrong, query):
+        return pages.get_template("login.html").render(wrong=wrong, query=query)
 
     app.add_middleware(Guard, token=token, local_only=local_only, login_page=login_page)
     return app

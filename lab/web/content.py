@@ -1,11 +1,12 @@
 """What the dashboard tells of an experiment. Commits come from the table, never from a request; texts are cut short."""
 
+import difflib
+import os
 import re
-import unicodedata
-from pathlib import Path
+import stat
 
 from lab import runlog
-from lab.web.trees import git, number
+from lab.web.trees import git, number, printable
 
 LONGEST = 200_000  # characters of a diff
 TAIL, SAMPLE = 16_000, 20_000  # of a log, of a sample
@@ -15,15 +16,47 @@ FACTS = ["seed", "val_bpb", "training_seconds", "total_seconds", "total_tokens_M
 
 
 def lookup(night, commit):
-    """The experiment of this commit, the last where it stands in several rows; None for none or several commits."""
-    found = [e for e in night.experiments if HEX.fullmatch(e.commit) and (e.commit.startswith(commit) or commit.startswith(e.commit))]
+    """The experiment whose commit this is, or begins with it; the last where it stands in several rows; None for none
+    or several commits. The whole commit is known where runs.jsonl has it."""
+    rows = [(e, {e.commit, *(run["commit"] for run in e.runs)}) for e in night.experiments if HEX.fullmatch(e.commit)]
+    found = [e for e, names in rows if commit in names] or [
+        e for e, names in rows if any(n.startswith(commit) for n in names)
+    ]
     return found[-1] if len({e.commit for e in found}) == 1 else None
 
 
 def plain(text, limit):
-    """The text without control characters, its beginning where it is too long."""
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    """The text as printable() leaves it, its beginning where it is too long."""
+    text = printable(text)
     return text if len(text) <= limit else f"{text[:limit]}\n… cut here"
+
+
+def own_file(folder, name):
+    """The path of a file that lies in this folder itself; None for none, and for what an agent might put there to have
+    another file shown or a reader wait: a link, a pipe."""
+    try:
+        ours = not folder.is_symlink() and stat.S_ISREG(os.lstat(folder / name).st_mode)
+    except OSError:
+        return None
+    return folder / name if ours else None
+
+
+def text_of(folder, name, limit):
+    """The beginning of such a file; None where there is none that can be read."""
+    path = own_file(folder, name)
+    try:
+        with open(path, encoding="utf-8", errors="replace") if path else open(os.devnull) as f:
+            return f.read(limit) if path else None
+    except OSError:
+        return None
+
+
+def log_of(folder):
+    path = own_file(folder, "run.log")
+    try:
+        return runlog.read(path) if path else None
+    except OSError:
+        return None
 
 
 def brief(experiment, gains, best):
@@ -46,46 +79,56 @@ def run_facts(record):
     facts = (record["summary"] or {}) | {"seed": (record["header"] or {}).get("seed")}
     known = {key: number(facts[key]) for key in FACTS if facts.get(key) is not None}
     header = record["header"] or {}
-    return known | {"verdict": record["verdict"], "start": record["start"], "device": str(header.get("device", ""))[:200]}
+    device = plain(str(header.get("device", "")), 200)
+    return known | {"verdict": plain(record["verdict"], 40), "start": record["start"], "device": device}
 
 
-def diff(tree, experiment):
-    """(text, what it compares): the change of this experiment, from git."""
+def diff(tree, night, experiment):
+    """(text, what it compares): the change of this experiment, from git; from the archives where git has it not."""
     commit, parent = experiment.commit, None
     if experiment.runs:
         commit, parent = experiment.runs[-1]["commit"], experiment.runs[-1]["parent"]
     if not HEX.fullmatch(commit):
         return None, "its commit is no git commit"
-    options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
+    options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--end-of-options"]
     if isinstance(parent, str) and HEX.fullmatch(parent):
         text = git(tree.path, "diff", *options, parent, commit, "--", "train.py", limit=4 * LONGEST)
         against = f"train.py against {parent[:7]}"
     else:
-        text = git(tree.path, "show", *options, "--format=", commit, "--", "train.py", limit=4 * LONGEST)
+        text = git(tree.path, "show", "--format=", *options, commit, "--", "train.py", limit=4 * LONGEST)
         against = "train.py against the commit before it"
     if text is None:
-        return None, f"git does not know commit {commit[:7]} here"
-    return plain(text, LONGEST), against
+        text, against = diff_of_archives(night, experiment)
+    return (None if text is None else plain(text, LONGEST)), against
+
+
+def diff_of_archives(night, experiment):
+    before = [e for e in night.experiments[: experiment.number - 1] if e.archive]
+    if experiment.archive and before:
+        new, old = (text_of(e.archive, "train.py", LONGEST) for e in (experiment, before[-1]))
+        if new is not None and old is not None:
+            lines = difflib.unified_diff(old.split("\n"), new.split("\n"), "a/train.py", "b/train.py", lineterm="")
+            return "\n".join(lines), f"the archived train.py against row {before[-1].number}'s"
+    return None, f"git does not know commit {experiment.commit[:7]} here"
 
 
 def log_tail(tree, experiment):
     """(text, where it is from): the end of the experiment's log without its progress lines."""
-    places = [experiment.archive / "run.log"] if experiment.archive else []
-    latest = tree.path / "run.log"
-    if experiment.runs and (log := runlog.read(latest)) and log.run_id == experiment.runs[-1]["run_id"]:
-        places.append(latest)
-    for place in places:
-        if log := runlog.read(place):
-            return plain("\n".join(log.lines)[-TAIL:], TAIL), "runs/ of this experiment" if place != latest else "the latest run.log"
-    return None, "only the logs of kept runs are archived, and the latest one stays"
+    log, where = experiment.archive and log_of(experiment.archive), "runs/ of this experiment"
+    if not log and experiment.runs:
+        log, where = log_of(tree.path), "the latest run.log"
+        if log and log.run_id != experiment.runs[-1]["run_id"]:
+            log = None
+    if not log:
+        return None, "only the logs of kept runs are archived, and the latest one stays"
+    return plain("\n".join(log.lines)[-TAIL:], TAIL), where
 
 
 def sample(experiment):
     """(text, why there is none)"""
     if not experiment.archive:
         return None, "only kept runs are sampled"
-    try:
-        with open(Path(experiment.archive) / "sample_output.txt", encoding="utf-8", errors="replace") as f:
-            return plain(f.read(SAMPLE + 1), SAMPLE).rstrip(), None
-    except OSError:
+    text = text_of(experiment.archive, "sample_output.txt", SAMPLE + 1)
+    if text is None:
         return None, f"no sample yet: uv run -m lab sample {experiment.number}"
+    return plain(text, SAMPLE).rstrip(), None

@@ -11,11 +11,14 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 COOKIE = "autoresearch"
 OPEN = ("/health", "/static/style.css")  # without a token
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
-# plotly writes style elements, which only 'unsafe-inline' lets it; scripts come from this server alone.
+LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+# plotly sets style attributes, makes an empty style element that it fills rule by rule, and one for its maps. These are
+# the hashes of the two; another plotly may have another second one: it is then blocked, which no chart here minds.
+STYLES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    f"default-src 'none'; script-src 'self'; style-src 'self'; style-src-elem 'self' {STYLES}; "
+    "style-src-attr 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "content-security-policy": POLICY,
@@ -24,6 +27,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
+    "cross-origin-embedder-policy": "require-corp",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 
@@ -58,22 +62,23 @@ class Guard:
     def refusal(self, scope):
         """The response that ends the request here; None lets it through."""
         headers = Headers(scope=scope)
-        if self.local_only and re.sub(r":\d+$", "", headers.get("host", "")) not in LOCAL:
+        if self.local_only and not LOCAL.fullmatch(headers.get("host", "")):
             return JSONResponse({"detail": "this dashboard answers to localhost and 127.0.0.1 only"}, 400)
         if self.token is None or scope["path"] in OPEN:
             return None
-        if self.admits(headers.get("authorization", "").removeprefix("Bearer ")) or self.has_cookie(headers):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if (scheme.lower() == "bearer" and self.admits(given.strip())) or self.has_cookie(headers):
             return None
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        shown = [value for key, value in query if key == "token"]
+        shown, others = [v for k, v in query if k == "token"], [(k, v) for k, v in query if k != "token"]
         if shown and self.admits(shown[-1]) and scope["method"] == "GET":
-            rest = urlencode([(key, value) for key, value in query if key != "token"])
+            rest = urlencode(others)
             answer = RedirectResponse("/" + scope["path"].lstrip("/\\") + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(COOKIE, self.cookie(), httponly=True, samesite="strict", max_age=7 * 24 * 3600)
             return answer
         wrong = bool(shown) or "authorization" in headers
         if "text/html" in headers.get("accept", ""):
-            return HTMLResponse(self.login_page(wrong), 401)
+            return HTMLResponse(self.login_page(wrong, others), 401)
         said = "this is not the token" if wrong else "a token is needed: Authorization: Bearer TOKEN"
         return JSONResponse({"detail": said}, 401, {"www-authenticate": "Bearer"})
 

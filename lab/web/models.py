@@ -47,6 +47,7 @@ class Sample(BaseModel):
 class Live(BaseModel):
     tree: str
     running: bool
+    version: str  # another one whenever the night on disk is
     experiments: int
     stage: str | None = None  # set-up, training, evaluation
     step: int | None = None

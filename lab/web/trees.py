@@ -3,8 +3,11 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import threading
+import unicodedata
+import zlib
 from pathlib import Path
 
 from lab import locks, runlog
@@ -25,24 +28,53 @@ def find(paths, alone=False):
         places += [path.resolve(), *([] if alone else worktrees(path))]
     found = {}
     for place in dict.fromkeys(places):
-        name, i = branch_of(place) or place.name, 1
+        own = printable(branch_of(place) or place.name) or "tree"
+        name, i = own, 1
         while name in found:
             i += 1
-            name = f"{branch_of(place) or place.name} ({i})"
+            name = f"{own} ({i})"
         found[name] = Tree(name, place)
     return found
 
 
-def git(path, *args, limit=None, seconds=5):
-    """What git prints, at most so many bytes of it, decoded; None where it fails. It asks no one, runs no hook, no pager,
-    no external diff, and takes no lock."""
-    command = ["git", "--no-pager", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *args]
-    env = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_PAGER": "cat", "LC_ALL": "C"}
+# An agent can write .git/config: what that may start (a hook, a pager, gpg, a fetch of missing objects) is off.
+OFF = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "log.showSignature=false", "protocol.allow=never"]
+QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1",
+         "GIT_PAGER": "cat", "LC_ALL": "C"}  # fmt: skip
+
+
+def git(path, *args, limit=1 << 20, seconds=5):
+    """What git prints, at most `limit` bytes of it, decoded; None where it fails or takes longer. It asks no one,
+    starts no other program, and takes no lock."""
+    command = ["git", "--no-pager", *(part for setting in OFF for part in ("-c", setting)), *args]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run(command, cwd=path, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
-    except (OSError, subprocess.TimeoutExpired):
+        process = subprocess.Popen(command, cwd=path, env=os.environ | QUIET, start_new_session=True, **pipes)
+    except OSError:
         return None
-    return done.stdout[:limit].decode(errors="replace") if done.returncode == 0 else None
+    timer = threading.Timer(seconds, end, [process])
+    timer.start()
+    with process:
+        shown = process.stdout.read(limit)
+        cut = len(shown) == limit
+        if cut:
+            end(process)
+    timer.cancel()
+    return shown.decode(errors="replace") if cut or process.returncode == 0 else None
+
+
+def end(process):
+    """Ends it, and what it may have started after all."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:  # it has ended; or is not known to have begun a group of its own yet
+        process.kill()
+
+
+def printable(text):
+    """The text without control characters, without what turns its direction, and without halves of characters, which
+    no answer could hold (a name on disk that is no UTF-8)."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 def worktrees(path):
@@ -68,13 +100,14 @@ class Tree:
     def __init__(self, name, path):
         self.name, self.path = name, path
         self.lock, self.seen, self.known = threading.Lock(), object(), None
+        self.version = ""  # another one whenever the night on disk is
 
     def night(self):
         """(Night, sentence): the sentence says why there is nothing to see, or is None."""
         with self.lock:
-            now = [stamp(self.path / name) for name in ("results.tsv", "runs.jsonl", "runs", "")]
+            now = [self.path.is_dir(), *(stamp(self.path / name) for name in ("results.tsv", "runs.jsonl", "runs"))]
             if now != self.seen:
-                self.known, self.seen = self.read(), now
+                self.known, self.seen, self.version = self.read(), now, f"{zlib.crc32(repr(now).encode()):08x}"
             return self.known
 
     def read(self):
@@ -83,16 +116,19 @@ class Tree:
         try:
             return read_night(self.path), None
         except Stop as stop:
-            return Night(self.path, ()), str(stop)
+            return Night(self.path, ()), printable(str(stop))
         except OSError as error:
             return Night(self.path, ()), f"results.tsv cannot be read: {os_reason(error)}"
 
     def live(self):
         """What the run in progress says of itself; {"running": False} where none goes on."""
-        if not self.path.is_dir() or not locks.run_in_progress(self.path):
+        try:
+            if not locks.run_in_progress(self.path):
+                return {"running": False}
+        except OSError:  # the tree is gone
             return {"running": False}
-        found = {"running": True, "stage": "set-up"}
-        step = STEP.match(runlog.progress(self.path / "run.log"))
+        found, log = {"running": True, "stage": "set-up"}, self.path / "run.log"
+        step = STEP.match(runlog.progress(log)) if log.is_file() else None
         if not step:
             return found
         found |= {"step": int(step[1]), "percent": number(step[2])}

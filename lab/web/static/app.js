@@ -17,7 +17,15 @@ async function draw() {
   const chart = document.getElementById("chart");
   const narrow = window.matchMedia("(max-width: 640px)").matches;
   if (narrow) figure.layout.margin = { ...figure.layout.margin, l: 58, r: 8 };
-  await Plotly.react(chart, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar: !narrow });
+  figure.layout.modebar = { ...figure.layout.modebar, activecolor: getComputedStyle(document.body).color };
+  await Plotly.react(chart, figure.data, figure.layout, {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: !narrow,
+    showSendToCloud: false, // plotly's own default offers to upload the night
+    plotlyServerURL: "",
+    modeBarButtonsToRemove: ["lasso2d", "select2d"],
+  });
   chart.removeAllListeners("plotly_click");
   chart.on("plotly_click", (event) => {
     const commit = (event.points[0].customdata || [])[1];
@@ -77,11 +85,20 @@ async function renew() {
   const answer = await fetch("/" + query);
   if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  document.getElementById("facts").replaceWith(page.getElementById("facts"));
-  document.querySelector("#table tbody").replaceWith(page.querySelector("#table tbody"));
-  night.dataset.count = page.getElementById("night").dataset.count;
+  const focused = document.activeElement.closest("#table tbody a")?.getAttribute("href");
+  for (const part of ["#said", "#facts", "#table tbody", "#notes"]) {
+    document.querySelector(part).replaceWith(page.querySelector(part));
+  }
+  document.getElementById("table").className = page.getElementById("table").className;
+  const status = document.getElementById("status");
+  const chosen = status.value;
+  status.replaceChildren(...page.getElementById("status").children);
+  status.value = chosen;
+  if (status.selectedIndex < 0) status.value = "";
+  night.dataset.version = page.getElementById("night").dataset.version;
   sort();
   filter();
+  if (focused) rows().flatMap((row) => [...row.querySelectorAll("a")]).find((a) => a.getAttribute("href") === focused)?.focus();
   await draw();
 }
 
@@ -89,11 +106,10 @@ async function look() {
   if (!document.hidden) {
     try {
       const answer = await fetch("/api/live" + query);
-      if (answer.ok) {
-        const live = await answer.json();
-        show(live);
-        if (String(live.experiments) !== night.dataset.count) await renew();
-      }
+      if (!answer.ok) throw new Error(answer.status);
+      const live = await answer.json();
+      show(live);
+      if (live.version !== night.dataset.version) await renew();
     } catch {
       document.querySelector("[data-live=stage]").textContent = "the dashboard does not answer";
     }
