@@ -93,7 +93,11 @@ def measure(url, folder, process):
     for i in range(REPEATS):
         table.write_text(table.read_text() + f"{i + 1:07x}\t1.000000\t44.0\tdiscard\tone more\n")
         after.append(milliseconds(""))
-    for name, path in [("live strip", "api/live"), ("chart", "api/chart"), ("the whole night as JSON", "api/experiments")]:
+    for name, path in [
+        ("live strip", "api/live"),
+        ("chart", "api/chart"),
+        ("the whole night as JSON", "api/experiments"),
+    ]:
         times[name] = [milliseconds(path) for _ in range(REPEATS)]
     rounded = {name: [round(t, 2) for t in values] for name, values in times.items()}
     return {"milliseconds": rounded, "rss_mb": round(process.memory_info().rss / 1e6)}

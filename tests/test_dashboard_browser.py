@@ -209,6 +209,10 @@ def test_it_fits_the_screen_and_follows_the_scheme(visit, scheme, width):
     )
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (background, ink)]
     assert (light[0] > light[1]) == (scheme == "light") and abs(light[0] - light[1]) > 400
+    legend = page.locator("#chart .legendtext").first
+    ink = legend.evaluate("e => getComputedStyle(e).fill")
+    page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
+    until(page, f"getComputedStyle(document.querySelector('#chart .legendtext')).fill !== '{ink}'")
     page.goto(page.url + "docs")
     assert page.locator("h2").count() == 7 and page.evaluate("document.documentElement.scrollWidth") <= width
 

@@ -17,7 +17,9 @@ async function draw() {
   const chart = document.getElementById("chart");
   const narrow = window.matchMedia("(max-width: 640px)").matches;
   if (narrow) figure.layout.margin = { ...figure.layout.margin, l: 58, r: 8 };
-  figure.layout.modebar = { ...figure.layout.modebar, activecolor: getComputedStyle(document.body).color };
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  figure.layout.font = { ...figure.layout.font, color: colour("--soft") };
+  figure.layout.modebar = { ...figure.layout.modebar, color: colour("--soft"), activecolor: colour("--ink") };
   await Plotly.react(chart, figure.data, figure.layout, {
     responsive: true,
     displaylogo: false,
@@ -126,5 +128,6 @@ for (const button of document.querySelectorAll("[data-sort]")) {
     sort();
   });
 }
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 draw();
 look();
