@@ -19,6 +19,7 @@ from lab import scoring
 from lab.__main__ import main
 from lab.errors import Refused
 
+pytestmark = pytest.mark.slow  # each score is a process that loads torch: minutes in all
 PEEKING = """
 
 class GPT(GPT):
@@ -182,7 +183,6 @@ def learn_val(checkpoint_path, repo, rows_path, steps=30):
     assert result.rc == 0, result.err
 
 
-@pytest.mark.slow
 def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     """One audit over all of them: each is told apart from the others."""
     night.keep()
@@ -225,7 +225,6 @@ def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     assert list(night.table()) == [1, 9] and "FLAGGED: the gain is on val alone" in result.out
 
 
-@pytest.mark.slow
 def test_scores_are_remembered_until_something_changes(night):
     folder = night.keep()
     assert night.audit().rc == 0

@@ -169,6 +169,7 @@ def test_killed_before_any_write_of_preparing_more_shards(
     assert kill_everywhere(repo, library, call) > 25
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(make_repo, prepared_climbmix, hub):
     repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)
     for name in hub.files:
