@@ -65,10 +65,11 @@ def git(path, *args, limit=1 << 20, seconds=5):
 
 def end(process):
     """Ends it, and what it may have started after all."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except OSError:  # it has ended; or is not known to have begun a group of its own yet
-        process.kill()
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except OSError:  # it has ended
+            process.kill()
 
 
 def printable(text):
