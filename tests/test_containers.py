@@ -81,7 +81,7 @@ def images(tmp_path_factory):
         left_out("debootstrap and mounts need root")
     base = tmp_path_factory.mktemp("containers")
     if shutil.disk_usage(base).free < GIGABYTES * 1e9:
-        left_out(f"less than {GIGABYTES} GB of disk are free")
+        pytest.skip(f"less than {GIGABYTES} GB of disk are free")  # in CI too: no component that it could install
     built = Built(base)
     try:
         yield built
