@@ -28,6 +28,8 @@ def preempted(*_):
 signal.signal(signal.SIGTERM, preempted)
 code = open("train.py", "rb").read()
 seed, seconds = int(os.environ.get("AUTORESEARCH_SEED", 42)), float(os.environ.get("FAKE_SECONDS", 0.05))
+if b"# effect" in code:  # an experiment, not the baseline
+    seconds = float(os.environ.get("FAKE_EFFECT_SECONDS", seconds))
 fd = os.open(".", os.O_RDONLY)
 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 header = {"run_id": uuid.uuid4().hex, "start": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -36,8 +38,8 @@ header = {"run_id": uuid.uuid4().hex, "start": datetime.now(timezone.utc).isofor
     "clock": "monotonic", "versions": {}}
 print("run: " + json.dumps(header), flush=True)
 for i in range(3):
-    time.sleep(seconds / 3)
     print(f"step {i:05d} ({30 * i}.0%) | loss 3.1 | lrm 1.00 | 318 ms | 1 tok/s | mfu 0.0% | epoch 1 | 1 s left", flush=True)
+    time.sleep(seconds / 3)
 effects = [float(x) for x in re.findall(rb"^# effect: (\\S+)", code, re.M)]
 under = re.findall(rb"^# under %d: (\\S+)" % seed, code, re.M)
 if b"# crash" in code:

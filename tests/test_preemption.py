@@ -108,7 +108,7 @@ def test_a_night_that_is_killed_at_many_moments(night, undisturbed, seed):
 
 @pytest.mark.parametrize("how", ["killed", "preempted"])
 def test_the_interrupted_commit_is_run_again_first(night, undisturbed, how):
-    night.night_env["FAKE_SECONDS"] = "1.5"
+    night.night_env["FAKE_EFFECT_SECONDS"] = "60"
     commit = in_a_run(night)
     if how == "preempted":
         night.keeper.send_signal(signal.SIGTERM)
@@ -117,7 +117,7 @@ def test_the_interrupted_commit_is_run_again_first(night, undisturbed, how):
     night.kill()
     assert night.head() == commit and len(night.records()) == 3
     assert next_of(night) == f"the last run was {how}, it is no result: uv run train.py > run.log 2>&1"
-    night.night_env["FAKE_SECONDS"] = "0.1"
+    night.night_env["FAKE_EFFECT_SECONDS"] = "0.1"
     night.start()
     night.wait(until=lambda: len(night.records()) == 4)
     night.kill()
