@@ -19,7 +19,7 @@ from lab import scoring
 from lab.__main__ import main
 from lab.errors import Refused
 
-pytestmark = pytest.mark.slow  # each score is a process that loads torch: minutes in all
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each score is a process that loads torch: minutes in all
 PEEKING = """
 
 class GPT(GPT):

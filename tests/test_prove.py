@@ -301,6 +301,7 @@ def test_a_report_of_made_up_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_real_trainings_on_an_injected_clock(tmp_path, prepared_stdlib):
     """A model that does not learn against one that does: a gain that nobody doubts, on both splits."""
     cache = tmp_path / "cache"
@@ -335,6 +336,6 @@ def test_real_trainings_on_an_injected_clock(tmp_path, prepared_stdlib):
         f"args = argparse.Namespace(commits={commits}, seeds=3, tree=[], dry_run=False)\n"
         "raise SystemExit(prove.run(args, ('injected',)))\n"
     )
-    result = repo.run("-c", script, timeout=280, PYTHONPATH=os.fspath(repo.path))
+    result = repo.run("-c", script, timeout=1200, PYTHONPATH=os.fspath(repo.path))
     assert result.rc == 0, result.err
     assert result.out.count(": real") == 2, result.out
