@@ -121,6 +121,8 @@ def sound(record):
 def read_records(path):
     """(sound records of the branch that the file speaks of last, notes)"""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a reader of a pipe would wait for ever
+            return [], ["runs.jsonl cannot be read: it is no file"]
         records, foreign = results.read_runs(path)
     except OSError as error:
         return [], [f"runs.jsonl cannot be read: {os_reason(error)}"]

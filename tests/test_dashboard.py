@@ -116,6 +116,18 @@ def test_the_strip_follows_a_run_in_progress(night):
         assert (live["tokens_per_second"], live["stage"]) == (1648000, "training")
         log.write_text(PROGRESS.replace("41.0%", "100.0%"))
         assert tree.live()["stage"] == "evaluation"
+        served = TestClient(app.create({"test": tree}), base_url=LOCAL)
+        for told in ("step 1 (1.2.3%) | loss 1", "step 1 (.%) | loss", f"step {'9' * 4000} (1%)", "step 1 (nan%)"):
+            log.write_text(f"run: {{}}\n{told}\n")  # whatever an agent's train.py prints
+            assert tree.live() == {"running": True, "stage": "set-up"}, told[:40]
+        log.write_text(PROGRESS.replace("3.141593", "1.2.3").replace("177", "9" * 999).replace("1,648,000", ",,"))
+        assert [tree.live()[key] for key in ("step", "loss", "seconds_left", "tokens_per_second")] == [
+            123,
+            None,
+            None,
+            None,
+        ]
+        assert [served.get(path).status_code for path in ("/", "/api/live", "/api/latest")] == [200, 200, 200]
     finally:
         os.close(holder)
         log.write_bytes(before)
@@ -225,6 +237,25 @@ def test_a_damaged_record_is_no_server_error(night, tmp_path, field):
             assert client.get(path).status_code == 200, (path, value)
 
 
+@pytest.mark.parametrize("name", ["results.tsv", "runs.jsonl", "run.log"])
+def test_a_pipe_in_place_of_a_file_stops_no_one(night, tmp_path, name):
+    shutil.copy(night.path / "results.tsv", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    code = """
+import sys
+from pathlib import Path
+from starlette.testclient import TestClient
+from lab.web import app, trees
+client = TestClient(app.create(trees.find([Path(sys.argv[1])])), base_url="http://127.0.0.1:8000")
+print(client.get("/").status_code, client.get("/api/latest").status_code, len(client.get("/api/experiments").json()["experiments"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=night.env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"200 200 {0 if name == 'results.tsv' else 5}\n", done.stderr
+
+
 # --- what it does not let happen --------------------------------------------------
 
 
@@ -306,7 +337,7 @@ def test_nothing_of_a_night_becomes_markup(client):
 ATTACKS = [
     "..", "../..", "../../etc/passwd", "/etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "..%2f..%2fetc%2fpasswd", "....//etc/passwd",
     "%00", "abcdef%00", "abcd%2f..%2f..", "C:%5cwindows", "--help", "-O%2ftmp%2fx", "HEAD", "main", "a" * 10240, "abc", "ABCDEF12", "0" * 41,
-    "%ff%fe", "abcd;ls", "$(id)", "best", "0002-abcdef0", "train.py", "results.tsv",
+    "%ff%fe", "abcd;ls", "..;/", "abcdef1/", "$(id)", "best", "0002-abcdef0", "train.py", "results.tsv",
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def create(trees, token=None, local_only=True):
     static = {name: HERE / "static" / name for name in ("style.css", "app.js")}
     (package,) = importlib.util.find_spec("plotly").submodule_search_locations
     static["plotly.min.js"] = Path(package) / "package_data" / "plotly.min.js"
-    app = FastAPI(title="autoresearch", docs_url=None, redoc_url=None, version="1",
+    app = FastAPI(title="autoresearch", redirect_slashes=False, docs_url=None, redoc_url=None, version="1",
                   description="A night's experiments, read-only. Lower val_bpb is better.")  # fmt: skip
 
     def page(name, code=200, headers=None, /, **values):

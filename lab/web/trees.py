@@ -14,7 +14,7 @@ from lab import locks, runlog
 from lab.errors import Refused, Stop, os_reason
 from lab.nights import Night, read_night
 
-STEP = re.compile(r"step (\d+) \(([\d.]+)%\)(.*)")
+STEP = re.compile(r"step (\d{1,12}) \((\d{1,3}(?:\.\d+)?)%\)(.*)")  # a run prints what it likes
 LIVE = {"loss": r"loss ([\d.]+)", "milliseconds": r"([\d,]+) ms", "tokens_per_second": r"([\d,]+) tok/s",
         "mfu_percent": r"mfu ([\d.]+)%", "epoch": r"epoch (\d+)", "seconds_left": r"(\d+) s left"}  # fmt: skip
 
