@@ -31,7 +31,7 @@ def write_tree(folder):
     sys.path.append(str(common.ROOT / "tests"))
     from fakenight import PROGRESS
 
-    from lab import results
+    from lab.store import results_tsv, runs_jsonl
 
     rng, best, records = random.Random(0), 1.0, []
     for i in range(1, ROWS + 1):
@@ -48,8 +48,8 @@ def write_tree(folder):
             "header": {"seed": 42, "device": "cuda (x)"}, "summary": summary, "mean": value, "n": 1, "gain": None, "sigma": 0.002,
             "memory_gb": 44.0, "start": start, "end": start,
         })  # fmt: skip
-    results.save_runs(folder / "runs.jsonl", records)
-    (folder / "results.tsv").write_text(results.table(records))
+    runs_jsonl.save_runs(folder / "runs.jsonl", records)
+    (folder / "results.tsv").write_text(results_tsv.table(records))
     (folder / "run.log").write_text("run: {}\n" + PROGRESS * 30)
 
 

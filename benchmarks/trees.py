@@ -20,7 +20,7 @@ from pathlib import Path
 import common
 
 sys.path.append(str(common.ROOT))
-from lab import results  # noqa: E402
+from lab.store import results_tsv, runs_jsonl  # noqa: E402
 
 REPEATS = 3
 DEVICES = ["cuda (NVIDIA H100 80GB HBM3)", "cuda (NVIDIA A100-SXM4-80GB)"]
@@ -69,8 +69,8 @@ def main():
             place = Path(folder, f"user{i % 10}", f"task{i:04d}")
             place.mkdir(parents=True)
             records = night(f"nov21-{i}", DEVICES[i % 2], rows, rng)
-            results.save_runs(place / "runs.jsonl", records)
-            results.save_table(place / "results.tsv", records, place)
+            runs_jsonl.save_runs(place / "runs.jsonl", records)
+            results_tsv.save_table(place / "results.tsv", records, place)
             (place / "run.log").write_text("step 00123 (41.0%) | loss 3.141593\n")
             size += (place / "runs.jsonl").stat().st_size
         print(f"{trees} trees of {rows} rows, {size / trees / 1000:.0f} kB of runs.jsonl each")

@@ -5,12 +5,22 @@ Only the module of the command that is called gets imported, so that what is cal
 
 import argparse
 import importlib
-import importlib.util
 import sys
 
-from lab.errors import Stop, Unfinished, os_reason
+from lab.base.errors import Stop, Unfinished, os_reason
 
-COMMANDS = ["record", "status", "sample", "night", "sandbox", "audit", "prove", "dashboard", "fleet", "slurm"]
+COMMANDS = {  # command -> room; the module in the room is named like the command
+    "record": "loop",
+    "status": "loop",
+    "sample": "verify",
+    "night": "keeper",
+    "sandbox": "keeper",
+    "audit": "verify",
+    "prove": "verify",
+    "dashboard": "web",
+    "fleet": "fleet",
+    "slurm": "fleet",
+}
 EPILOG = """\
 exit status: 0 done; 1 refused or failed, nothing was changed; 2 wrong usage; 3 stopped half-way (disk full and
 the like): nothing is lost, the same command completes it; 75 the run was killed or preempted: run it again.
@@ -18,7 +28,7 @@ Some commands have others: see `uv run -m lab COMMAND --help`."""
 
 
 def parser_of(called):
-    """The parser with the called command's arguments; with the help of all where none or another is called."""
+    """The parser with the arguments of the called command; with the help of all commands if none or another is called."""
     parser = argparse.ArgumentParser(
         prog="uv run -m lab",
         description="Helpers around the loop of autoresearch.",
@@ -27,9 +37,7 @@ def parser_of(called):
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in [called] if called in COMMANDS else COMMANDS:
-        if importlib.util.find_spec(f"lab.{name}") is None:
-            continue
-        module = importlib.import_module(f"lab.{name}")
+        module = importlib.import_module(f"lab.{COMMANDS[name]}.{name}")
         sub = commands.add_parser(name, help=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.description = module.HELP[0].upper() + module.HELP[1:] + "."
         module.add_arguments(sub)
@@ -40,9 +48,9 @@ def parser_of(called):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     called = argv[0] if argv else None
-    args = parser_of(called).parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale: a description may hold any character
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale: help texts and descriptions hold any character
         stream.reconfigure(errors="replace")
+    args = parser_of(called).parse_args(argv)
     try:
         return args.run(args)
     except Stop as stop:

@@ -171,7 +171,7 @@ class FakeNight:
 
     def rows(self):
         """The rows of results.tsv as lists, each checked for its form."""
-        from lab.results import COLUMNS, is_row
+        from lab.store.results_tsv import COLUMNS, is_row
 
         text = self.read("results.tsv")
         if not text:

@@ -173,7 +173,7 @@ class Killed(FakeNight):
 
     def outcome(self):
         """All that the morning looks at, but for names that are random."""
-        from lab.status import gather
+        from lab.loop.status import gather
 
         known, records = gather(self.path), self.records()
         rows = [[r["row"], r["verdict"], r["mean"], r["n"], r["gain"], r["description"]] for r in known["rows"]]

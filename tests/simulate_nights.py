@@ -1,4 +1,4 @@
-"""Simulated nights: what the verdict's rule is worth against "lower wins". The rule is lab/verdict.py's own.
+"""Simulated nights: what the verdict's rule is worth against "lower wins". The rule is lab/analysis/verdict.py's own.
 
     uv run python tests/simulate_nights.py                  the table of docs/verdict.md (about three minutes)
     uv run python tests/simulate_nights.py --nights 300     a rougher one
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lab import verdict  # noqa: E402
+from lab.analysis import verdict  # noqa: E402
 
 # A published night of 126 experiments on an H100: of 124 ideas 22 gained. Quantiles of the gains (a quarter below
 # 0.0002, median 0.00046, mean 0.00128, the largest 0.0119) and of the losses (quartiles 0.0004, 0.0008, 0.0016);
@@ -77,7 +77,7 @@ def by_fixed_window(ideas, errors):
 
 
 def by_verdict(ideas, errors, judge=verdict.judge, best_known=verdict.best_known):
-    """The same by lab/verdict.py, fed as record feeds it."""
+    """The same by lab/analysis/verdict.py, fed as record feeds it."""
     baseline = [next(errors) for _ in range(verdict.BASELINE_RUNS)]
     first, kept, is_baseline, failures = verdict.mean(baseline), baseline, True, 0
     repeated = []  # the val_bpb of commits that ran twice; those that ran once say nothing about the noise

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, Result, assert_refused, tiny_repo
 
-from lab import scoring
 from lab.__main__ import main
-from lab.errors import Refused
+from lab.base.errors import Refused
+from lab.verify import scoring
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each score is a process that loads torch: minutes in all
 PEEKING = """

@@ -135,7 +135,7 @@ def test_the_image_trains_on_the_standard_library_as_user_1000_with_a_read_only_
 
 
 def test_the_dashboard_answers_its_health_check(images, volumes):
-    if not (ROOT / "lab" / "dashboard.py").exists():
+    if not (ROOT / "lab" / "web" / "dashboard.py").exists():
         pytest.skip("there is no lab dashboard yet")
     images.build("--target", "dashboard")
     tree, config = images.mount("localhost/autoresearch-dashboard")

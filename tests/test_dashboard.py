@@ -18,11 +18,11 @@ import schemathesis
 from fakenight import PROGRESS, FakeNight
 from starlette.testclient import TestClient
 
-from lab import dashboard
-from lab.errors import Refused
-from lab.nights import Experiment, Night
-from lab.results import COLUMNS
-from lab.web import app, content, trees
+from lab.analysis.history import Experiment, Night
+from lab.base import git
+from lab.base.errors import Refused
+from lab.store.results_tsv import COLUMNS
+from lab.web import app, content, dashboard, working_trees
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too' {{ 7 * 7 }} ${x} javascript:alert(3)"
 TOKEN = "a-token-of-24-characters"
@@ -46,7 +46,7 @@ def night(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(night):
-    return TestClient(app.create(trees.find([night.path])), base_url=LOCAL)
+    return TestClient(app.create(working_trees.find([night.path])), base_url=LOCAL)
 
 
 def commit_of(client, number):
@@ -102,7 +102,7 @@ def test_pages_are_there_and_hold_every_row(client):
 def test_the_strip_follows_a_run_in_progress(night):
     import fcntl
 
-    tree = next(iter(trees.find([night.path]).values()))
+    tree = next(iter(working_trees.find([night.path]).values()))
     log = night.path / "run.log"
     before = log.read_bytes()
     holder = os.open(night.path, os.O_RDONLY)
@@ -136,7 +136,7 @@ def test_the_strip_follows_a_run_in_progress(night):
 
 def test_new_rows_show_without_a_restart(night, tmp_path):
     twin = night.copy(tmp_path / "twin")
-    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([twin.path])), base_url=LOCAL)
     before = client.get("/api/live").json()
     assert before["experiments"] == 5 and client.get("/api/live").json() == before
     twin.experiment("one more", 1.1)
@@ -157,7 +157,7 @@ def test_a_commit_is_found_by_its_whole_name_or_a_beginning_that_only_it_has():
         row(4, "abff111"),
         row(5, "<b>"),
     )
-    night = Night(Path("."), rows)
+    night = Night(rows, tree=Path("."))
 
     def found(commit):
         experiment = content.lookup(night, commit)
@@ -170,7 +170,7 @@ def test_a_commit_is_found_by_its_whole_name_or_a_beginning_that_only_it_has():
 def test_without_git_the_change_is_read_from_the_archives(night, tmp_path):
     twin = night.copy(tmp_path / "twin")
     shutil.rmtree(twin.path / ".git")
-    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([twin.path])), base_url=LOCAL)
     told = [client.get(f"/api/experiments/{commit_of(client, number)}").json() for number in (1, 2, 3, 5)]
     assert told[3]["diff_of"] == "the archived train.py against row 2's"
     assert "\n-# line 1\n+# line 4\n" in told[3]["diff"] and "LR" in told[3]["diff"]
@@ -182,9 +182,9 @@ def test_worktrees_are_found_by_themselves_and_told_apart(night, tmp_path):
     twin = night.copy(tmp_path / "twin")
     twin.git("worktree", "add", "-q", "-b", "autoresearch/second", str(tmp_path / "second"))
     twin.git("worktree", "add", "-q", "--detach", str(tmp_path / "test"))
-    found = trees.find([twin.path])
+    found = working_trees.find([twin.path])
     assert set(found) == {"test", "second", "test (2)"}
-    assert list(trees.find([twin.path], alone=True)) == ["test"]
+    assert list(working_trees.find([twin.path], alone=True)) == ["test"]
     client = TestClient(app.create(found), base_url=LOCAL)
     assert client.get("/api/experiments", params={"tree": "second"}).json()["experiments"] == []
     assert client.get("/", params={"tree": "test (2)"}).status_code == 200
@@ -206,7 +206,7 @@ def test_a_tree_without_a_night_is_a_sentence(tmp_path, content, says):
     tree.mkdir()
     if content is not None:
         (tree / "results.tsv").write_text(content)
-    client = TestClient(app.create(trees.find([tree])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([tree])), base_url=LOCAL)
     told = client.get("/api/experiments").json()
     assert told["experiments"] == [] and (says in told["problem"] if says else told["problem"] is None)
     assert client.get("/").status_code == client.get("/api/chart").status_code == 200
@@ -222,7 +222,7 @@ def test_a_tree_without_a_night_is_a_sentence(tmp_path, content, says):
 )
 def test_a_damaged_record_is_no_server_error(night, tmp_path, field):
     shutil.copy(night.path / "results.tsv", tmp_path)
-    client = TestClient(app.create(trees.find([tmp_path])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([tmp_path])), base_url=LOCAL)
     commit = commit_of(client, 2)
     for value in ("\ud800", 10**400, float("nan"), [], {"a": 1}, None, "<b>"):
         records, changed = night.records(), 0
@@ -246,8 +246,8 @@ def test_a_pipe_in_place_of_a_file_stops_no_one(night, tmp_path, name):
 import sys
 from pathlib import Path
 from starlette.testclient import TestClient
-from lab.web import app, trees
-client = TestClient(app.create(trees.find([Path(sys.argv[1])])), base_url="http://127.0.0.1:8000")
+from lab.web import app, working_trees
+client = TestClient(app.create(working_trees.find([Path(sys.argv[1])])), base_url="http://127.0.0.1:8000")
 print(client.get("/").status_code, client.get("/api/latest").status_code, len(client.get("/api/experiments").json()["experiments"]))
 """
     done = subprocess.run(
@@ -283,7 +283,7 @@ def test_git_starts_nothing_that_an_agent_put_into_its_configuration(tmp_path):
         night.git("config", key, value)
     header = "\t".join(COLUMNS)
     (night.path / "results.tsv").write_text(f"{header}\n{commit}\t1\t1\tkeep\tx\n{absent}\t1\t1\tkeep\ty\n")
-    client = TestClient(app.create(trees.find([night.path])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([night.path])), base_url=LOCAL)
     assert "+# line 1" in client.get(f"/api/experiments/{commit}").json()["diff"]
     assert client.get(f"/api/experiments/{absent}").json()["diff"] is None
     assert os.listdir(ran) == []
@@ -293,9 +293,9 @@ def test_git_starts_nothing_that_an_agent_put_into_its_configuration(tmp_path):
 
 
 def test_git_is_cut_short(night):
-    assert trees.git(night.path, "log", "--format=%H", limit=7) == night.head()[:7]
+    assert git.read_only(night.path, "log", "--format=%H", limit=7) == night.head()[:7]
     began = time.monotonic()
-    assert trees.git(night.path, "-c", "alias.wait=!exec sleep 30", "wait", seconds=0.2) is None
+    assert git.read_only(night.path, "-c", "alias.wait=!exec sleep 30", "wait", seconds=0.2) is None
     assert time.monotonic() - began < 10
 
 
@@ -309,7 +309,7 @@ def test_links_and_pipes_of_an_archive_are_not_followed(night, tmp_path):
     shutil.rmtree(twin.path / ".git")
     (twin.path / "run.log").unlink()
     os.mkfifo(twin.path / "run.log")  # a reader of it would wait for ever
-    client = TestClient(app.create(trees.find([twin.path])), base_url=LOCAL)
+    client = TestClient(app.create(working_trees.find([twin.path])), base_url=LOCAL)
     for number in (2, 5):
         page = client.get(f"/experiment/{commit_of(client, number)}")
         assert page.status_code == 200 and SECRET not in page.text
@@ -416,7 +416,7 @@ def test_a_page_of_another_name_cannot_read_a_local_dashboard(client):
 
 @pytest.fixture
 def guarded(night):
-    return TestClient(app.create(trees.find([night.path]), token=TOKEN, local_only=False), base_url="http://box:80")
+    return TestClient(app.create(working_trees.find([night.path]), token=TOKEN, local_only=False), base_url="http://box:80")
 
 
 def test_without_the_token_nothing_but_health(guarded):
@@ -474,7 +474,7 @@ def test_when_a_token_is_needed():
 def test_schemathesis_finds_no_server_error(night):
     """Nor an answer that the description does not have. Both kinds of input: as described, and not."""
     description = schemathesis.openapi.from_asgi(
-        "/openapi.json", app.create(trees.find([night.path]), local_only=False)
+        "/openapi.json", app.create(working_trees.find([night.path]), local_only=False)
     )
     operations = [found.ok() for found in description.get_all_operations()]
     assert len(operations) == 7

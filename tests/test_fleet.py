@@ -21,9 +21,10 @@ from conftest import tiny_repo
 from fakenight import FakeNight
 from killed import NEVER, TRAIN_PY, agent_command, kill_all, processes_in, tools
 
-from lab import collect, locks, processes, slots, tmux
-from lab.errors import Refused
-from lab.gitrepo import Repo
+from lab.base import locks, processes
+from lab.base.errors import Refused
+from lab.fleet import bring_home, devices, slot_processes, tmux
+from lab.store.repository import Repo
 
 AGENT = 'claude -p "it\'s $HOME"'
 SERVER_SAYS = """#!/bin/sh
@@ -203,7 +204,7 @@ def test_what_cannot_be_launched_is_one_line_and_nothing_is_made(fleet, prepare,
 
 
 def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_made(fleet, monkeypatch):
-    from lab import worktrees
+    from lab.fleet import worktrees
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 15 * 10**8))
     with pytest.raises(Refused, match=r"1\.5 GB free, and each slot wants 1 GB"):
@@ -547,7 +548,7 @@ def test_clean_brings_every_file_home_and_removes_the_trees(nights):
 def test_the_table_of_a_fleet_that_is_half_cleaned_is_whole(nights, monkeypatch):
     state = nights.state_of_fleet()
     repo = Repo(nights.path)
-    collect.collect(repo, state, state["slots"][0])
+    bring_home.collect(repo, state, state["slots"][0])
     state["slots"][0]["cleaned"] = True
     (nights.path / ".lab" / "fleet" / "nov21.json").write_text(json.dumps(state))
     out = nights.fleet("status", "nov21").out
@@ -600,7 +601,6 @@ def test_clean_refuses_during_a_run(nights):
 
 CHAOS = """
 import os, sys
-from lab import collect, __main__
 left = [int(sys.argv.pop(1))]
 other_disk = sys.argv.pop(1) == "copy"
 def wrapped(real):
@@ -615,8 +615,8 @@ def wrapped(real):
         return real(*args, **kwargs)
     return call
 rename = os.rename
-collect.os.rename, collect.remove, collect.write = wrapped(rename), wrapped(collect.remove), wrapped(collect.write)
-collect.Repo.git = wrapped(collect.Repo.git)
+bring_home.os.rename, bring_home.remove, bring_home.write = wrapped(rename), wrapped(bring_home.remove), wrapped(bring_home.write)
+bring_home.Repo.git = wrapped(bring_home.Repo.git)
 sys.exit(__main__.main())
 """
 
@@ -641,7 +641,7 @@ def test_two_files_of_one_name_that_differ_are_both_kept(tmp_path):
     for name, text in [("source", "a result"), ("target", "another")]:
         (tmp_path / name).write_text(text)
     with pytest.raises(Refused, match="is not what"):
-        collect.move(tmp_path / "source", tmp_path / "target")
+        bring_home.move(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "source").read_text() == "a result" and (tmp_path / "target").read_text() == "another"
 
 
@@ -664,8 +664,8 @@ def test_mig_slices_are_gpus_and_a_whole_gpu_is_its_number():
   MIG 3g.40gb     Device  1: (UUID: MIG-2222)
 GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bbbb)
 """
-    assert slots.listed(text) == ["MIG-1111", "MIG-2222", "1"]
-    assert slots.listed("No devices found.\n") == []
+    assert devices.listed(text) == ["MIG-1111", "MIG-2222", "1"]
+    assert devices.listed("No devices found.\n") == []
 
 
 @pytest.mark.parametrize(
@@ -681,12 +681,12 @@ GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bbbb)
     ],
 )
 def test_what_the_user_or_the_cluster_made_visible_is_divided(monkeypatch, environment, rocm, expected):
-    for name in slots.ROCM:
+    for name in devices.ROCM:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(slots, "for_rocm", lambda: rocm)
-    variable, names, _ = slots.gpus()
+    monkeypatch.setattr(devices, "for_rocm", lambda: rocm)
+    variable, names, _ = devices.gpus()
     assert variable == expected[0] and (expected[1] is None or names == expected[1])
 
 
@@ -694,22 +694,22 @@ def test_rocms_torch_is_known_by_its_version_file(monkeypatch, tmp_path):
     for text, expected in [("hip: Optional[str] = '6.2.4'\n", True), ("hip: Optional[str] = None\n", False)]:
         (tmp_path / "version.py").write_text(f"__version__ = '2'\ncuda = None\n{text}")
         spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
-        monkeypatch.setattr(slots.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        assert slots.for_rocm() is expected
+        monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert devices.for_rocm() is expected
 
 
 def test_without_a_gpu_the_cores_are_divided_and_none_is_shared(monkeypatch):
-    monkeypatch.setattr(slots, "gpus", lambda: ("CUDA_VISIBLE_DEVICES", [], "nvidia-smi"))
-    monkeypatch.setattr(slots, "cores", lambda: [0, 1, 4, 5, 6, 7, 9])
-    parts, note = slots.shares(3)
+    monkeypatch.setattr(devices, "gpus", lambda: ("CUDA_VISIBLE_DEVICES", [], "nvidia-smi"))
+    monkeypatch.setattr(devices, "cores", lambda: [0, 1, 4, 5, 6, 7, 9])
+    parts, note = devices.shares(3)
     assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores a slot" in note
     assert all(environment == {"OMP_NUM_THREADS": "2"} for environment, _ in parts)
-    parts, note = slots.shares(8)
+    parts, note = devices.shares(8)
     assert all(own == [] for _, own in parts) and "disturbs" in note
-    monkeypatch.setattr(slots.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slot_processes.shutil, "which", lambda name: f"/usr/bin/{name}")
     state = {"id": "x", "settings": {}, "python": None, "agent": "true"}
     slot = {"number": 0, "environment": {}, "cores": [4, 5], "folder": "/t"}
-    assert "taskset -c 4,5 uv run -m lab night" in slots.command(state, slot, 8)
+    assert "taskset -c 4,5 uv run -m lab night" in slot_processes.command(state, slot, 8)
 
 
 # --- the real thing -----------------------------------------------------------------

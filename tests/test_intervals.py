@@ -5,7 +5,7 @@ import random
 import pytest
 from scipy import stats
 
-from lab import intervals
+from lab.analysis import intervals
 
 
 def test_the_gain_is_welchs_interval_of_before_minus_after():

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The command as `python -m lab night` runs it, with a clock that goes SPEED times as fast (argument 1).
 NIGHT = """
 import argparse, sys, time
-from lab import night, processes
+from lab.base import processes
+from lab.keeper import night
 speed, patience = float(sys.argv.pop(1)), float(sys.argv.pop(1))
 night.end_descendants = lambda: processes.end_descendants(patience)
 parser = argparse.ArgumentParser(prog="lab night")

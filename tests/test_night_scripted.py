@@ -82,8 +82,8 @@ def tree(tmp_path_factory, prepared_stdlib):
 
 def check_night(tree, agent, expected_chain):
     """What the morning finds."""
-    from lab.results import is_row
-    from lab.runlog import HEALTHY
+    from lab.store.results_tsv import is_row
+    from lab.store.run_log import HEALTHY
 
     rows = [line.split("\t") for line in (tree / "results.tsv").read_text().splitlines()[1:]]
     assert all(is_row("\t".join(row)) for row in rows)

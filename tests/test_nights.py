@@ -1,4 +1,4 @@
-"""lab/nights.py and lab/tsv.py: a night read from disk, and nothing taken for a value that is none."""
+"""lab/analysis/history.py and lab/store/results_tsv.py: a night read from disk, and nothing taken for a value that is none."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fakenight import CLOSE, ROOT, FakeNight
 
-from lab.errors import Refused
-from lab.nights import read_night
+from lab.analysis.history import read_night
+from lab.base.errors import Refused
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -314,7 +314,7 @@ def test_the_same_commit_in_two_rows_shares_no_runs(recorded, tmp_path):
 
 
 def test_reading_a_night_loads_nothing_heavy():
-    code = "import sys, lab.nights, lab.plots; print([m for m in sys.modules if m.split('.')[0] in " \
+    code = "import sys, lab.analysis.history, lab.charts.plotly_charts; print([m for m in sys.modules if m.split('.')[0] in " \
            "('torch', 'pandas', 'prepare', 'matplotlib', 'plotly', 'numpy')])"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

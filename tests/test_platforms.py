@@ -238,7 +238,7 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
 
 
 def test_processes_are_found_where_there_is_no_proc(monkeypatch):
-    from lab import processes
+    from lab.base import processes
 
     monkeypatch.setattr(processes, "Path", lambda *parts: Path("/nowhere"))
     table = "    1     0 Ss\n  200     1 S+\n  201   200 Z\n  202   200 R\n"

@@ -10,8 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lab import drawing, labels, plots
-from lab.nights import Experiment, Night
+from lab.analysis.history import Experiment, Night
+from lab.charts import figures, label_placement, plotly_charts, view
 
 
 def night_of(*rows, sigma=None):
@@ -20,7 +20,7 @@ def night_of(*rows, sigma=None):
     for i, (status, value, *more) in enumerate(rows, 1):
         text, memory = [*more, *["idea", 44.0][len(more) :]]
         made.append(Experiment(i, f"{i:07x}", value, value and memory, status, text, (), None))
-    return Night(Path("."), tuple(made), sigma)
+    return Night(made, tree=Path("."), sigma=sigma)
 
 
 def simulated(n, seed=1, gains=0.25, sigma=0.0007):
@@ -70,7 +70,7 @@ def collections(axes):
 
 def share(night):
     """The part of the view's height that the running best takes."""
-    line, seen = [v for v in night.running_best() if v], plots.view(night)
+    line, seen = [v for v in night.running_best() if v], view.view(night)
     return (max(line) - min(line)) / (seen.high - seen.low)
 
 
@@ -91,38 +91,38 @@ def gaining(*others):
 def test_runs_that_diverged_do_not_flatten_the_night(others):
     night = night_of(*gaining(*others))
     assert share(night) > 0.18
-    far = plots.view(night).beyond(plots.view(night).others)
+    far = view.view(night).beyond(view.view(night).others)
     assert {e.val_bpb for e in far} >= {v for _, v in others if abs(v - 1) > 0.5}
 
 
 def test_the_whole_way_of_the_running_best_is_in_view_and_so_are_ordinary_discards():
     night = night_of(*gaining(*[("discard", 1.0 + i / 1000) for i in range(9)]), sigma=0.001)
-    seen = plots.view(night)
+    seen = view.view(night)
     assert seen.beyond(seen.kept) == seen.beyond(seen.others) == []
     assert seen.low < 0.984 and seen.high > 1.009
 
 
 def test_a_baseline_that_diverged_is_left_to_the_edge_and_a_great_first_gain_is_not():
-    diverged = plots.view(night_of(("keep", 9.0), ("keep", 1.0), ("keep", 0.99), ("keep", 0.98)))
+    diverged = view.view(night_of(("keep", 9.0), ("keep", 1.0), ("keep", 0.99), ("keep", 0.98)))
     assert diverged.high < 1.1 and [e.number for e in diverged.beyond(diverged.kept)] == [1]
-    great = plots.view(night_of(("keep", 1.2), ("keep", 1.0), ("keep", 0.99), ("keep", 0.98)))
+    great = view.view(night_of(("keep", 1.2), ("keep", 1.0), ("keep", 0.99), ("keep", 0.98)))
     assert great.high > 1.2
 
 
 def test_rows_of_one_and_the_same_value_have_a_view():
     for sigma in (None, 0.002):
-        seen = plots.view(night_of(("keep", 1.0), ("discard", 1.0), sigma=sigma))
+        seen = view.view(night_of(("keep", 1.0), ("discard", 1.0), sigma=sigma))
         assert seen.low < 1.0 < seen.high and seen.high - seen.low < 0.02
 
 
 def test_the_band_is_one_sigma_to_both_sides_of_the_running_best():
-    xs, ys = plots.band(SMALL)
+    xs, ys = view.band(SMALL)
     best = SMALL.running_best()
     for e, value in zip(SMALL.experiments, best, strict=True):
         at = [y for x, y in zip(xs, ys, strict=True) if x == e.number]
         assert value + 0.002 in at and value - 0.002 in at
     assert max(ys) == max(best) + 0.002 and min(ys) == min(best) - 0.002
-    assert plots.band(night_of(("keep", 1.0))) == ([], [])
+    assert view.band(night_of(("keep", 1.0))) == ([], [])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -131,21 +131,21 @@ def test_the_band_is_one_sigma_to_both_sides_of_the_running_best():
 
 @on_all
 def test_every_experiment_is_drawn_once_and_none_without_a_value_is_a_value(night):
-    (axes,) = plots.progress_figure(night).axes
-    drawn, seen = collections(axes), plots.view(night)
+    (axes,) = figures.progress(night).axes
+    drawn, seen = collections(axes), view.view(night)
     data = np.concatenate([offsets for offsets, is_data in drawn.values() if is_data] or [np.empty((0, 2))])
     edge = np.concatenate([offsets for offsets, is_data in drawn.values() if not is_data] or [np.empty((0, 2))])
     valued = {(e.number, e.val_bpb) for e in night.experiments if e.val_bpb is not None}
     inside = {(n, v) for n, v in valued if seen.low <= v <= seen.high}
     assert len(data) + len(edge) == len(night.experiments)
     assert set(map(tuple, data)) == inside
-    crosses = sorted(n for n, y in edge if y == drawing.EDGE)
+    crosses = sorted(n for n, y in edge if y == figures.EDGE)
     assert crosses == [e.number for e in night.experiments if e.val_bpb is None]
     assert ((edge[:, 1] >= 0) & (edge[:, 1] <= 1)).all()
 
 
 def test_what_is_drawn_is_counted_in_the_legend():
-    (axes,) = plots.progress_figure(SMALL).axes
+    (axes,) = figures.progress(SMALL).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "kept (3)", "best so far", "±σ (0.002)", "not kept (2)", "crashed or no value (2)", "above the view (1)",
     ]  # fmt: skip
@@ -154,25 +154,25 @@ def test_what_is_drawn_is_counted_in_the_legend():
 
 
 def test_the_step_line_is_the_running_best():
-    (axes,) = plots.progress_figure(SMALL).axes
+    (axes,) = figures.progress(SMALL).axes
     line = next(line for line in axes.lines if line.get_label() == "best so far")
     assert line.get_drawstyle() == "steps-post"
     assert list(line.get_ydata())[:7] == SMALL.running_best() and list(line.get_xdata())[:7] == [1, 2, 3, 4, 5, 6, 7]
     late = night_of(("crash", None), ("keep", 1.0))
-    line = next(line for line in plots.progress_figure(late).axes[0].lines if line.get_label() == "best so far")
+    line = next(line for line in figures.progress(late).axes[0].lines if line.get_label() == "best so far")
     assert np.isnan(line.get_ydata()[0]) and line.get_ydata()[1] == 1.0
 
 
 def test_the_noise_is_drawn_only_where_it_is_known():
-    assert len(plots.progress_figure(SMALL).axes[0].patches) == 1
-    assert len(plots.progress_figure(NIGHTS["one row"]).axes[0].patches) == 0
+    assert len(figures.progress(SMALL).axes[0].patches) == 1
+    assert len(figures.progress(NIGHTS["one row"]).axes[0].patches) == 0
 
 
 @pytest.mark.parametrize(
     "night", [SMALL, NIGHTS["20"], NIGHTS["100"], NIGHTS["1000"]], ids=["small", "20", "100", "1000"]
 )
 def test_labels_lie_neither_on_each_other_nor_on_a_kept_point_and_stay_inside(night):
-    figure = plots.progress_figure(night)
+    figure = figures.progress(night)
     (axes,), renderer = figure.axes, figure.canvas.get_renderer()
     texts = [text for text in axes.texts if not text.get_text().replace(".", "").isdigit()]
     boxes = [text.get_window_extent(renderer) for text in texts]
@@ -185,7 +185,7 @@ def test_labels_lie_neither_on_each_other_nor_on_a_kept_point_and_stay_inside(ni
     wanted = min(len(night.standing), 30)
     assert len(texts) >= 0.7 * wanted
     assert [text.get_text() for text in texts if text.get_weight() == "bold"] == [
-        drawing.shortened(night.best.description)
+        figures.shortened(night.best.description)
     ]
 
 
@@ -193,35 +193,35 @@ def test_descriptions_are_drawn_letter_by_letter_and_a_letter_the_font_lacks_war
     night = night_of(("keep", 1.0, "$x_{$ \\frac"), ("keep", 0.9, "模型 🚀 wider"), ("keep", 0.8, ""))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plots.progress_figure(night)
-        plots.png(figure)
+        figure = figures.progress(night)
+        figures.png(figure)
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert texts == {"$x_{$ \\frac", "□□ □ wider", "0000003"}
 
 
 def test_long_descriptions_are_cut():
-    assert drawing.shortened("x" * 10_000) == "x" * (drawing.LABEL - 1) + "…"
-    assert drawing.shortened("x" * drawing.LABEL) == "x" * drawing.LABEL
-    assert drawing.shortened("one two, " * 10) == "one two, one two, one two, one two, one…"
+    assert figures.shortened("x" * 10_000) == "x" * (figures.LABEL - 1) + "…"
+    assert figures.shortened("x" * figures.LABEL) == "x" * figures.LABEL
+    assert figures.shortened("one two, " * 10) == "one two, one two, one two, one two, one…"
 
 
 @pytest.mark.parametrize("night", [NIGHTS["none"], SMALL, NIGHTS["1000"]], ids=["none", "small", "1000"])
 def test_the_picture_has_its_size_and_ink_on_it(night):
-    picture = matplotlib.image.imread(io.BytesIO(plots.png(plots.progress_figure(night))))
+    picture = matplotlib.image.imread(io.BytesIO(figures.png(figures.progress(night))))
     assert picture.shape[:2] == (1012, 1800)
     assert (picture[:, :, :3].min(axis=2) < 0.5).sum() > 2000  # there is ink on it
 
 
 @on_all
 def test_memory_is_drawn_of_what_has_both(night):
-    (axes,) = plots.memory_figure(night).axes
+    (axes,) = figures.memory(night).axes
     drawn = collections(axes)
     both = [e for e in night.experiments if e.val_bpb and e.memory_gb]
     assert sum(len(offsets) for offsets, _ in drawn.values()) == len(both)
     if not both:
         assert [text.get_text() for text in axes.texts] == ["no row has both a value and its memory"]
     else:
-        assert drawn[plots.name_of_kept(list(night.standing))][0][0][0] == night.baseline.memory_gb
+        assert drawn[view.name_of_kept(list(night.standing))][0][0][0] == night.baseline.memory_gb
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ def test_memory_is_drawn_of_what_has_both(night):
 def test_plotly_gets_plain_data_that_it_takes(night):
     import plotly.graph_objects
 
-    for made in (plots.progress_plotly(night), plots.memory_plotly(night)):
+    for made in [plotly_charts.progress(night)]:
         assert json.loads(json.dumps(made, allow_nan=False)) == made
         plotly.graph_objects.Figure(made)  # raises where a name or a value is none of plotly's
 
 
 @on_all
 def test_plotly_has_every_experiment_once_with_number_and_commit(night):
-    sigma, best, others, kept, missing = plots.progress_plotly(night)["data"]
+    sigma, best, others, kept, missing = plotly_charts.progress(night)["data"]
     found = [tuple(data[:2]) for trace in (others, kept, missing) for data in trace["customdata"]]
     assert sorted(found) == [(e.number, e.commit) for e in night.experiments]
     for trace in (others, kept, missing):
@@ -253,11 +253,11 @@ def test_plotly_has_every_experiment_once_with_number_and_commit(night):
 
 
 def test_plotly_has_crashes_on_an_axis_of_their_own_and_what_is_far_off_on_the_edge():
-    made = plots.progress_plotly(SMALL)
+    made = plotly_charts.progress(SMALL)
     _, _, others, kept, missing = made["data"]
     assert missing["yaxis"] == "y2" and made["layout"]["yaxis2"]["range"] == [0, 1] and set(missing["y"]) == {0.02}
     assert [data[2] for data in missing["customdata"]] == ["no value"] * 2
-    seen = plots.view(SMALL)
+    seen = view.view(SMALL)
     assert others["y"] == [1.004, seen.high] and others["marker"]["symbol"] == ["circle", "triangle-up"]
     assert others["customdata"][1][2] == "5.310000"
     low, high = made["layout"]["yaxis"]["range"]
@@ -268,7 +268,7 @@ def test_plotly_has_crashes_on_an_axis_of_their_own_and_what_is_far_off_on_the_e
 def test_plotly_shows_markup_letter_by_letter():
     text = "<script>alert(1)</script> <a href='x'>y</a> &lt;b&gt; %{y} " + "w" * 500
     e = night_of(("<i>", 1.0, text), ("crash", None, text))
-    *_, kept, missing = plots.progress_plotly(e)["data"]
+    *_, kept, missing = plotly_charts.progress(e)["data"]
     for trace in (kept, missing):
         assert trace["text"][0].replace("<br>", "").count("<") == 0
         assert (
@@ -280,13 +280,12 @@ def test_plotly_shows_markup_letter_by_letter():
 
 
 def test_an_empty_chart_says_why():
-    def said(night, make=plots.progress_plotly):
-        return [note["text"] for note in make(night)["layout"].get("annotations", [])]
+    def said(night):
+        return [note["text"] for note in plotly_charts.progress(night)["layout"].get("annotations", [])]
 
     assert said(NIGHTS["none"]) == ["no experiments yet"]
-    assert said(NIGHTS["only crashes"]) == [plots.NOTHING]
-    assert said(NIGHTS["no memory"], plots.memory_plotly) == ["no row has both a value and its memory"]
-    assert said(SMALL) == said(SMALL, plots.memory_plotly) == []
+    assert said(NIGHTS["only crashes"]) == [view.NOTHING]
+    assert said(SMALL) == []
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -309,9 +308,9 @@ def test_on_a_light_and_on_a_dark_page_there_is_contrast(page):
         low, high = sorted([luminance(colour), luminance(page)])
         return (high + 0.05) / (low + 0.05)
 
-    assert all(contrast(colour) >= 3 for colour in (plots.KEPT, plots.OTHER, plots.MISSING))
-    assert contrast(plots.TEXT) >= 4
-    assert plots.progress_plotly(SMALL)["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
+    assert all(contrast(colour) >= 3 for colour in (plotly_charts.KEPT, plotly_charts.OTHER, plotly_charts.MISSING))
+    assert contrast(plotly_charts.TEXT) >= 4
+    assert plotly_charts.progress(SMALL)["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
 
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what a protanope and a deuteranope see, in linear RGB.
@@ -321,7 +320,7 @@ BLIND = [
 ]
 
 
-@pytest.mark.parametrize("module", [plots, drawing])
+@pytest.mark.parametrize("module", [plotly_charts, figures])
 @pytest.mark.parametrize("eye", [np.eye(3), *map(np.array, BLIND)], ids=["full", "protan", "deutan"])
 def test_kept_crashed_and_the_rest_differ_for_the_colour_blind(module, eye):
     def lab(colour):
@@ -340,14 +339,14 @@ def test_kept_crashed_and_the_rest_differ_for_the_colour_blind(module, eye):
 def test_the_first_label_has_the_best_place_and_one_without_room_has_none():
     area, none = (0, 0, 200, 100), np.empty((0, 2))
     points = [(100.0, 50.0)] * 12
-    boxes = labels.place(points, [(80, 20)] * 12, area, np.array(points), none)
+    boxes = label_placement.place(points, [(80, 20)] * 12, area, np.array(points), none)
     assert boxes[0][2] < 100 and boxes[0][3] < 50  # to the lower left
     assert None in boxes and sum(box is not None for box in boxes) >= 3
 
 
 def test_a_label_keeps_clear_of_what_it_had_better_not_cover():
     point, size, area = [(100.0, 100.0)], [(60, 12)], (0, 0, 200, 200)
-    free = labels.place(point, size, area, np.array(point), np.empty((0, 2)))[0]
+    free = label_placement.place(point, size, area, np.array(point), np.empty((0, 2)))[0]
     covered = np.array([[(free[0] + free[2]) / 2, (free[1] + free[3]) / 2]])
-    other = labels.place(point, size, area, np.array(point), covered)[0]
-    assert labels.inside(covered, free) == 1 and labels.inside(covered, other) == 0
+    other = label_placement.place(point, size, area, np.array(point), covered)[0]
+    assert label_placement.inside(covered, free) == 1 and label_placement.inside(covered, other) == 0

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from killed import NEVER, Killed, kill_all, processes_in
 
-from lab import gitrepo, leftovers, locks, processes
+from lab.base import git, locks, processes
+from lab.keeper import cleanup
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="the test looks for processes in /proc")
 
@@ -157,11 +158,11 @@ def test_locks_of_a_killed_git_are_removed_and_those_of_a_living_one_are_not(nig
         lock.touch()
     busy = subprocess.Popen([night.place / "git"], cwd=night.path, stdin=subprocess.PIPE)  # its name is git
     until_named(busy, "git")
-    leftovers.clear(night.path, said.append)
+    cleanup.clear(night.path, said.append)
     assert private.exists() and shared.exists() and said == []
     busy.kill()
     busy.wait()
-    leftovers.clear(night.path, said.append)
+    cleanup.clear(night.path, said.append)
     assert not private.exists() and not shared.exists()
     assert sorted(said) == [f"removed {name}.lock, which a git that was killed had left" for name in ("index", "test")]
 
@@ -177,8 +178,8 @@ def test_a_lock_that_comes_and_goes_is_left_alone(night, monkeypatch):
     lock = night.path / ".git" / "index.lock"
     lock.touch()
     seen = iter(range(100))
-    monkeypatch.setattr(gitrepo, "identity", lambda path: next(seen))
-    assert gitrepo.remove_stale(night.path, lock) and lock.exists()
+    monkeypatch.setattr(git, "identity", lambda path: next(seen))
+    assert git.remove_stale(night.path, lock) and lock.exists()
 
 
 def test_a_commit_that_was_killed_before_it_wrote_the_index_is_discarded_whole(night):
@@ -228,7 +229,7 @@ def test_an_agents_git_is_told_to_be_sure_and_keeps_what_else_it_was_told(monkey
     given = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Some One"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    env = os.environ | leftovers.environment(tmp_path)
+    env = os.environ | cleanup.environment(tmp_path)
     for key, value in [("user.name", "Some One"), ("core.fsync", "all")]:
         shown = subprocess.run(["git", "config", key], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert shown.stdout.strip() == value

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import checks
 from lab.__main__ import COMMANDS
+from lab.loop import checks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = [ROOT / "program.md", *sorted((ROOT / "programs").glob("*.md"))]
@@ -235,7 +235,7 @@ def test_claude_code_may_edit_train_py_and_nothing_that_is_frozen():
     assert edit_allowed("train.py") and edit_allowed("run.log")
     assert [name for name in frozen_files() if edit_allowed(name)] == []
     assert [rule for rule in ALLOW if rule.startswith(("Edit", "Write"))] == ["Edit(./train.py)", "Edit(./run.log)"]
-    for name in ("constants.py", "prepare.py", "lab/record.py", "program.md", "results.tsv", "runs/0001-1a2b3c4/train.py"):
+    for name in ("constants.py", "prepare.py", "lab/loop/record.py", "program.md", "results.tsv", "runs/0001-1a2b3c4/train.py"):
         pattern = [rule for rule in DENY if rule.startswith("Edit(") and fnmatch(f"./{name}", rule[5:-1].replace("**", "*"))]
         assert pattern, f"{name} is left to the mode alone"
 

@@ -17,8 +17,9 @@ import pytest
 from conftest import assert_refused, tiny_repo
 from fakenight import FakeNight
 
-from lab import processes, proof, prove, scoring
-from lab.errors import Again, Refused, Unfinished
+from lab.base import processes
+from lab.base.errors import Again, Refused, Unfinished
+from lab.verify import comparison, prove, scoring
 
 SIGMA = 0.002
 TRAINING = '''
@@ -84,7 +85,7 @@ def night(tmp_path, monkeypatch):
 def untouched(night):
     """What a proof must leave alone."""
     head = night.fake.git("rev-parse", "HEAD").strip()
-    return head, night.fake.git("status", "--porcelain").replace("?? proof.txt\n", ""), night.fake.git("worktree", "list")
+    return head, night.fake.git("status", "--porcelain").replace("?? comparison.txt\n", ""), night.fake.git("worktree", "list")
 
 
 def test_arms_are_trained_in_turn_under_the_same_fresh_seeds_and_nothing_else_is_touched(night, capsys):
@@ -296,7 +297,7 @@ def test_a_report_of_made_up_runs():
     rng = random.Random(0)
     runs = [{"code": "c", "seed": s, "val": rng.gauss(1, SIGMA), "holdout": None, "tokens_per_second": 10.0, "refused": "it peeks"}
             for s in range(3)]  # fmt: skip
-    text = proof.report([arm], runs, range(3))
+    text = comparison.report([arm], runs, range(3))
     assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: 0 values are too few" in text
 
 

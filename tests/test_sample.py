@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY_RULES, assert_refused
 
-from lab import sample
+from lab.verify import sample
 
 # A train.py after an architecture change: its model prefers, after any token, the one that its checkpoint names.
 ARCHIVED = """

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import kill_group
 
-from lab import sandbox
-from lab.errors import Refused
+from lab.base.errors import Refused
+from lab.keeper import sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -343,7 +343,7 @@ def test_signals_reach_the_training_and_its_lock_is_seen_outside(tree, number, s
 @needs_bubblewrap
 def test_a_signal_to_every_process_of_the_sandbox_still_lets_the_training_speak(tree):
     """So does `lab night` end things: bubblewrap must not fall first and take the training with it."""
-    from lab.processes import descendants, send
+    from lab.base.processes import descendants, send
 
     process, log = start_training(tree)
     try:

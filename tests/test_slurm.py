@@ -426,7 +426,7 @@ def test_in_a_container_the_night_sees_its_work_directory_and_the_data_read_only
 
 
 def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_then_is(cluster):
-    from lab.gitrepo import Repo
+    from lab.store.repository import Repo
 
     old = cluster.scratch / "old"
     (old / "runs" / "best").mkdir(parents=True)

@@ -174,7 +174,7 @@ def test_with_broken_files_it_still_speaks(begun):
 
 
 def test_the_state_of_one_tree_is_a_function_of_its_path(begun, monkeypatch, tmp_path):
-    from lab.status import gather, text
+    from lab.loop.status import gather, text
 
     monkeypatch.chdir(tmp_path)
     known = gather(begun.path)

@@ -11,7 +11,7 @@ import time
 import pytest
 from fakenight import FakeNight
 
-from lab import trees
+from lab.loop import many_trees
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_each_tree_is_a_row_and_the_lowest_is_the_best(template, many, tmp_path)
         ["one", "4", "2", "0.985000", "0.015000", "0.002000"],
     ]
     assert "best: 0.970000" in done.stdout and "two, row 0002" in done.stdout and "wider" in done.stdout
-    assert "not to be compared" not in done.stdout and "flattered by luck" in done.stdout
+    assert "not to be compared" not in done.stdout and "selection bias" in done.stdout
 
 
 @pytest.mark.parametrize("key", ["device", "rules_sha256", "data_sha256", "dataset"])
@@ -121,9 +121,9 @@ def test_users_are_shown_where_there_are_several(many, tmp_path, monkeypatch):
     many("one", user="ann")
     many("two", user="bob")
     pattern = [str(tmp_path / "scratch" / "*" / "*")]
-    assert "  user  " not in trees.text(pattern)
-    monkeypatch.setattr(trees, "owner", lambda path: path.parent.name)
-    assert " ann " in trees.text(pattern) and " bob " in trees.text(pattern)
+    assert "  user  " not in many_trees.text(pattern)
+    monkeypatch.setattr(many_trees, "owner", lambda path: path.parent.name)
+    assert " ann " in many_trees.text(pattern) and " bob " in many_trees.text(pattern)
 
 
 def test_a_run_in_progress_is_seen_by_its_lock_or_by_its_growing_log(many, tmp_path):
@@ -135,7 +135,7 @@ def test_a_run_in_progress_is_seen_by_its_lock_or_by_its_growing_log(many, tmp_p
     fd = os.open(here, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        found, _, _ = trees.gather([str(tmp_path / "scratch" / "*")])
+        found, _, _ = many_trees.gather([str(tmp_path / "scratch" / "*")])
     finally:
         os.close(fd)
     states = {os.path.basename(tree["tree"]): tree["state"] for tree in found}
@@ -150,11 +150,11 @@ def test_another_harnesss_table_and_a_fresh_tree_are_rows_too(many, tmp_path):
     fresh.mkdir()
     for name in ("train.py", "program.md"):
         (fresh / name).write_text("")
-    found, _, _ = trees.gather([str(tmp_path / "scratch" / "*")])
+    found, _, _ = many_trees.gather([str(tmp_path / "scratch" / "*")])
     known = {os.path.basename(tree["tree"]): tree for tree in found}
     assert known["table"]["best"]["mean"] == 0.99 and known["table"]["kind"] is None and known["table"]["rows"] == 4
     assert known["fresh"]["rows"] == 0 and known["fresh"]["best"] is None
-    assert "hardware and rules unknown" in trees.table(found)
+    assert "hardware and rules unknown" in many_trees.table(found)
 
 
 def test_broken_files_are_notes(many, tmp_path):
@@ -164,7 +164,7 @@ def test_broken_files_are_notes(many, tmp_path):
     other = many("two")
     (other / "runs.jsonl").write_bytes(b"\xff\xfe\0\n" * 3)
     (other / "results.tsv").write_text("not\ta table\n")
-    text = trees.text([str(tmp_path / "scratch" / "*")])
+    text = many_trees.text([str(tmp_path / "scratch" / "*")])
     assert "best: 0.990000" in text and len(lines_of(text, "note: ")) == 3
 
 
@@ -185,4 +185,4 @@ def test_reading_a_tree_asks_no_git_and_changes_nothing(many, monkeypatch):
     place = many("one")
     before = sorted(os.listdir(place))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
-    assert trees.read(place)["rows"] == 4 and sorted(os.listdir(place)) == before
+    assert many_trees.read(place)["rows"] == 4 and sorted(os.listdir(place)) == before

@@ -5,8 +5,8 @@ import random
 import pytest
 from simulate_nights import RUNS, by_verdict, compare, night
 
-from lab import verdict
-from lab.verdict import Noise, best_known, judge, judge_baseline, noise, price, worth
+from lab.analysis import verdict
+from lab.analysis.verdict import Noise, best_known, judge, judge_baseline, noise, price, worth
 
 SIGMA = 0.001
 KNOWN = Noise(SIGMA, 5)

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from starlette.exceptions import HTTPException as StarletteException
 
-from lab import plots
+from lab.charts import plotly_charts
 from lab.web import content, models
 from lab.web.guard import Guard
 
@@ -133,7 +133,7 @@ def create(trees, token=None, local_only=True):
     @app.get("/api/chart", responses=MISSING)
     def chart(tree: TreeName = None) -> dict:
         """The progress chart as plotly's data and layout."""
-        return plots.progress_plotly(night_of(tree)[1])
+        return plotly_charts.progress(night_of(tree)[1])
 
     @app.get("/health")
     def health() -> models.Health:

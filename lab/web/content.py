@@ -5,8 +5,9 @@ import os
 import re
 import stat
 
-from lab import runlog
-from lab.web.trees import git, number, printable
+from lab.base import git
+from lab.base.text import printable
+from lab.store import names, run_log
 
 LONGEST = 200_000  # characters of a diff
 TAIL, SAMPLE = 16_000, 20_000  # of a log, of a sample
@@ -19,15 +20,15 @@ def lookup(night, commit):
     """The experiment whose commit this is, or begins with it; the last where it stands in several rows; None for none
     or several commits. The whole commit is known where runs.jsonl has it."""
     rows = [(e, {e.commit, *(run["commit"] for run in e.runs)}) for e in night.experiments if HEX.fullmatch(e.commit)]
-    found = [e for e, names in rows if commit in names] or [
-        e for e, names in rows if any(n.startswith(commit) for n in names)
+    found = [e for e, known in rows if commit in known] or [
+        e for e, known in rows if any(n.startswith(commit) for n in known)
     ]
     return found[-1] if len({e.commit for e in found}) == 1 else None
 
 
 def plain(text, limit):
     """The text as printable() leaves it, its beginning where it is too long."""
-    text = printable(text)
+    text = printable(text, keep="\n\t")
     return text if len(text) <= limit else f"{text[:limit]}\n… cut here"
 
 
@@ -52,9 +53,9 @@ def text_of(folder, name, limit):
 
 
 def log_of(folder):
-    path = own_file(folder, "run.log")
+    path = own_file(folder, names.RUN_LOG)
     try:
-        return runlog.read(path) if path else None
+        return run_log.read(path) if path else None
     except OSError:
         return None
 
@@ -77,7 +78,7 @@ def all_briefs(night):
 
 def run_facts(record):
     facts = (record["summary"] or {}) | {"seed": (record["header"] or {}).get("seed")}
-    known = {key: number(facts[key]) for key in FACTS if facts.get(key) is not None}
+    known = {key: run_log.finite(facts[key]) for key in FACTS if facts.get(key) is not None}
     header = record["header"] or {}
     device = plain(str(header.get("device", "")), 200)
     return known | {"verdict": plain(record["verdict"], 40), "start": record["start"], "device": device}
@@ -92,10 +93,10 @@ def diff(tree, night, experiment):
         return None, "its commit is no git commit"
     options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--end-of-options"]
     if isinstance(parent, str) and HEX.fullmatch(parent):
-        text = git(tree.path, "diff", *options, parent, commit, "--", "train.py", limit=4 * LONGEST)
+        text = git.read_only(tree.path, "diff", *options, parent, commit, "--", names.TRAIN, limit=4 * LONGEST)
         against = f"train.py against {parent[:7]}"
     else:
-        text = git(tree.path, "show", "--format=", *options, commit, "--", "train.py", limit=4 * LONGEST)
+        text = git.read_only(tree.path, "show", "--format=", *options, commit, "--", names.TRAIN, limit=4 * LONGEST)
         against = "train.py against the commit before it"
     if text is None:
         text, against = diff_of_archives(night, experiment)
@@ -105,7 +106,7 @@ def diff(tree, night, experiment):
 def diff_of_archives(night, experiment):
     before = [e for e in night.experiments[: experiment.number - 1] if e.archive]
     if experiment.archive and before:
-        new, old = (text_of(e.archive, "train.py", LONGEST) for e in (experiment, before[-1]))
+        new, old = (text_of(e.archive, names.TRAIN, LONGEST) for e in (experiment, before[-1]))
         if new is not None and old is not None:
             lines = difflib.unified_diff(old.split("\n"), new.split("\n"), "a/train.py", "b/train.py", lineterm="")
             return "\n".join(lines), f"the archived train.py against row {before[-1].number}'s"
@@ -128,7 +129,7 @@ def sample(experiment):
     """(text, why there is none)"""
     if not experiment.archive:
         return None, "only kept runs are sampled"
-    text = text_of(experiment.archive, "sample_output.txt", SAMPLE + 1)
+    text = text_of(experiment.archive, names.SAMPLE, SAMPLE + 1)
     if text is None:
         return None, f"no sample yet: uv run -m lab sample {experiment.number}"
     return plain(text, SAMPLE).rstrip(), None

@@ -1,0 +1,252 @@
+"""The one model of a night: its experiments, what is kept, the noise, and which experiment is the best.
+
+    night = read_night(Path("."))              a working tree: results.tsv of any harness, runs.jsonl if it exists
+    night = Night(records=records)             the records of one branch, for the commands that judge
+
+Lower val_bpb is better. A crash is missing data: its 0.000000 is never a value. Runs of the same train.py (`code`, its
+sha256) belong together, whatever commit they came in.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from lab.analysis import verdict
+from lab.store import names, results_tsv, runs_jsonl
+
+
+@dataclass(frozen=True)
+class Experiment:
+    number: int  # of its row in results.tsv, from 1
+    commit: str  # as in the row, usually short
+    val_bpb: float | None  # None for a crash, and for anything but a finite positive number
+    memory_gb: float | None  # None if unknown, which a run on a CPU writes as 0.0
+    status: str  # keep, discard, crash; or as another harness wrote it ("ok")
+    description: str  # one line of plain text
+    runs: tuple[dict, ...]  # the records in runs.jsonl of this commit, oldest first
+    archive: Path | None  # runs/NNNN-<commit>/, if it exists
+
+    @property
+    def kept(self):
+        return self.status == "keep" and self.val_bpb is not None
+
+    @property
+    def training_minutes(self):
+        """Of all its complete runs; None if runs.jsonl has none."""
+        seconds = [r["summary"]["training_seconds"] for r in self.runs if r["summary"]]
+        return sum(seconds) / 60 if seconds else None
+
+
+class Night:
+    """experiments: the rows of results.tsv, or None for those that follow from the records.
+    records: runs.jsonl of one branch, oldest first; () for a table of another harness.
+    notes: what could not be read. sigma: noise of one run in val_bpb, if there are no records to estimate it from."""
+
+    def __init__(self, experiments=None, records=(), tree=None, notes=(), sigma=None):
+        self.records, self.tree, self.notes = list(records), tree, tuple(notes)
+        self._sigma = sigma
+        self.first = next((r for r in self.records if r["header"]), None)  # whose rules, data and device count
+        self.baseline_record = next((r for r in self.records if r["baseline"] and r["summary"]), None)
+        self.kept = [r for r in self.records if r["verdict"] == "keep" and r["row"]]
+        self.rows = sorted((r for r in self.records if r["row"]), key=lambda r: r["row"])
+        self.complete = [r for r in self.records if r["summary"]]
+        self.by_code = {}
+        for r in self.complete:
+            self.by_code.setdefault(r["code"], []).append(r)
+        if experiments is None:
+            experiments = [
+                Experiment(r["row"], r["short"], r["mean"], None, r["verdict"], r["description"], (r,), None)
+                for r in self.rows
+            ]
+        self.experiments = tuple(experiments)
+
+    # --- runs ---
+
+    def runs(self, code):
+        """Complete runs of this code, oldest first."""
+        return self.by_code.get(code, [])
+
+    def values(self, code):
+        return [r["summary"]["val_bpb"] for r in self.runs(code)]
+
+    def is_baseline(self, code):
+        return self.baseline_record is not None and code == self.baseline_record["code"]
+
+    @property
+    def anchors(self):
+        """What an experiment may be based on: keeps, and the baseline while it is being repeated. Latest first."""
+        return self.kept[::-1] or ([self.baseline_record] if self.baseline_record else [])
+
+    @property
+    def waiting(self):
+        """The latest run of the commit that waits for a repeat; None if no commit does."""
+        if self.baseline_record and not self.kept:
+            return self.runs(self.baseline_record["code"])[-1]
+        latest = {r["code"]: r for r in self.records}
+        return next((r for r in latest.values() if r["verdict"] == "confirm"), None)
+
+    # --- noise and estimates ---
+
+    def noise(self):
+        if not self.baseline_record:
+            return verdict.Noise(None, 0)
+        others = [self.values(code) for code in self.by_code if not self.is_baseline(code)]
+        return verdict.noise(self.values(self.baseline_record["code"]), others)
+
+    @cached_property
+    def sigma(self):
+        """Noise of one run in val_bpb; None if it is not known."""
+        return self.noise().sigma if self.records else self._sigma
+
+    def failures(self, anchor):
+        """How many experiments were measured against the anchor and discarded."""
+        return sum(r["verdict"] == "discard" and r["parent"] == anchor["commit"] for r in self.rows)
+
+    def best_known(self, anchor, noise):
+        """Estimated true val_bpb of the code of a keep or of the baseline, from all its runs."""
+        failures = self.failures(anchor)
+        return verdict.best_known(self.values(anchor["code"]), failures, noise, self.is_baseline(anchor["code"]))
+
+    def price(self, best):
+        return verdict.price(verdict.mean(self.values(self.baseline_record["code"])), best, len(self.complete))
+
+    @cached_property
+    def estimates(self):
+        """{row number: estimated true val_bpb} of the keeps in the records."""
+        noise = self.noise()
+        return {r["row"]: self.best_known(r, noise) for r in self.kept}
+
+    # --- the best: one definition ---
+
+    @property
+    def best_record(self):
+        """The keep whose estimated true val_bpb is the lowest, the latest of equals; None before there is one."""
+        return min(reversed(self.kept), key=lambda r: self.estimates[r["row"]], default=None)
+
+    @property
+    def baseline(self):
+        """The first experiment that is not a crash; None before there is one."""
+        return next((e for e in self.experiments if e.val_bpb is not None), None)
+
+    @property
+    def standing(self):
+        """What may be the best: the kept experiments and the baseline, in order. A baseline that was itself discarded
+        counts only if nothing was kept."""
+        kept = [e for e in self.experiments if e.kept]
+        baseline = self.baseline
+        if baseline and not baseline.kept and not (kept and baseline.status == "discard"):
+            kept = [baseline, *kept]
+        return tuple(kept)
+
+    @cached_property
+    def worth(self):
+        """{experiment number: what it is compared by} of those that stand: the estimated true val_bpb. Without
+        records of all of them it is val_bpb as the table has it."""
+        own = {e.number: next((r["row"] for r in e.runs if r["row"] in self.estimates), None) for e in self.standing}
+        if own and None not in own.values():
+            return {number: self.estimates[row] for number, row in own.items()}
+        return {e.number: e.val_bpb for e in self.standing}
+
+    @property
+    def by_estimate(self):
+        """Whether the best is found by estimates, and not by the lowest value in the table."""
+        return bool(self.estimates) and all(any(r["row"] in self.estimates for r in e.runs) for e in self.standing)
+
+    @cached_property
+    def best(self):
+        """The standing experiment with the lowest worth: best_record's, if there are records; else the lowest kept
+        value, the first of equals. None before there is one."""
+        standing = self.standing[::-1] if self.by_estimate else self.standing
+        return min(standing, key=lambda e: self.worth[e.number], default=None)
+
+    def running_best(self):
+        """For each experiment val_bpb of the best of those up to it; None before there was one."""
+        standing, best, line = {e.number for e in self.standing}, None, []
+        for e in self.experiments:
+            if e.number in standing and (best is None or self.improves(e, best)):
+                best = e
+            line.append(best and best.val_bpb)
+        return line
+
+    def improves(self, e, best):
+        new, old = self.worth[e.number], self.worth[best.number]
+        return new <= old if self.by_estimate else new < old
+
+    def gains(self):
+        """(kept experiment, how far it is below the best before it) in order; below 0 for a simplification that
+        costs a little. The first of a night has nothing before it and is not listed."""
+        before = [None, *self.running_best()]
+        pairs = zip(self.experiments, before[:-1], strict=True)
+        return [(e, best - e.val_bpb) for e, best in pairs if e.kept and best is not None]
+
+    @property
+    def runs_per_hour(self):
+        """Repeats count; from the first run's start to the last one's end. None before there are two."""
+        ends = self.records[:1] + self.records[-1:]
+        times = [datetime.fromisoformat(r[key]) for r in ends for key in ("start", "end") if r[key]]
+        hours = (max(times) - min(times)).total_seconds() / 3600 if times else 0
+        return len(self.records) / hours if len(self.records) > 1 and hours > 0 else None
+
+
+def speed(runs):
+    """Mean tokens per second of these runs; None if they do not tell."""
+    speeds = [
+        r["summary"]["total_tokens_M"] * 1e6 / r["summary"]["training_seconds"]
+        for r in runs
+        if r["summary"]["training_seconds"] > 0 and r["summary"]["total_tokens_M"] > 0
+    ]
+    return verdict.mean(speeds) if speeds else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# From disk
+
+
+def runs_by_row(rows, records):
+    """For each row the records of its commit, oldest first. A commit in several rows is told apart by row number."""
+    by_commit = {}
+    lengths = {len(row["commit"]) for row in rows if len(row["commit"]) >= 4}
+    for r in records:
+        for length in lengths:
+            by_commit.setdefault(r["commit"][:length], []).append(r)
+    times = Counter(row["commit"] for row in rows)
+    return [
+        tuple(r for r in by_commit.get(row["commit"], []) if times[row["commit"]] == 1 or r["row"] == i)
+        for i, row in enumerate(rows, 1)
+    ]
+
+
+def archive_of(tree, commit, i):
+    if not re.fullmatch(r"[0-9a-f]{4,40}", commit):
+        return None
+    place = tree / names.RUNS / f"{i:04d}-{commit}"
+    return place if place.is_dir() else None
+
+
+def read_night(tree, results=None):
+    """The Night of a working tree. results: the table, if it is not the tree's own results.tsv; runs.jsonl is looked
+    for beside it.
+
+    A table that is missing or empty is a night without experiments. Raises Refused, with one line, for a file that
+    is not a results.tsv."""
+    tree = Path(tree)
+    path = tree / names.RESULTS_TSV if results is None else Path(results)
+    rows, notes = results_tsv.parse(results_tsv.text_of(path), path)
+    records, more = runs_jsonl.read_sound(path.parent / names.RUNS_JSONL)
+    runs = runs_by_row(rows, records)
+    if rows and not any(runs):  # what is left of another night
+        records = []
+    experiments = []
+    for i, (row, own) in enumerate(zip(rows, runs, strict=True), 1):
+        status = results_tsv.status(row["status"])
+        crash = status == "crash"
+        experiments.append(Experiment(
+            i, row["commit"], None if crash else results_tsv.number(row["val_bpb"]),
+            None if crash else results_tsv.number(row["memory_gb"]), status, row["description"], own,
+            archive_of(tree, row["commit"], i),
+        ))  # fmt: skip
+    night = Night(experiments, records, tree, (*notes, *more))
+    return night

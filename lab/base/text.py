@@ -1,0 +1,47 @@
+"""Text for a terminal, a table or a page: made safe to show, shortened, aligned in columns."""
+
+import re
+import unicodedata
+
+ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")  # colours, cursor moves, titles
+BLANK = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # controls that separate words or lines
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reverse the text that follows
+
+
+def printable(text, keep=""):
+    """The text without control characters, direction overrides and lone surrogates (which no encoding holds). A
+    control that separates words becomes a space, unless it is one of `keep`."""
+
+    def shown(c):
+        if c in keep:
+            return c
+        if c in BLANK:
+            return " "
+        return "" if c in BIDI or unicodedata.category(c) in ("Cc", "Cs") else c
+
+    return "".join(map(shown, text))
+
+
+def without_colours(text):
+    """The text without ANSI escape sequences."""
+    return ANSI.sub("", text)
+
+
+def one_line(text, limit):
+    """The text on one line of at most `limit` characters, without double quotes (many readers of .tsv give them a
+    meaning)."""
+    text = " ".join(printable(text).replace('"', "'").split())
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def aligned(rows, left=()):
+    """The rows (lists of str, equally long) as lines with aligned columns, two spaces apart. Columns are right-aligned
+    except those in `left`; the last one is left as it is."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    lines = []
+    for *cells, last in rows:
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        lines.append("  ".join([*padded, last]).rstrip())
+    return lines

@@ -1,0 +1,207 @@
+"""The pictures of a night, drawn by matplotlib: progress(night), memory(night); png(figure) makes bytes of one."""
+
+import io
+import math
+from functools import cache
+
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from lab.charts import label_placement, view
+
+KEPT, OTHER, MISSING, INK = "#0072b2", "#8b9099", "#d55e00", "#22262b"
+LABEL = 44  # characters of a description beside its point
+MOST = 40  # labels that are tried
+EDGE = 0.02  # where crosses stand: this part of the height above the lower edge
+
+
+@cache
+def drawable():
+    """The characters that matplotlib's own font has."""
+    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def shortened(text):
+    """What a label has room for, cut after a word where one ends in its second half."""
+    text = "".join(c if ord(c) in drawable() else "□" for c in text[: LABEL + 1])
+    if len(text) <= LABEL:
+        return text
+    end = text.rfind(" ", LABEL // 2, LABEL)
+    return text[: end if end > 0 else LABEL - 1].rstrip(" ,;:-") + "…"
+
+
+def png(figure):
+    """The picture as bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def blank(width, height, title):
+    """(figure, axes); no window, no state that outlives them."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.ticklabel_format(useOffset=False)
+    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=30)
+    axes.set_ylabel("val_bpb (lower is better)", fontsize=11, color=INK)
+    return figure, axes
+
+
+def say(axes, sentence):
+    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", fontsize=13, color=OTHER)
+
+
+def scatter(axes, seen, x):
+    """Draws kept and other experiments at x(experiment); beyond the view, a triangle on its edge."""
+    size = 34 if len(seen.kept) + len(seen.others) <= 300 else 14
+    styles = [
+        ("not kept", seen.others, {"s": 0.8 * size, "color": OTHER, "alpha": 0.5, "linewidths": 0, "zorder": 2.5}),
+        (
+            view.name_of_kept(seen.kept),
+            seen.kept,
+            {"s": 1.6 * size, "color": KEPT, "edgecolors": "white", "linewidths": 0.8, "zorder": 4},
+        ),
+    ]
+    for name, experiments, style in styles:
+        if near := [e for e in experiments if seen.clamped(e) == e.val_bpb]:
+            axes.scatter([x(e) for e in near], [e.val_bpb for e in near], label=f"{name} ({len(experiments)})", **style)
+    far = seen.beyond(seen.kept + seen.others)
+    for name, height, marker, out in [
+        ("above the view", 0.985, "^", [e for e in far if e.val_bpb > seen.high]),
+        ("below the view", 0.07, "v", [e for e in far if e.val_bpb < seen.low]),
+    ]:
+        if not out:
+            continue
+        axes.scatter([x(e) for e in out], [height] * len(out), s=1.3 * size, color=OTHER, marker=marker, zorder=4,
+                     transform=axes.get_xaxis_transform(), clip_on=False, label=f"{name} ({len(out)})")  # fmt: skip
+        room = 0.07 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+        for e, after in zip(out, [*map(x, out[1:]), axes.get_xlim()[1]], strict=True):
+            if after - x(e) > room:
+                axes.annotate(f"{e.val_bpb:.4g}", (x(e), height), xycoords=axes.get_xaxis_transform(), xytext=(7, -3),
+                              textcoords="offset points", fontsize=9, color=OTHER)  # fmt: skip
+    axes.set_ylim(seen.low, seen.high)
+
+
+def write_legend(axes):
+    """One line above the axes; the important first."""
+    order = ["kept", "kept,", "baseline", "best", "±σ", "not", "crashed", "above", "below"]
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda e: order.index(e[1].split()[0]))
+    if entries:
+        axes.legend(*zip(*entries, strict=True), loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(entries),
+                    frameon=False, fontsize=10, labelcolor=INK, handletextpad=0.4, columnspacing=1.4, handlelength=1.6,
+                    borderaxespad=0.2)  # fmt: skip
+
+
+def write_labels(axes, experiments, x, bold, line, soft):
+    """The descriptions of the experiments, the most important first, where there is room.
+
+    bold: the experiment whose label stands out; line, soft: (n, 2) of data that labels must not, or had better not,
+    cover."""
+    axes.figure.draw_without_rendering()  # now the layout is settled, and pixels are what they will be
+    axes.figure.set_layout_engine("none")
+    texts = [
+        axes.text(0, 0, shortened(e.description) or e.commit, fontsize=9, color=INK, parse_math=False, zorder=6,
+                  va="bottom", weight="bold" if e is bold else "normal",
+                  path_effects=[withStroke(linewidth=2.5, foreground="white")])
+        for e in experiments
+    ]  # fmt: skip
+    boxes = [text.get_window_extent(axes.figure.canvas.get_renderer()) for text in texts]
+    points = axes.transData.transform(np.array([(x(e), e.val_bpb) for e in experiments]))
+    area, pixels = axes.get_window_extent(), axes.transData.transform
+    found = label_placement.place(
+        points, [(box.width, box.height) for box in boxes],
+        (area.x0 + 4, area.y0 + 24, area.x1 - 2, area.y1 - 22),
+        np.concatenate([points, pixels(line)]) if len(line) else points,
+        pixels(soft) if len(soft) else np.empty((0, 2)),
+    )  # fmt: skip
+    back = axes.transData.inverted().transform
+    for text, box, point in zip(texts, found, points, strict=True):
+        if box is None:
+            text.remove()
+            continue
+        text.set_position(back(box[:2]))
+        path = label_placement.leader(point, box, 2)
+        if math.dist(*path) > 25:
+            axes.plot(*back(path).T, color=INK, linewidth=0.6, alpha=0.45, zorder=3)
+
+
+def important(night, experiments):
+    """The experiments by what their labels are worth: the best, the baseline, then by gain."""
+    gains = {e.number: gain for e, gain in night.gains()}
+    first = (night.best, night.baseline)
+    order = sorted(experiments, key=lambda e: (e not in first, -gains.get(e.number, 0)))
+    return order[:MOST]
+
+
+def steps(night, seen):
+    """(n, 2): points along the running best, close enough that no label slips between them."""
+    best = night.running_best()
+    made = []
+    for e, before, now in zip(night.experiments, [None, *best[:-1]], best, strict=True):
+        if now is not None:
+            made += [(e.number + part, now) for part in np.linspace(0, 1, 5)]
+        if before is not None and before != now:
+            made += [(e.number, value) for value in np.linspace(before, now, 30)]
+    return np.array([p for p in made if seen.low <= p[1] <= seen.high]).reshape(-1, 2)
+
+
+def progress(night):
+    """Every experiment in order."""
+    figure, axes = blank(12, 6.75, view.title(night))
+    seen, n = view.view(night), len(night.experiments)
+    axes.set_xlim(0.3, max(n, 4) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.set_xlabel("experiment", fontsize=11, color=INK)
+    if seen.kept or seen.others:
+        scatter(axes, seen, lambda e: e.number)
+    else:
+        axes.set_yticks([])
+        say(axes, view.NOTHING if n else "no experiments yet")
+    if seen.kept:
+        xs, ys = view.band(night)
+        if xs:
+            axes.fill(xs, ys, color=KEPT, alpha=0.13, linewidth=0, zorder=1.5, label=f"±σ ({night.sigma:.2g})")
+        best = [math.nan if value is None else value for value in night.running_best()]
+        axes.step([*range(1, n + 1), n + 0.5], [*best, best[-1]], where="post", color=KEPT, linewidth=1.6, alpha=0.75,
+                  zorder=3, label="best so far")  # fmt: skip
+    if seen.missing:
+        axes.scatter([e.number for e in seen.missing], [EDGE] * len(seen.missing), s=30, color=MISSING, marker="x",
+                     linewidths=1.4, transform=axes.get_xaxis_transform(), zorder=4,
+                     label=f"{view.name_of_missing(seen.missing)} ({len(seen.missing)})")  # fmt: skip
+    write_legend(axes)
+    if inside := [e for e in seen.kept if seen.clamped(e) == e.val_bpb]:
+        soft = np.array([(e.number, e.val_bpb) for e in seen.others]).reshape(-1, 2)
+        write_labels(axes, important(night, inside), lambda e: e.number, night.best, steps(night, seen), soft)
+    return figure
+
+
+def memory(night):
+    """Memory against val_bpb, of what has both."""
+    figure, axes = blank(8, 5, "Memory against val_bpb")
+    axes.set_xlabel("memory (GB)", fontsize=11, color=INK)
+    seen = view.view(night)
+    seen = seen._replace(kept=[e for e in seen.kept if e.memory_gb], others=[e for e in seen.others if e.memory_gb])
+    if not seen.kept and not seen.others:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        say(axes, "no row has both a value and its memory")
+        return figure
+    known = [e.memory_gb for e in seen.kept + seen.others]
+    margin = 0.06 * (max(known) - min(known)) or 0.05 * max(known)
+    axes.set_xlim(min(known) - margin, max(known) + margin)
+    scatter(axes, seen, lambda e: e.memory_gb)
+    write_legend(axes)
+    ends = [e for e in seen.kept if e in (night.best, night.baseline) and seen.clamped(e) == e.val_bpb]
+    if ends:
+        everything = np.array([(e.memory_gb, e.val_bpb) for e in seen.kept + seen.others])
+        write_labels(axes, ends, lambda e: e.memory_gb, night.best, everything, everything)
+    return figure

@@ -1,0 +1,237 @@
+"""Several nights at once on one machine: one GPU, one working tree, one branch, one agent each.
+
+    uv run -m lab fleet launch nov21 --slots 4 --agent 'claude -p "Read program.md and follow it." --settings ...'
+    uv run -m lab fleet status nov21        uv run -m lab fleet stop nov21        uv run -m lab fleet clean nov21
+
+.lab/fleet/TAG.json in the checkout that launched says what the fleet is; whether a slot lives, its night.lock says.
+"""
+
+import argparse
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+from lab.base import locks
+from lab.base.errors import Refused, Unfinished
+from lab.base.files import write
+from lab.fleet import bring_home, devices, slot_processes, tmux, worktrees
+from lab.keeper import cleanup
+from lab.loop import many_trees
+from lab.store import names
+from lab.store.repository import Repo
+
+HELP = "one agent a GPU on this machine: launch, status, stop, clean"
+DESCRIPTION = """\
+launch   makes a working tree beside this checkout for every slot (a GPU, or a share of the cores where there is
+         none), on a branch autoresearch/TAG-gpuK from HEAD, and starts `lab night` with the agent's command in it,
+         in a tmux window; without tmux it prints the commands. The data, the compile cache and the Python
+         environment are shared. Once launched, `launch TAG` alone goes on: it starts the slots that are dead and
+         leaves the living ones alone
+status   one table of all slots, and the best of them
+stop     ends what launch started, trainings included, and nothing else; `launch TAG` goes on where it was
+clean    moves every slot's results to runs/TAG-gpuK of this checkout, then removes its working tree; the branches
+         stay. It refuses where anything would be lost
+
+Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command goes on."""
+FOLDER = Path(names.LAB, names.FLEET)
+UP = 60  # seconds that a slot's keeper may take to be up
+
+
+def add_arguments(parser):
+    parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(metavar="launch|status|stop|clean", dest="what", required=True)
+    parsers = {name: commands.add_parser(name) for name in ("launch", "status", "stop", "clean")}
+    for sub in parsers.values():
+        sub.add_argument("tag", metavar="TAG", help="the fleet's name: branches are autoresearch/TAG-gpu0 and so on")
+    launch = parsers["launch"]
+    launch.add_argument("--slots", type=int, metavar="N", help="how many trainings at once")
+    launch.add_argument("--agent", metavar="COMMAND", help="shell command that starts an agent, as for lab night")
+    launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of slot 0, 1, ...; dealt round")
+    launch.add_argument("--hours", type=float, help="how long each night is, from its start (8)")
+    launch.add_argument("--folder", metavar="DIR", help="where the working trees go (beside this checkout)")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a fleet is
+
+
+def file_of(top, tag):
+    return top / FOLDER / f"{tag}.json"
+
+
+def load(top, tag):
+    """The fleet's state; None where there is no such fleet."""
+    try:
+        return json.loads(file_of(top, tag).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def known(top, tag):
+    state = load(top, tag)
+    if state is None:
+        there = sorted(path.relative_to(top / FOLDER).with_suffix("") for path in (top / FOLDER).rglob("*.json"))
+        others = f"; there are: {', '.join(map(str, there))}" if there else ""
+        raise Refused(f"there is no fleet {tag} in this checkout{others}")
+    return state
+
+
+def save(top, state):
+    path = file_of(top, state["tag"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(state, indent=1, ensure_ascii=False))
+
+
+def plan(repo, args):
+    """The state of a new fleet, before any of it exists."""
+    if not args.slots or not args.agent:
+        raise Refused(f"there is no fleet {args.tag} yet: --slots N and --agent 'COMMAND' are needed")
+    if args.slots < 1:
+        raise Refused("--slots must be at least 1")
+    worktrees.check_name(repo, args.tag)
+    worktrees.check_checkout(repo)
+    shares, note = devices.shares(args.slots)
+    top = repo.top.resolve()
+    beside = Path(args.folder).expanduser().absolute() if args.folder else top.parent
+    name = args.tag.replace("/", "-")
+    folders = [beside / f"{top.name}-{name}-gpu{i}" for i in range(args.slots)]
+    worktrees.check_free(repo, args.tag, folders)
+    programs = worktrees.programs_of(args.programs, args.slots)
+    worktrees.check_room(beside, args.slots)
+    programs_given = args.programs or [None]
+    made = []
+    for i, ((environment, own), program, folder) in enumerate(zip(shares, programs, folders, strict=True)):
+        named = programs_given[i % len(programs_given)]
+        made.append({
+            "number": i, "branch": worktrees.branch_of(args.tag, i), "folder": str(folder), "program": named,
+            "start": worktrees.beginning(repo, program, named), "environment": environment, "cores": own,
+            "made": False, "cleaned": False,
+        })  # fmt: skip
+    print(note)
+    return {
+        "tag": args.tag, "id": uuid.uuid4().hex, "agent": args.agent, "hours": 8 if args.hours is None else args.hours,
+        "programs": args.programs, "folder": str(beside), "settings": slot_processes.settings(),
+        "python": slot_processes.environment_folder(), "slots": made,
+    }  # fmt: skip
+
+
+def check_same(state, args):
+    """A fleet that was launched goes on as it was."""
+    given = {"--slots": args.slots, "--agent": args.agent, "--programs": args.programs}
+    given["--folder"] = args.folder and str(Path(args.folder).expanduser().absolute())
+    was = {"--slots": len(state["slots"]), "--agent": state["agent"], "--programs": state["programs"]}
+    was["--folder"] = state["folder"]
+    given |= {name: slot_processes.settings().get(name) for name in slot_processes.SETTINGS}
+    was |= {name: state["settings"].get(name) for name in slot_processes.SETTINGS}
+    for name, value in given.items():
+        if value is not None and value != was[name]:
+            raise Refused(
+                f"the fleet {state['tag']} was launched with {name} {was[name]}: `lab fleet launch {state['tag']}` goes "
+                "on with that; other settings want another TAG"
+            )
+    if any(slot["cleaned"] for slot in state["slots"]):
+        raise Refused(f"the fleet {state['tag']} is being cleaned: uv run -m lab fleet clean {state['tag']}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+def launch(repo, args):
+    if args.hours is not None and args.hours <= 0:
+        raise Refused("--hours must be above 0")
+    state = load(repo.top, args.tag)
+    if state is None:
+        state = plan(repo, args)
+        save(repo.top, state)
+    else:
+        check_same(state, args)
+    for slot in state["slots"]:
+        if slot["made"]:
+            worktrees.check_made(repo, slot)
+            continue
+        worktrees.make(repo, state, slot)
+        slot["made"] = True
+        save(repo.top, state)
+    dead = [slot for slot in state["slots"] if not slot_processes.lives(slot)]
+    commands = [slot_processes.command(state, slot, args.hours or state["hours"]) for slot in dead]
+    if not dead:
+        print(f"all {len(state['slots'])} slots are at work")
+    elif not tmux.is_there():
+        print("tmux is not installed: start each of these in a terminal of its own\n")
+        print("\n\n".join(commands))
+        return 0
+    else:
+        server = tmux.server(repo.top, args.tag)
+        for slot, command in zip(dead, commands, strict=True):
+            tmux.start(server, f"gpu{slot['number']}", f"({command}) 2> {bring_home.errors_of(slot)}")
+        await_up(server, dead)
+        print(f"{len(dead)} slots started, {len(state['slots']) - len(dead)} were at work; {tmux.attach(server)}")
+    print(f"uv run -m lab fleet status {args.tag}")
+    return 0
+
+
+def await_up(server, started):
+    """Until each slot's keeper holds its lock; what a dead one said, where one is dead."""
+    deadline, waiting = time.monotonic() + UP, list(started)
+    while waiting:
+        windows = tmux.windows(server)
+        for slot in [slot for slot in waiting if slot_processes.lives(slot)]:
+            waiting.remove(slot)
+        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.lives(slot)]
+        if gone or time.monotonic() > deadline:
+            slot = (gone or waiting)[0]
+            raise Unfinished(f"slot {slot['number']} did not start: {bring_home.last_words(slot)}; the same command tries again")  # fmt: skip
+        time.sleep(0.1)
+
+
+def status(repo, args):
+    state = known(repo.top, args.tag)
+    found = []
+    for slot in state["slots"]:
+        place = bring_home.home_of(repo, slot) if slot["cleaned"] else Path(slot["folder"])
+        tree = many_trees.read(place)
+        tree["tree"] = f"gpu{slot['number']}"
+        tree["state"] = "cleaned" if slot["cleaned"] else ("lives" if slot_processes.lives(slot) else "dead") + (
+            f", {tree['state']}" if tree["state"] not in ("", "night") else "")  # fmt: skip
+        found.append(tree)
+    print(f"fleet {args.tag}: " + (f"{state['folder']}/*, " * True) + f"branches {worktrees.branch_of(args.tag, 'K')}")
+    print(many_trees.table(found))
+    return 0
+
+
+def stop(repo, args):
+    state = known(repo.top, args.tag)
+    stopped, killed, foreign = slot_processes.stop(state)
+    print(f"{stopped} slots stopped" + (f", {killed} processes had to be killed" if killed else ""))
+    for slot in foreign:
+        print(f"{slot['folder']}: the night there was not started by this fleet, and goes on")
+    return 0
+
+
+def clean(repo, args):
+    state = known(repo.top, args.tag)
+    for slot in state["slots"]:
+        if not slot["cleaned"]:
+            if slot_processes.lives(slot) or slot_processes.processes_of(state, slot) or cleanup.orphans(slot["folder"]):
+                raise Refused(f"slot {slot['number']} is at work: uv run -m lab fleet stop {args.tag}")
+            bring_home.check(repo, slot)
+    for slot in state["slots"]:
+        if not slot["cleaned"]:
+            bring_home.collect(repo, state, slot)
+            slot["cleaned"] = True
+            save(repo.top, state)
+        print(f"{slot['branch']}: results in {bring_home.home_of(repo, slot).relative_to(repo.top)}, working tree removed")
+    os.unlink(file_of(repo.top, args.tag))
+    return 0
+
+
+def run(args):
+    repo = Repo.find(Path.cwd())
+    (repo.top / names.LAB).mkdir(exist_ok=True)
+    if args.what == "status":
+        return status(repo, args)
+    with locks.one_at_a_time(repo.top / FOLDER, "fleet command", patience=1):
+        return {"launch": launch, "stop": stop, "clean": clean}[args.what](repo, args)

@@ -1,0 +1,219 @@
+"""Records the run in run.log: checks that it is what it says, judges it, and leaves the branch ready to go on.
+
+Reads run.log, checkpoint.pt and git; writes runs.jsonl, results.tsv, runs/, refs/autoresearch/TAG/NNNN and the
+branch. It never imports train.py, prepare.py or torch.
+"""
+
+import argparse
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lab.analysis import verdict
+from lab.analysis.history import Night
+from lab.base import locks
+from lab.base.errors import Refused, Stop, Unfinished, os_reason
+from lab.loop import checks, report
+from lab.store import archive, journal, names, results_tsv, run_log, runs_jsonl
+from lab.store.names import PREFIX
+from lab.store.repository import Repo
+
+HELP = "judge and write down the run in run.log; a commit that is no gain is undone"
+DESCRIPTION = """\
+Records the run in run.log for the commit that HEAD is, on a branch autoresearch/TAG, and says the verdict:
+
+  keep      the branch advances; the run is archived in runs/NNNN-COMMIT, and runs/best is the best of them
+  discard   exactly the experiment's commit is undone; the human's commits and uncommitted edits stay
+  crash     there is no summary: the same, and the end of the trace is shown
+  confirm   too close to call: nothing moves; do what the line `next:` says
+
+The first code recorded on a branch is its baseline, and runs three times under three seeds. Every command that a
+repeat needs is printed. What was recorded stays: `git show refs/autoresearch/TAG/NNNN`.
+
+Exit status: 0 recorded; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command
+completes it; 75 the run was killed or preempted, and is run again rather than recorded."""
+
+
+def add_arguments(parser):
+    parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("description", nargs="?", help="what this tried, in a few words; a repeat needs none")
+    stricter = parser.add_mutually_exclusive_group()
+    stricter.add_argument("--discard", action="store_true", help="not worth its complexity, or given up")
+    stricter.add_argument(
+        "--simpler", action="store_true",
+        help=f"removes more lines than it adds: kept if two runs are at most {verdict.SIMPLER}σ worse than the best",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# The plan: what will be written, decided before anything is
+
+
+def new_record(case, args):
+    """The record of the run, without its verdict."""
+    log, waiting = case.log, case.history.waiting
+    simpler = args.simpler or bool(waiting and waiting["code"] == case.code and waiting["simpler"])
+    return {
+        "run_id": log.run_id, "log": log.identity, "tag": case.tag, "commit": case.commit,
+        "short": case.repo.short(case.commit), "parent": case.anchor["commit"] if case.edits else None,
+        "row": None, "verdict": None, "description": case.description, "mean": None, "n": 0, "gain": None,
+        "best_known": None, "sigma": None, "dof": 0, "memory_gb": 0.0, "why": "", "discard": args.discard,
+        "simpler": simpler, "baseline": case.baseline, "code": case.code, "blob": case.blob, "ended": log.ended,
+        "start": log.header["start"] if log.header else None, "end": log.end,
+        "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary,
+    }  # fmt: skip
+
+
+def judge(case, history, record):
+    """Puts the verdict into the record; history: with everything recorded before it."""
+    if record["summary"] and run_log.not_finite(record["summary"]):
+        record["summary"] = None  # given up by --discard, or it would have been refused
+    if record["summary"] is None:
+        how = "" if case.log.ended == "crash" else f" ({case.log.ended})"
+        record.update(verdict="crash", why=f"no summary in run.log{how}")
+        return
+    history = Night(records=[*history.records, record])
+    runs, noise = history.runs(case.code), history.noise()
+    values = [r["summary"]["val_bpb"] for r in runs]
+    record.update(mean=verdict.mean(values), n=len(values), sigma=noise.sigma, dof=noise.dof)
+    record["memory_gb"] = max(r["summary"]["peak_vram_mb"] for r in runs) / 1024
+    if case.baseline:
+        judged = verdict.judge_baseline(values)
+    elif not case.edits:
+        judged = verdict.Verdict("keep", None, "another run of what is kept: it sharpens σ and the best known")
+    else:
+        best = record["best_known"] = history.best_known(case.anchor, noise)
+        best_ever = min(r["mean"] for r in history.kept) if record["simpler"] else None
+        judged = verdict.judge(values, best, noise, history.price(best), best_ever)
+        if record["discard"]:
+            judged = verdict.Verdict("discard", judged.gain, "as you say")
+    record.update(verdict=judged.status, gain=judged.gain, why=judged.why)
+
+
+def close(waiting, history, row, run_id):
+    """The record of a commit whose repeat never came: an experiment is discarded, a baseline kept."""
+    values = history.values(waiting["code"])
+    status = "keep" if waiting["baseline"] else "discard"
+    why = "given up" if run_id == waiting["run_id"] else "another commit was recorded before its repeat"
+    closed = {**waiting, "verdict": status, "row": row, "why": why, "closed_by": run_id}
+    return {**closed, "mean": verdict.mean(values), "n": len(values)}
+
+
+def make_plan(case, args):
+    """All that a record will write."""
+    history, waiting, changed = case.history, case.history.waiting, []
+    row = 1 + max([0, *case.repo.numbers(case.tag), *(r["row"] for r in history.rows)])
+    if waiting and (waiting["code"] != case.code or waiting["run_id"] == case.log.run_id):
+        changed.append(close(waiting, history, row, case.log.run_id))
+        history = Night(records=[changed[0] if r is waiting else r for r in history.records])
+        row += 1
+    if waiting and waiting["run_id"] == case.log.run_id:
+        record = changed[0]
+    else:
+        record = new_record(case, args)
+        judge(case, history, record)
+        if record["verdict"] != "confirm" and (case.edits or case.baseline and record["verdict"] == "keep"):
+            record["row"] = row
+        changed.append(record)
+        history = Night(records=[*history.records, record])
+    undone = record["verdict"] in ("discard", "crash")
+    best = history.best_record
+    return {
+        "run_id": record["run_id"], "tag": case.tag, "records": changed,
+        "best": names.archive(best) if best else None,
+        "drop": case.edits if undone else [],
+        "say": report.lines(case, record, history, changed[:-1]),
+        "next": report.what_next(case, record, history),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# The steps: each may be killed at any moment and carried out again
+
+
+def steps(repo):
+    """In this order. Each takes the plan and may return a sentence for the reader."""
+
+    def change_branch(plan):
+        return archive.change_branch(repo.top, plan["tag"])
+
+    def archive_keeps(plan):
+        table = results_tsv.table(runs_jsonl.merged(archive.records_of(repo.top, plan["tag"]), plan["records"]))
+        keeps = [r for r in plan["records"] if r["verdict"] == "keep" and r["row"]]
+        return "; ".join(note for r in keeps if (note := archive.make(repo, r, table)))
+
+    def number_commits(plan):
+        for r in plan["records"]:
+            if r["row"]:
+                repo.set_number(plan["tag"], r["row"], r["commit"])
+
+    def write_runs(plan):
+        runs_jsonl.save_runs(repo.top / names.RUNS_JSONL, plan["records"])
+
+    def write_rows(plan):
+        records, aside = archive.records_of(repo.top, plan["tag"]), repo.top / names.LAB
+        copy = results_tsv.save_table(repo.top / names.RESULTS_TSV, records, aside)
+        return copy and f"results.tsv held what record did not write: it is kept in {copy.relative_to(repo.top)}"
+
+    def point_best(plan):
+        if plan["best"] and (repo.top / names.RUNS / plan["best"]).is_dir():
+            archive.point_best(repo.top, plan["best"])
+
+    def name_author(plan):
+        if repo.ask("var", "GIT_COMMITTER_IDENT"):
+            return None
+        for key, value in [("user.email", "autoresearch@localhost"), ("user.name", "autoresearch")]:
+            if not repo.ask("config", key) and repo.ask("config", "--local", key, value) is None:
+                return "git knows no name to commit by, and its configuration cannot be written"
+        return "git knew no name to commit by: in this checkout it is autoresearch now"
+
+    def undo(plan):
+        if not repo.drop(plan["drop"]):
+            return "the branch stays as it is, as a newer commit to train.py stands on this one"
+
+    return [change_branch, archive_keeps, number_commits, write_runs, write_rows, point_best, name_author, undo]
+
+
+def complete(repo, plan):
+    """Carries the plan out; the lines to print."""
+    try:
+        notes = journal.carry_out(repo.top, plan, steps(repo))
+    except Stop as stop:
+        raise Unfinished(f"{stop}; nothing is lost: run the same command again once that is mended") from None
+    except OSError as error:
+        reason = os_reason(error)
+        raise Unfinished(f"{reason}; nothing is lost: run the same command again once that is mended") from None
+    return [*plan["say"], *(f"note: {note}" for note in notes), *plan["next"]]
+
+
+def finish_interrupted(repo):
+    """Completes a record that was killed: (its plan, its lines), or None."""
+    plan = journal.pending(repo.top)
+    if not plan:
+        return None
+    if repo.tag() != plan["tag"]:
+        raise Refused(f"a record on {PREFIX}{plan['tag']} was interrupted: git switch {PREFIX}{plan['tag']}, record there")
+    return plan, complete(repo, plan)
+
+
+def run(args):
+    repo = Repo.find(Path.cwd())
+    with locks.one_at_a_time(repo.top / names.LAB):
+        finished = finish_interrupted(repo)
+        if finished:
+            plan, lines = finished
+            log = run_log.read(repo.top / names.RUN_LOG)
+            if log and log.run_id != plan["run_id"]:
+                print(f"first, an interrupted record was completed: {plan['say'][0]}")
+                finished = None
+        if not finished:
+            case = checks.examine(repo, args.description, args.discard, args.simpler)
+            plan = make_plan(case, args)
+            lines = complete(repo, plan)
+    print("\n".join(lines))
+    sys.stdout.flush()
+    for r in plan["records"]:
+        if r["verdict"] == "keep" and r["row"]:
+            archive.sample_in_background(repo.top, names.archive(r))
+    return 0

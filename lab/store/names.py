@@ -1,0 +1,35 @@
+"""What a night leaves on disk and in git is called: every name once.
+
+In a working tree: run.log, checkpoint.pt and train.py of the latest run; runs.jsonl and results.tsv, the records;
+runs/NNNN-<commit>/, the archived keeps; .lab/, what lab keeps for itself. In git: branches autoresearch/TAG, and
+recorded commits as refs/autoresearch/TAG/NNNN.
+"""
+
+import hashlib
+
+TRAIN, PROGRAM = "train.py", "program.md"
+RUN_LOG, CHECKPOINT = "run.log", "checkpoint.pt"
+RUNS_JSONL, RESULTS_TSV = "runs.jsonl", "results.tsv"
+RUNS, BEST, SAMPLE = "runs", "best", "sample_output.txt"
+NIGHT_LOG, AUDIT_TSV, PROOF = "night.log", "audit.tsv", "proof.txt"
+
+LAB = ".lab"  # ignored by git; everything below is in it
+JOURNAL, INDEX, LOCK = "journal.json", "index", "lock"
+NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
+AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
+
+PREFIX = "autoresearch/"  # of a night's branch
+
+
+def archive(record):
+    """The folder of a record in runs/: 0007-1a2b3c4."""
+    return f"{record['row']:04d}-{record['short']}"
+
+
+def sha256(path):
+    """Hex digest of a file's bytes. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""What record and status ask of git, and the few changes that record makes, by git's own command line.
+
+A chain is the first-parent history of HEAD, newest first. "Touches train.py" is what decides between an
+experiment's commit and one of the human's, who commits to program.md on the same branch.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.base.errors import Refused
+from lab.base.git import GitError, git
+from lab.store import names
+from lab.store.names import PREFIX
+
+DEPTH = 500  # commits to train.py that the search for the last kept one looks through
+
+
+class Edit(NamedTuple):
+    """A commit that changed train.py, and the blob that it left there."""
+
+    commit: str
+    blob: str
+
+
+class Repo:
+    def __init__(self, top):
+        self.top = Path(top)
+
+    @classmethod
+    def find(cls, path):
+        try:
+            return cls(git(path, "rev-parse", "--show-toplevel").strip())
+        except GitError as error:
+            if error.missing:
+                raise Refused("git is not installed") from None
+            raise Refused(f"{path} is not in a git checkout: call it in your clone of autoresearch") from None
+
+    def git(self, *args, **kwargs):
+        return git(self.top, *args, **kwargs)
+
+    def ask(self, *args, **kwargs):
+        """What git prints, stripped; None where it fails."""
+        try:
+            return self.git(*args, **kwargs).strip()
+        except GitError:
+            return None
+
+    def tag(self):
+        """nov21 on the branch autoresearch/nov21; a refusal elsewhere."""
+        branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD")
+        if branch is None:
+            raise Refused(f"HEAD is detached: git switch {PREFIX}TAG, the branch of this night")
+        if not branch.startswith(PREFIX) or branch == PREFIX:
+            raise Refused(f"on branch {branch}: git switch {PREFIX}TAG, or git switch -c {PREFIX}TAG for a new night")
+        return branch[len(PREFIX) :]
+
+    def head(self):
+        head = self.ask("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        if not head:
+            raise Refused("this branch has no commit yet: commit train.py first")
+        return head
+
+    def short(self, commit):
+        return self.git("rev-parse", "--short", commit).strip()
+
+    def exists(self, commit):
+        return self.ask("cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+    def train_is_committed(self):
+        return (self.top / names.TRAIN).is_file() and self.ask("diff", "--quiet", "HEAD", "--", names.TRAIN) is not None
+
+    def edits(self):
+        """The commits of the chain that changed train.py, newest first."""
+        lines = self.git(
+            "log", "--first-parent", "-m", "--raw", "--no-abbrev", "--no-renames", f"-n{DEPTH}", "--format=%H",
+            "HEAD", "--", names.TRAIN,
+        ).split("\n")  # fmt: skip
+        edits, commit = [], None
+        for line in lines:
+            if line.startswith(":"):
+                edits.append(Edit(commit, line.split()[3]))
+            elif line:
+                commit = line
+        return edits
+
+    def files(self, commits):
+        """{commit: names of the files that it touches}, against the first parent."""
+        if not commits:
+            return {}
+        shown = self.git(
+            "-c", "core.quotePath=off", "show", "--first-parent", "-m", "--name-only", "--no-renames",
+            "--format=%x01%H", *commits,
+        )  # fmt: skip
+        blocks = [block.strip("\n").split("\n") for block in shown.split("\x01")[1:]]
+        return {lines[0]: [line for line in lines[1:] if line] for lines in blocks}
+
+    def own_edits(self, tag):
+        """Commits to train.py that are on no other branch; [] where there is no other branch to tell them by."""
+        refs = self.git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes", "refs/tags").split()
+        others = [ref for ref in refs if not ref.endswith(f"/{PREFIX}{tag}")]
+        if not others:
+            return []
+        # The names go in by stdin: there may be more of them than a command line holds.
+        wanted = "HEAD\n" + "".join(f"^{ref}\n" for ref in others)
+        return self.git("rev-list", "--first-parent", "--stdin", "--", names.TRAIN, stdin=wanted).split()
+
+    def line_counts(self, old, new):
+        """(added, removed) lines of train.py, blank ones and white space left out."""
+        shown = self.git("diff", "-w", "--ignore-blank-lines", "--no-color", "-U0", old, new, "--", names.TRAIN)
+        body = [line for line in shown.split("\n")[4:] if line[1:].strip()]
+        return sum(line.startswith("+") for line in body), sum(line.startswith("-") for line in body)
+
+    def numbers(self, tag):
+        """{NNNN: commit} of refs/autoresearch/TAG."""
+        where = f"refs/{PREFIX}{tag}/"
+        listed = self.git("for-each-ref", "--format=%(refname) %(objectname)", where).split("\n")
+        pairs = [line[len(where) :].split() for line in listed if line]
+        return {int(number): commit for number, commit in pairs if number.isdecimal()}
+
+    def set_number(self, tag, number, commit):
+        self.git("update-ref", f"refs/{PREFIX}{tag}/{number:04d}", commit)
+
+    def drop(self, commits):
+        """Takes the commits off the chain of HEAD, as if they had never been; the human's on top of them and
+        between them stay, with their messages, authors and dates, and so do uncommitted edits. Dropped commits
+        touch train.py alone, and the others do not touch it: so each remaining commit keeps its tree but for
+        train.py. A second call changes nothing. Returns False where a commit to train.py that is not dropped
+        stands on top of a dropped one: then nothing is changed."""
+        edits = self.edits()
+        on_chain = [i for i, edit in enumerate(edits) if edit.commit in commits]
+        if not on_chain:
+            return True
+        if {edit.commit for edit in edits[: on_chain[-1] + 1]} - set(commits):
+            return False
+        tip = base = self.git("rev-parse", edits[on_chain[-1]].commit + "^").strip()
+        entry = self.git("ls-tree", base, "--", names.TRAIN).split()  # mode, type, blob, name
+        for line in self.git("rev-list", "--first-parent", "--reverse", f"{base}..HEAD").split():
+            if line not in commits:
+                tip = self.transplant(line, tip, entry)
+        head = self.git("rev-parse", "HEAD:train.py").strip()
+        there = self.ask("hash-object", "--path=train.py", names.TRAIN)
+        if there == entry[2] != head:
+            self.git("checkout", "--quiet", "HEAD", "--", names.TRAIN)  # a reset that was killed came this far
+        elif there == head:
+            self.git("update-index", "--", names.TRAIN)  # a commit that was killed may have left an older index
+        self.ask("update-index", "-q", "--refresh")  # or a train.py that was only touched would look edited
+        self.git("reset", "--quiet", "--keep", tip)
+        self.index.unlink(missing_ok=True)
+        return True
+
+    def transplant(self, commit, parent, entry):
+        """The commit again on another parent, with train.py as in `entry`; its new name."""
+        index = {"GIT_INDEX_FILE": str(self.index)}
+        self.git("read-tree", commit, env=index)
+        self.git("update-index", "--add", "--cacheinfo", f"{entry[0]},{entry[2]},train.py", env=index)
+        tree = self.git("write-tree", env=index).strip()
+        head, _, message = self.git("cat-file", "commit", commit, raw=True).partition(b"\n\n")
+        lines, parents, signed = [], 0, False
+        for line in head.split(b"\n"):
+            signed = line.startswith(b"gpgsig") or (signed and line.startswith(b" "))
+            if signed:  # it would no longer be true
+                continue
+            if line.startswith(b"tree "):
+                line = b"tree " + tree.encode()
+            elif line.startswith(b"parent "):
+                line, parents = (b"parent " + parent.encode() if parents == 0 else line), parents + 1
+            lines.append(line)
+        body = b"\n".join(lines) + b"\n\n" + message
+        return self.git("hash-object", "-t", "commit", "-w", "--stdin", stdin=body).strip()
+
+    @property
+    def index(self):
+        """A second index file, to make trees in."""
+        return self.top / names.LAB / names.INDEX

@@ -1,0 +1,188 @@
+"""A second opinion on every kept run: the frozen metric on val again, and on the holdout that nothing was tuned on.
+
+    uv run -m lab audit                 the baseline and all kept runs of this branch
+    uv run -m lab audit --best          the baseline and the best
+    uv run -m lab audit 7 12            runs by their numbers (the baseline comes along, for the gains)
+
+Each is scored in a process of its own, by the train.py and the checkpoint that are archived in runs/. Prints a table
+and writes it to audit.tsv; what was scored once is remembered in .lab/audit.json. docs/proof.md says how to read it.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from lab.analysis.history import Night
+from lab.base import files, locks, text
+from lab.base.errors import Refused
+from lab.base.text import aligned
+from lab.store import archive, names, run_log
+from lab.store.repository import Repo
+from lab.verify import scoring
+
+HELP = "score the kept runs again, and on the holdout"
+FLAGGED = 4  # exit status where a row is flagged
+SURE = 3  # σ: a val gain above it ...
+SHARE = 0.5  # ... must show at least this share of itself on the holdout
+COLUMNS = ["row", "commit", "val_logged", "val_again", "holdout", "val_gain", "holdout_gain", "flags", "description"]
+
+
+def add_arguments(parser):
+    parser.description = (
+        "Scores archived runs again with the frozen metric, each in a process of its own: on the validation rows, "
+        "which must give what the run logged, and on the holdout. Prints a table, writes audit.tsv."
+    )
+    parser.epilog = f"exit status: 0 nothing is flagged; {FLAGGED} a row is flagged; 1 nothing could be audited"
+    parser.add_argument("numbers", metavar="NUMBER", nargs="*", type=int, help="rows of results.tsv (all kept ones)")
+    parser.add_argument("--best", action="store_true", help="the baseline and the best only")
+    parser.add_argument("--tree", metavar="PATH", default=".", help="the working tree to audit (this one)")
+    parser.add_argument("--device", help="cpu, cuda, mps (as a run would choose)")
+    parser.add_argument("--again", action="store_true", help="score again what was scored already")
+    parser.add_argument(
+        "--time-limit", type=int, default=scoring.TIME_LIMIT, help=f"seconds for one run ({scoring.TIME_LIMIT})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run
+
+
+def logged(folder):
+    """(header, val_bpb) of an archived run; a refusal where its log is no complete run's."""
+    log = run_log.read(folder / names.RUN_LOG)
+    if not log or log.ended != "complete":
+        raise Refused("its run.log is missing or incomplete")
+    return log.header, log.summary["val_bpb"]
+
+
+def score(top, folder, args, known):
+    """The scores of the archive, from memory where they are known, and remembered."""
+    missing = [name for name in (names.TRAIN, names.CHECKPOINT) if not (folder / name).is_file()]
+    if missing:
+        raise Refused(f"its {' and '.join(missing)} is gone")
+    digest = scoring_digest(top, folder, args.device)
+    if args.again or digest not in known:
+        known[digest] = scoring.score(top, folder, args.device, args.time_limit)
+        files.write(top / names.LAB / names.AUDIT_MEMORY, json.dumps(known, indent=1) + "\n")
+    return known[digest]
+
+
+def scoring_digest(top, folder, device):
+    """What a score depends on: checkpoint, code, rules, how it is scored, device."""
+    digest = hashlib.sha256(f"{device}".encode())
+    rules = [top / name for name in scoring.RULES]
+    for path in (folder / names.CHECKPOINT, folder / names.TRAIN, *rules, Path(scoring.__file__)):
+        with open(path, "rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def rules_of(top):
+    return hashlib.sha256(b"".join((top / name).read_bytes() for name in scoring.RULES)).hexdigest()
+
+
+def examine(top, record, args, known):
+    """{column: value} of a record's row: what was logged, what was found, and the flags so far."""
+    found = {"row": record["row"], "commit": record["short"], "description": record["description"], "flags": []}
+    folder = top / names.RUNS / names.archive(record)
+    try:
+        header, found["val_logged"] = logged(folder)
+        if header["rules_sha256"] != rules_of(top):
+            raise Refused("it ran under other rules than constants.py and prepare.py here")
+        scores = score(top, folder, args, known)
+    except Refused as refused:
+        found["flags"].append(f"{refused}".removeprefix(f"{folder}: "))
+        return found
+    if scores["data_sha256"] != header["data_sha256"]:
+        found["flags"].append("it ran on other data than the prepared ones here")
+        return found
+    if "refused" in scores:
+        found["flags"].append(scores["refused"])
+        return found
+    found["val_again"], found["holdout"] = scores["val"], scores["holdout"]
+    if sentence := scoring.off(folder, header, found["val_logged"], scores):
+        found["flags"].append(sentence)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# All of them
+
+
+def compare(rows, sigma):
+    """Adds to each row its gains over the baseline, the first row, on val and on holdout, and the flag for a gain
+    that is on val alone. Where the baseline has no scores there is nothing to compare with."""
+    base = rows[0]
+    for row in rows[1:]:
+        if "holdout" not in row or "holdout" not in base:
+            continue
+        row["val_gain"] = base["val_again"] - row["val_again"]
+        row["holdout_gain"] = base["holdout"] - row["holdout"]
+        if sigma is not None and row["val_gain"] > SURE * sigma and row["holdout_gain"] < SHARE * row["val_gain"]:
+            row["flags"].append("the gain is on val alone: has it learnt the validation rows?")
+
+
+def cells(row):
+    numbers = [row.get(name) for name in COLUMNS[2:7]]
+    shown = ["" if v is None else f"{v:+.6f}" if name.endswith("_gain") else f"{v:.6f}"
+             for name, v in zip(COLUMNS[2:7], numbers, strict=True)]  # fmt: skip
+    flags = text.one_line("; ".join(row["flags"]), 300) or "ok"
+    return [f"{row['row']:04d}", row["commit"], *shown, flags, text.one_line(row["description"], 200)]
+
+
+def table(rows):
+    """The table as it is printed, its columns aligned."""
+    head = ["row", "commit", "val logged", "val again", "holdout", "val gain", "holdout gain"]
+    lines = [[*head, "", ""], *map(cells, rows)]
+    shown = []
+    for *line, flags, description in lines:
+        said = description[:60] if flags in ("", "ok") else f"{description[:60]}\n      FLAGGED: {flags}"
+        shown.append([*line, said])
+    return "\n".join(aligned(shown))
+
+
+def chosen(history, args):
+    """The records to look at, the baseline's first."""
+    kept = sorted(history.kept, key=lambda r: r["row"])
+    if not kept:
+        raise Refused("nothing was kept on this branch yet: `lab record` archives what it keeps")
+    if args.best:
+        return [kept[0]] + [r for r in [history.best_record] if r is not kept[0]]
+    unknown = sorted(set(args.numbers) - {r["row"] for r in kept})
+    if unknown:
+        raise Refused(f"row {unknown[0]} is no kept run: only those are archived; `lab status --all` lists them")
+    return [kept[0]] + [r for r in kept[1:] if not args.numbers or r["row"] in args.numbers]
+
+
+def run(args):
+    top = Repo.find(args.tree).top
+    history = Night(records=archive.records_of(top, Repo(top).tag()))
+    records = chosen(history, args)
+    if locks.run_in_progress(top):
+        raise Refused("a run is going on in this tree, and both would be slowed down: wait for its end")
+    (top / names.LAB).mkdir(exist_ok=True)
+    try:
+        known = json.loads((top / names.LAB / names.AUDIT_MEMORY).read_text())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    rows = []
+    for i, record in enumerate(records, 1):
+        if sys.stdout.isatty():
+            print(f"\r{i}/{len(records)}: {names.archive(record)} ", end="", flush=True)
+        rows.append(examine(top, record, args, known))
+    if sys.stdout.isatty():
+        print(f"\r{'':30}\r", end="")
+    sigma = history.noise().sigma
+    compare(rows, sigma)
+    print(table(rows))
+    flagged = [row for row in rows if row["flags"]]
+    known_sigma = "σ is not known, so gains on val alone are not looked for" if sigma is None else f"σ {sigma:.6f}"
+    if "holdout" not in rows[0] and len(rows) > 1:
+        known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
+    print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
+    files.write(top / names.AUDIT_TSV, "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
+    if not any("holdout" in row for row in rows):
+        raise Refused("none of these runs could be scored: the reasons stand in the table")
+    return FLAGGED if flagged else 0

@@ -1,0 +1,75 @@
+"""What the runs of a proof say: a table, and a sentence a comparison. Pure functions of what `lab prove` measured."""
+
+from lab.analysis import intervals
+from lab.analysis.verdict import mean
+from lab.base.text import aligned
+
+SPLITS = ("val", "holdout")
+
+
+def values(arm, runs, split):
+    """Of the arm's runs that came to an end and were not refused."""
+    return [r[split] for r in runs if r["code"] == arm.code and r[split] is not None and not r.get("refused")]
+
+
+def report(arms, runs, seeds):
+    """The text of proof.txt: the arms' table, then what it means."""
+    runs = [r for r in runs if r["seed"] in seeds]
+    lines = [table(arms, runs), ""]
+    for arm in arms:
+        own = [r for r in runs if r["code"] == arm.code]
+        crashes = [r for r in own if r["val"] is None]
+        refused = [r for r in own if r.get("refused")]
+        if crashes:
+            lines.append(f"{arm.short}: {len(crashes)} of {len(own)} runs crashed and are in no mean")
+        if refused:
+            lines.append(f"{arm.short}: {len(refused)} of {len(own)} runs were refused and are in no mean: {refused[0]['refused']}")
+    lines += noise(arms[0], runs) if len(arms) == 1 else [s for arm in arms[1:] for s in gain(arms[0], arm, runs)]
+    return "\n".join(lines)
+
+
+def table(arms, runs):
+    head = ["commit", "n", "val mean", "σ", "holdout mean", "σ", "tokens/s", ""]
+    lines = [head]
+    for arm in arms:
+        cells = [arm.short, str(len(values(arm, runs, "val")))]
+        for split in SPLITS:
+            own = values(arm, runs, split)
+            cells.append(f"{mean(own):.6f}" if own else "")
+            cells.append(f"{intervals.spread(own):.6f}" if len(own) > 1 else "")
+        speeds = [r["tokens_per_second"] for r in runs if r["code"] == arm.code and r["val"] is not None]
+        lines.append([*cells, f"{mean(speeds):,.0f}" if speeds else "", arm.description[:60]])
+    return "\n".join(aligned(lines))
+
+
+def noise(arm, runs):
+    """What one commit alone tells: how far two runs of it are apart."""
+    lines = []
+    for split in SPLITS:
+        own = values(arm, runs, split)
+        if len(own) < 2:
+            lines.append(f"{split}: {len(own)} values are too few to tell the noise")
+            continue
+        low, high = intervals.spread_interval(own)
+        lines.append(f"{split}: σ of one run {intervals.spread(own):.6f} [{low:.6f}, {high:.6f}] with 95 %, n = {len(own)}")
+    return lines
+
+
+def gain(base, arm, runs):
+    """What the arm gains over the base on each split, and the sentence that may be said of it."""
+    lines, real = [], {}
+    for split in SPLITS:
+        before, after = values(base, runs, split), values(arm, runs, split)
+        if min(len(before), len(after)) < 2:
+            lines.append(f"{arm.short} against {base.short} on {split}: too few runs to tell")
+            continue
+        difference, interval = intervals.gain(before, after)
+        real[split] = (interval.low > 0) - (interval.high < 0)
+        lines.append(
+            f"{arm.short} against {base.short} on {split}: gain {difference:+.6f} "
+            f"[{interval.low:+.6f}, {interval.high:+.6f}] with 95 %, n = {len(before)} + {len(after)}: "
+            + {1: "real", -1: "really worse", 0: "cannot be told from noise"}[real[split]]
+        )
+    if real.get("val") == 1 and real.get("holdout", 1) < 1:
+        lines.append(f"{arm.short}: what it gains on val does not show on the holdout: do not believe it yet")
+    return lines

@@ -1,0 +1,128 @@
+"""Scores a checkpoint with the frozen metric, in a process of its own: val rows again, and the holdout's.
+
+The train.py beside the checkpoint is an agent's: it is imported to build the model, after everything that counts
+has been bound. It could still do anything that a Python program can; what this process sees through is a train.py
+that replaces anything in prepare.py, torch's cross-entropy, or the files of the rules, and leaves it replaced.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lab.base.errors import Refused
+from lab.store import names, run_log
+
+TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
+RULES = ("constants.py", "prepare.py")
+SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
+OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
+# lab is the one that runs here, prepare.py and corpus/ are the tree's: it may have an older lab, or none.
+CHILD = """
+import sys
+sys.path.insert(0, {lab!r})
+sys.path.insert(0, {tree!r})
+scoring.main()
+"""
+
+
+def score(tree, folder, device=None, time_limit=TIME_LIMIT):
+    """What the frozen code of `tree` makes of the checkpoint in `folder`: {"val", "holdout"} in bits per byte, or
+    {"refused": sentence} where the causality audit or the metric refuses it. Raises Refused where it could not be
+    scored at all (no data, no memory, a train.py that cannot be imported)."""
+    log = run_log.read(Path(folder) / names.RUN_LOG)
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    if log and log.header:
+        env["AUTORESEARCH_DATASET"] = log.header["dataset"]
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "answer.json"
+        code = CHILD.format(lab=str(Path(__file__).resolve().parents[2]), tree=str(Path(tree).resolve()))
+        command = [sys.executable, "-c", code, str(Path(folder).resolve()), device or "", str(answer)]
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                errors="replace", timeout=time_limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Refused(f"{folder}: scoring took longer than {time_limit} s (--time-limit)") from None
+        if done.returncode or not answer.is_file():
+            lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
+            raise Refused(f"{folder}: {lines[-1].strip()[:300]}")
+        return json.loads(answer.read_text())
+
+
+def off(folder, header, val, scores):
+    """A sentence where the second score of val is further from the first than rounding explains; None where not."""
+    text = (Path(folder) / names.RUN_LOG).read_text(errors="replace")
+    same = "\ndtype: float32" in text and header["device"].partition(" ")[0] == scores["device"]
+    limit = SAME if same else OTHER
+    if abs(scores["val"] - val) <= limit:
+        return None
+    return f"does not reproduce: {scores['val'] - val:+.6f} from what was logged (limit {limit})"
+
+
+def batch_size_of(folder):
+    """The rows a batch that the run itself was evaluated with, from its log; 8 where it does not tell."""
+    log = Path(folder) / names.RUN_LOG
+    text = log.read_text(errors="replace")[:200_000] if log.is_file() else ""
+    found = re.findall(r"^device batch: (\d+) x ", text, re.MULTILINE)
+    return int(found[-1]) if found else 8
+
+
+def fingerprint(prepare, cross_entropy):
+    """What the frozen code is made of, in memory and on disk: another value means that somebody replaced some."""
+    parts = {
+        name: (id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
+        for name, value in vars(prepare).items()
+    }
+    return parts, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
+
+
+def score_here(folder, device):
+    """As `score`, in this process. The working directory is the tree whose prepare.py counts."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    import prepare
+    from lab.verify.sample import load_train
+
+    device = torch.device(device) if device else prepare.pick_device()[0]
+    manifest, root = prepare.load_manifest(), prepare.data_dir()
+    rows = {}
+    for split in ("val", "holdout"):
+        path = root / f"{split}_rows.npy"
+        if prepare.sha256_files(path) != manifest["files"][path.name]["sha256"]:
+            raise SystemExit(f"{path} changed since it was prepared: run prepare.py again")
+        rows[split] = np.load(path)
+    token_bytes, batch_size = prepare.load_tokenizer().token_bytes(), batch_size_of(folder)
+    audit, score_rows = prepare.audit, prepare.score_rows
+    before = fingerprint(prepare, F.cross_entropy)
+
+    result = {"device": device.type, "data_sha256": manifest["data_sha256"]}
+    model = load_train(Path(folder) / names.TRAIN).load_model(Path(folder) / names.CHECKPOINT, device)
+    model.eval()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            audit(model, rows["val"], batch_size, device)
+        scores = {split: score_rows(model, rows[split], token_bytes, batch_size) for split in rows}
+    except SystemExit as refusal:
+        scores = {"refused": str(refusal)}
+    if fingerprint(prepare, F.cross_entropy) != before:
+        scores = {"refused": "its train.py replaces parts of the frozen code"}
+    return result | scores
+
+
+def main():
+    folder, device, answer = sys.argv[1:]
+    try:
+        result = score_here(folder, device or None)
+    except (Exception, SystemExit) as error:  # an agent's code: anything may be wrong with it
+        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+        sys.exit(f"{kind}{' '.join(str(error).split())[:300]}")
+    Path(answer).write_text(json.dumps(result))
+
