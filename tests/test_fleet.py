@@ -217,7 +217,7 @@ def test_a_disk_that_fills_while_a_tree_is_made_loses_nothing_and_is_completed_l
     fleet.commit("a large file", "large")
     fleet.no_tmux()
     (fleet.place / "elsewhere").mkdir()
-    code = "from lab import worktrees, __main__; worktrees.ROOM = 0; raise SystemExit(__main__.main())"
+    code = "from lab import __main__; from lab.fleet import worktrees; worktrees.ROOM = 0; raise SystemExit(__main__.main())"
     launch = [sys.executable, "-c", code, "fleet", "launch", "nov21", "--slots", "2", "--agent", "true"]
     launch = f"PATH={fleet.env['PATH']} {shlex.join(launch)} --folder {fleet.place}/elsewhere"
     script = f"""
@@ -601,6 +601,8 @@ def test_clean_refuses_during_a_run(nights):
 
 CHAOS = """
 import os, sys
+from lab import __main__
+from lab.fleet import bring_home
 left = [int(sys.argv.pop(1))]
 other_disk = sys.argv.pop(1) == "copy"
 def wrapped(real):

@@ -113,7 +113,7 @@ def test_lab_commands_that_programs_name_exist(command):
     name, *args = shlex.split(command)[4:]
     assert name in COMMANDS
     parser = argparse.ArgumentParser(exit_on_error=False)
-    importlib.import_module(f"lab.{name}").add_arguments(parser)
+    importlib.import_module(f"lab.{COMMANDS[name]}.{name}").add_arguments(parser)
     parser.parse_args(args)
 
 
@@ -213,8 +213,8 @@ def test_claude_code_may_do_what_record_and_status_tell_it(command):
 def test_nothing_that_record_and_status_tell_is_forgotten_here():
     """Each git command in their sentences is one of TOLD."""
     said = set()
-    for name in ("checks", "gitrepo", "report", "status", "record"):
-        source = (ROOT / "lab" / f"{name}.py").read_text()
+    for path in [*(ROOT / "lab" / "loop").glob("*.py"), ROOT / "lab" / "store" / "repository.py"]:
+        source = path.read_text()
         said |= set(re.findall(r"git (?:reset --\w+|stash \w+|cherry-pick|rebase|restore|checkout --|switch -c|switch)", source))
     assert said and all(any(told.startswith(command) for told in TOLD) for command in said), said
 
@@ -338,7 +338,7 @@ def test_the_commands_of_the_instructions_exist(tmp_path):
     assert len(nights) == 2
     for command in nights:
         parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module("lab.night").add_arguments(parser)
+        importlib.import_module("lab.keeper.night").add_arguments(parser)
         agent = shlex.split(parser.parse_args(shlex.split(command)[5:]).agent)
         assert agent[0] in ("claude", "codex") and "Read program.md and follow it." in agent
         for word in agent:

@@ -333,7 +333,7 @@ def test_real_trainings_on_an_injected_clock(tmp_path, prepared_stdlib):
     result = repo.run("-m", "lab", "prove", *commits)
     assert_refused(result, "injected clock")
     script = (
-        "import argparse; from lab import prove\n"
+        "import argparse; from lab.verify import prove\n"
         f"args = argparse.Namespace(commits={commits}, seeds=3, tree=[], dry_run=False)\n"
         "raise SystemExit(prove.run(args, ('injected',)))\n"
     )

@@ -117,14 +117,15 @@ class Night:
     def estimates(self):
         """{row number: estimated true val_bpb} of the keeps in the records."""
         noise = self.noise()
-        return {r["row"]: self.best_known(r, noise) for r in self.kept}
+        return {r["row"]: self.best_known(r, noise) for r in self.kept if self.values(r["code"])}
 
     # --- the best: one definition ---
 
     @property
     def best_record(self):
         """The keep whose estimated true val_bpb is the lowest, the latest of equals; None before there is one."""
-        return min(reversed(self.kept), key=lambda r: self.estimates[r["row"]], default=None)
+        known = [r for r in reversed(self.kept) if r["row"] in self.estimates]
+        return min(known, key=lambda r: self.estimates[r["row"]], default=None)
 
     @property
     def baseline(self):
