@@ -1,7 +1,7 @@
 """What `lab prove` compares: commits, each as a folder of its own with the files that a training needs.
 
 An arm is a commit. Its files come out of git into .lab/prove/ID/ARM/, so that branch, index and working tree stay as
-they are. Arms are comparable where their rules (constants.py, prepare.py, corpus/) are the same, byte for byte.
+they are. Arms are comparable where their rules (constants.py, prepare.py, corpus/, frozen/) are the same, byte for byte.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from lab.errors import Refused
 from lab.gitrepo import GitError, Repo
 from lab.history import History
 
-FILES = ["constants.py", "prepare.py", "corpus", "train.py"]
+FILES = ["constants.py", "prepare.py", "corpus", "frozen", "train.py"]
+OPTIONAL = ["frozen"]  # older commits do not have it
 
 
 class Arm(NamedTuple):
@@ -70,7 +71,7 @@ def find_one(name, repos, records):
     else:
         raise Refused(f"there is no commit {name}: name one that `git log` shows, or its tree with --tree")
     try:
-        objects = [repo.git("rev-parse", f"{commit}:{file}").strip() for file in FILES]
+        objects = [repo.git("rev-parse", f"{commit}:{file}").strip() for file in files_of(repo, commit)]
     except GitError:
         raise Refused(f"commit {name} lacks one of {', '.join(FILES)}: it is no experiment of this project") from None
     code = hashlib.sha256(repo.git("show", f"{commit}:train.py", raw=True)).hexdigest()
@@ -83,6 +84,11 @@ def find_one(name, repos, records):
     return Arm(repo.short(commit), commit, repo.top, code, rules, described, seconds, dataset)
 
 
+def files_of(repo, commit):
+    """FILES, without the optional ones that the commit does not have."""
+    return [f for f in FILES if f not in OPTIONAL or repo.ask("rev-parse", "--verify", "--quiet", f"{commit}:{f}")]
+
+
 def check_out(arm, place):
     """The arm's files, and nothing else, in a folder of `place`: built beside it and moved in. Every time anew, as the
     code that was trained there last may have changed them."""
@@ -91,7 +97,8 @@ def check_out(arm, place):
     building = place / f".{arm.short}.partial"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    packed = Repo(arm.top).git("archive", "--format=tar", arm.commit, "--", *FILES, raw=True)
+    repo = Repo(arm.top)
+    packed = repo.git("archive", "--format=tar", arm.commit, "--", *files_of(repo, arm.commit), raw=True)
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
         files.extractall(building, filter="data")
     os.replace(building, folder)

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from corpus import rules
 from lab import archive, locks, results, runlog, scoring
 from lab.errors import Refused
 from lab.gitrepo import Repo
@@ -68,16 +69,12 @@ def score(top, folder, args, known):
 def scoring_digest(top, folder, device):
     """What a score depends on: checkpoint, code, rules, how it is scored, device."""
     digest = hashlib.sha256(f"{device}".encode())
-    rules = [top / name for name in scoring.RULES]
-    for path in (folder / "checkpoint.pt", folder / "train.py", *rules, Path(scoring.__file__)):
+    frozen = [top / name for name in rules.FILES if (top / name).is_file()]
+    for path in (folder / "checkpoint.pt", folder / "train.py", *frozen, Path(scoring.__file__)):
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def rules_of(top):
-    return hashlib.sha256(b"".join((top / name).read_bytes() for name in scoring.RULES)).hexdigest()
 
 
 def examine(top, record, args, known):
@@ -86,7 +83,7 @@ def examine(top, record, args, known):
     folder = top / "runs" / archive.name_of(record)
     try:
         header, found["val_logged"] = logged(folder)
-        if header["rules_sha256"] != rules_of(top):
+        if header["rules_sha256"] != rules.hash_as_in(header, top):
             raise Refused("it ran under other rules than constants.py and prepare.py here")
         scores = score(top, folder, args, known)
     except Refused as refused:

@@ -5,6 +5,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
+from corpus import rules
 from lab import archive, locks, results, runlog
 from lab.errors import Again, Refused
 from lab.gitrepo import Repo
@@ -117,7 +118,7 @@ def check_identity(repo, history, log, head, code):
     if not first:
         return
     for key, name, remedy in [
-        ("rules_sha256", "constants.py or prepare.py", "put them back as they were (git log), or begin a new branch"),
+        ("rules_sha256", rules_name(first["header"], header), "put them back as they were (git log), or begin a new branch"),
         ("dataset", "the dataset", "set AUTORESEARCH_DATASET as before, or begin a new branch"),
         ("data_sha256", "the prepared data", "use the same cache as before, or begin a new branch"),
         ("device", "the device", "run on the same device, or begin a new branch"),
@@ -126,6 +127,11 @@ def check_identity(repo, history, log, head, code):
         if old != new:
             shown = f" ({old} → {new})" if key in ("dataset", "device") else ""
             raise Refused(f"{name} changed since this branch's first run{shown}, so nothing compares: {remedy}")
+
+
+def rules_name(first, header):
+    """The files in which the rules of two runs differ."""
+    return ", ".join(rules.differing_files(first, header) or ["constants.py or prepare.py"])
 
 
 def check_end(repo, log, discard):

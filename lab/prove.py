@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from corpus import rules
 from lab import arms, intervals, locks, processes, proof, results, runlog, scoring
 from lab.errors import Again, Refused, Unfinished
 from lab.gitrepo import Repo
@@ -132,8 +133,7 @@ class Proof:
         })  # fmt: skip
 
     def check(self, arm, seed, header, folder):
-        rules = hashlib.sha256(b"".join((folder / name).read_bytes() for name in scoring.RULES)).hexdigest()
-        if header["rules_sha256"] != rules:
+        if header["rules_sha256"] != rules.hash_as_in(header, folder):
             raise Refused(f"{arm.short} ran under other rules than the commit has: its train.py changes the frozen files")
         if header["train_sha256"] != arm.code or header["seed"] != seed:
             raise Refused(f"the log of {arm.short} is of other code or another seed than was started")

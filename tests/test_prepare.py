@@ -1,5 +1,6 @@
 """prepare.py, run once: the tokenizer, the files, the splits, and what happens where it cannot work."""
 
+import importlib
 import json
 import random
 import re
@@ -77,8 +78,8 @@ def small_stdlib(make_repo, tmp_path):
 
 def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(prepared):
     prepare, root = prepared
-    tokenizer, token_bytes = prepare.load_tokenizer(), np.load(root / "token_bytes.npy")
-    assert np.array_equal(token_bytes, tokenizer.token_bytes())
+    tokenizer = prepare.load_tokenizer()
+    token_bytes = tokenizer.token_bytes()
     for text in [*TEXTS, *made_up_documents("unseen", 50)]:
         ids = tokenizer.encode(text)
         assert token_bytes[ids].sum() == len(text.encode())
@@ -111,7 +112,7 @@ def test_special_tokens_stand_last_have_no_bytes_and_never_come_from_text(prepar
 
 def test_numbers_are_cut_into_groups_of_at_most_two_digits(prepared):
     prepare, _ = prepared
-    pieces = regex.findall(prepare.SPLIT_PATTERN, "it's 0 12 345,6789 3.14159 v2026")
+    pieces = regex.findall(importlib.import_module("corpus.tokenizer").SPLIT_PATTERN, "it's 0 12 345,6789 3.14159 v2026")
     assert "".join(pieces) == "it's 0 12 345,6789 3.14159 v2026"
     assert [p for p in pieces if p.isdigit()] == [
         "0",
@@ -255,7 +256,7 @@ def test_a_manifest_that_is_none_is_made_again(make_repo, prepared_climbmix, con
 
 
 @pytest.mark.parametrize(
-    "name", ["train_00001.npy", "tokenizer.tiktoken", "token_bytes.npy", "holdout_rows.npy"]
+    "name", ["train_00001.npy", "tokenizer.tiktoken", "train_00000_offsets.npy", "holdout_rows.npy"]
 )
 def test_a_lost_or_truncated_file_is_made_again(make_repo, prepared_climbmix, name):
     repo = make_repo("climbmix")
@@ -343,7 +344,6 @@ def test_the_real_stdlib(prepared_stdlib, make_repo, import_prepare):
     digests = manifest_digests(prepared_stdlib)
     assert {
         "tokenizer.tiktoken",
-        "token_bytes.npy",
         "val_rows.npy",
         "holdout_rows.npy",
         "train_00000.npy",
