@@ -64,7 +64,7 @@ def score_in_fork(tree, folder, device=None, time_limit=None):
     answer.unlink(missing_ok=True)
 
     def task():
-        for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus")]:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "frozen")]:
             del sys.modules[name]
         sys.path.insert(0, str(tree))
         sys.argv = ["", str(folder), device or "", str(answer)]

@@ -16,8 +16,8 @@ import torch
 from fakenight import FakeNight
 from test_run import MAIN, TINY
 
-import prepare
 import train
+from frozen import device as devices
 
 # Runs `python ARGS` in a Python that lacks what Windows' has not. What is imported before that is the libraries' own
 # business: they have their Windows code, which is not to be tried on Linux.
@@ -205,7 +205,7 @@ def machine(monkeypatch):
 )
 def test_the_device_is_the_best_that_torch_reports(machine, reported, device, name):
     machine(**reported)
-    chosen, said = prepare.pick_device()
+    chosen, said = devices.pick_device()
     assert chosen.type == device and re.search(name, said)
 
 
@@ -223,9 +223,9 @@ def test_a_rocm_gpu_trains_in_bfloat16_compiled_by_triton_on_flex(machine, monke
 def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):
     machine()
     monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(prepare, "Path", lambda *parts: Path("/nowhere", *parts[1:]))
-    monkeypatch.setattr(prepare.platform, "processor", lambda: "Apple M4")
-    assert prepare.pick_device()[1] == f"Apple M4, {os.cpu_count()} cores"
+    monkeypatch.setattr(devices, "CPUINFO", Path("/nowhere"))
+    monkeypatch.setattr(devices.platform, "processor", lambda: "Apple M4")
+    assert devices.pick_device()[1] == f"Apple M4, {os.cpu_count()} cores"
 
 
 def test_macos_compiles_with_the_compiler_it_has(monkeypatch):

@@ -612,7 +612,7 @@ except SystemExit:
     pass
 import lab.loop.{command}
 standard = sys.stdlib_module_names
-print("FOREIGN", sorted({{m.split(".")[0] for m in sys.modules if not m.startswith("_")}} - set(standard) - {{"lab"}}))
+print("FOREIGN", sorted({{m.split(".")[0] for m in sys.modules if not m.startswith("_")}} - set(standard) - {{"lab", "corpus"}}))
 """
     out = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert "FOREIGN []" in out, out

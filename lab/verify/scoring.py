@@ -18,10 +18,10 @@ from lab.base.errors import Refused
 from lab.store import names, run_log
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
-RULES = ("constants.py", "prepare.py")
 SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
 OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
-# lab is the one that runs here, prepare.py and corpus/ are the tree's: it may have an older lab, or none.
+# lab is the one that runs here; prepare.py, corpus/ and frozen/ are the tree's, which may have an older lab, or none.
+# So nothing in lab that this process imports may import corpus or constants.
 CHILD = """
 import sys
 sys.path.insert(0, {lab!r})
@@ -73,13 +73,20 @@ def batch_size_of(folder):
     return int(found[-1]) if found else 8
 
 
-def fingerprint(prepare, cross_entropy):
-    """What the frozen code is made of, in memory and on disk: another value means that somebody replaced some."""
-    parts = {
-        name: (id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
-        for name, value in vars(prepare).items()
-    }
-    return parts, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
+def frozen_modules():
+    """The modules of the frozen code that are loaded."""
+    rooms = ("constants", "prepare", "corpus", "frozen")
+    return [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in rooms]
+
+
+def fingerprint(modules, cross_entropy):
+    """What these modules are made of, in memory and on disk: another value means that somebody replaced some."""
+    parts = [
+        (module.__name__, name, id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
+        for module in modules
+        for name, value in vars(module).items()
+    ]
+    return parts, id(cross_entropy), [Path(module.__file__).read_bytes() for module in modules if module.__file__]
 
 
 def score_here(folder, device):
@@ -101,7 +108,8 @@ def score_here(folder, device):
         rows[split] = np.load(path)
     token_bytes, batch_size = prepare.load_tokenizer().token_bytes(), batch_size_of(folder)
     audit, score_rows = prepare.audit, prepare.score_rows
-    before = fingerprint(prepare, F.cross_entropy)
+    modules = frozen_modules()
+    before = fingerprint(modules, F.cross_entropy)
 
     result = {"device": device.type, "data_sha256": manifest["data_sha256"]}
     model = load_train(Path(folder) / names.TRAIN).load_model(Path(folder) / names.CHECKPOINT, device)
@@ -112,7 +120,7 @@ def score_here(folder, device):
         scores = {split: score_rows(model, rows[split], token_bytes, batch_size) for split in rows}
     except SystemExit as refusal:
         scores = {"refused": str(refusal)}
-    if fingerprint(prepare, F.cross_entropy) != before:
+    if fingerprint(modules, F.cross_entropy) != before:
         scores = {"refused": "its train.py replaces parts of the frozen code"}
     return result | scores
 
