@@ -15,16 +15,16 @@ import tempfile
 from pathlib import Path
 
 from lab.base.errors import Refused
-from lab.store import names, run_log
+from lab.store import names, rules, run_log
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
-RULES = ("constants.py", "prepare.py")
 SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
 OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
 # lab is the one that runs here, prepare.py and corpus/ are the tree's: it may have an older lab, or none.
 CHILD = """
 import sys
 sys.path.insert(0, {lab!r})
+from lab.verify import scoring
 sys.path.insert(0, {tree!r})
 scoring.main()
 """
@@ -79,7 +79,7 @@ def fingerprint(prepare, cross_entropy):
         name: (id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
         for name, value in vars(prepare).items()
     }
-    return parts, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
+    return parts, id(cross_entropy), [Path(name).read_bytes() for name in rules.files_in(".")]
 
 
 def score_here(folder, device):
