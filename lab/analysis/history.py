@@ -21,6 +21,8 @@ from pathlib import Path
 from lab.analysis import verdict
 from lab.store import names, results_tsv, runs_jsonl
 
+LOWEST = "the lowest kept value, as runs.jsonl has no records to estimate it from"  # what a best is if not by_estimate
+
 
 @dataclass(frozen=True)
 class Experiment:
