@@ -1,7 +1,7 @@
 """Which files decide a score, and the hash over them that every run prints in its header.
 
 A header holds `rules_files`, the SHA-256 of each file, and `rules_sha256`, one hash over all of them: runs compare
-only if it is the same. Runs made before there was a `rules_files` hashed constants.py and prepare.py alone.
+only if it is the same.
 
 Imports nothing but the standard library, so that `lab` can read headers without loading the data or torch.
 """
@@ -28,7 +28,6 @@ FILES = (
     "frozen/device.py",
     "frozen/process.py",
 )
-FIRST_FILES = ("constants.py", "prepare.py")  # of a header without rules_files
 
 
 def file_hashes(folder, names=FILES):
@@ -42,22 +41,3 @@ def file_hashes(folder, names=FILES):
 def combined_hash(hashes):
     """The rules_sha256 of a header whose rules_files are `hashes`."""
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def hash_as_in(header, folder):
-    """The rules_sha256 that the files in `folder` would give a run which computes it as the run of `header` did."""
-    if "rules_files" in header:
-        there = [name for name in FILES if (Path(folder) / name).is_file()]  # an older tree has fewer
-        return combined_hash(file_hashes(folder, {*there, *header["rules_files"]}))
-    files = [Path(folder) / name for name in FIRST_FILES]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def differing_files(one, other):
-    """Names of the files in which the rules of two headers differ; None if they differ and a header has no list."""
-    if one["rules_sha256"] == other["rules_sha256"]:
-        return []
-    if not (one.get("rules_files") and other.get("rules_files")):
-        return None
-    ours, theirs = one["rules_files"], other["rules_files"]
-    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))

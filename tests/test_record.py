@@ -479,7 +479,7 @@ def test_uncommitted_code_is_refused(begun):
 def test_impossible_numbers_are_refused(begun, value):
     prepared(begun)
     begun.run(float(value))
-    assert "val_bpb in the summary is no possible number" in begun.refused("idea")
+    assert "val_bpb in the summary is not a possible number" in begun.refused("idea")
     assert begun.recorded("idea", "--discard").verdict == "crash"
     begun.check()
 
