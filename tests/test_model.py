@@ -203,7 +203,7 @@ def test_each_hyperparameter_is_set_once_and_nothing_shadows_it():
     assert {name for name in knobs if bound.count(name) > 1} == set()
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    assert not called & {"globals", "vars", "setattr", "exec"} - {"vars"}  # vars: of a configuration
+    assert not called & {"globals", "setattr", "exec"}
 
 
 def test_the_hyperparameters_are_one_block_near_the_top():
