@@ -90,12 +90,9 @@ def copy_code(folder, eval_tokens=None):
 
 
 def core(folder=ROOT):
-    """(prepare, train): the modules of a copy of the code, with the hyperparameters that hold on this device."""
+    """(prepare, train): the modules of a copy of the code."""
     sys.path[0] = str(folder)  # not benchmarks/, where prepare.py is another
-    prepare, train = import_module("prepare"), import_module("train")
-    if prepare.pick_device()[0].type != "cuda":
-        vars(train).update(train.SMALL)
-    return prepare, train
+    return import_module("prepare"), import_module("train")
 
 
 @contextmanager
@@ -164,7 +161,7 @@ def model(train, prepare, device):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     dtype, _ = train.choose_dtype(device)
-    model = train.GPT(train.build_config(prepare.VOCAB_SIZE), dtype)
+    model = train.GPT(train.build_config(prepare.VOCAB_SIZE, dtype))
     model.init_weights()
     model.to(device)
     return model, train.build_optimizer(model, dtype)

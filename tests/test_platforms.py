@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakenight import FakeNight
-from test_run import MAIN, TINY
+from test_run import TINY, set_knob
 
 import train
 from frozen import device as devices
@@ -115,8 +115,8 @@ def bare_path(folder):
 def test_a_training_runs_to_its_end(make_repo, prepared_stdlib):
     repo = make_repo(time_budget=1, grace=250)
     repo.copy_cache(prepared_stdlib)
-    train = (repo.path / "train.py").read_text()
-    (repo.path / "train.py").write_text(train.replace(f"\n{MAIN}\n", f"{TINY}\n\n{MAIN}\n"))
+    for name, value in TINY.items():
+        set_knob(repo, name, value)
     result = repo.run("-c", WINDOWS, "train.py", timeout=200)
     assert result.rc == 0, result.err
     assert re.search(r"^val_bpb: +\d+\.\d{6}$", result.out, re.MULTILINE) and (repo.path / "checkpoint.pt").exists()
