@@ -235,12 +235,3 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
     monkeypatch.setattr(train.shutil, "which", lambda name: asked.append(name) or name)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
-
-
-def test_processes_are_found_where_there_is_no_proc(monkeypatch):
-    from lab.base import processes
-
-    monkeypatch.setattr(processes, "Path", lambda *parts: Path("/nowhere"))
-    table = "    1     0 Ss\n  200     1 S+\n  201   200 Z\n  202   200 R\n"
-    monkeypatch.setattr(processes.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=table))
-    assert processes.descendants(1) == [200, 202], "what is dead is not there"
