@@ -211,7 +211,7 @@ def test_a_full_disk_ends_no_keeper(night):
 
 def test_a_keeper_that_fails_leaves_no_agent_behind(night):
     code = (
-        "import sys; from lab import night, __main__\n"
+        "import sys; from lab import __main__; from lab.keeper import night\n"
         "def look(self): raise OSError(5, 'input or output is wrong')\n"
         "night.Keeper.look = look; sys.exit(__main__.main())"
     )
