@@ -84,13 +84,11 @@ def test_processes_are_found_by_parent_and_zombies_are_not(tmp_path):
     assert processes.descendants(shell.pid) == [] and not processes.is_alive(shell.pid)
 
 
-def test_marked_processes_are_found_wherever_they_hang_and_never_those_that_look(monkeypatch):
-    """Also without /proc: psutil finds them on macOS too."""
-    value = "/a tree/with=signs\udcff"
+def test_marked_processes_are_found_in_any_session_by_the_whole_value(tmp_path):
+    value = f"{tmp_path}/a tree with=signs\udcff"
     code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
     subprocess.run([sys.executable, "-c", code, SLEEP], env=os.environ | {"LAB_TEST_MARK": value}, check=True)
     other = subprocess.Popen([sys.executable, "-c", SLEEP], env=os.environ | {"LAB_TEST_MARK": value + "0"})
-    monkeypatch.setenv("LAB_TEST_MARK", value)
     try:
         (found,) = processes.marked("LAB_TEST_MARK", value)
         assert found not in (os.getpid(), other.pid)
@@ -99,6 +97,24 @@ def test_marked_processes_are_found_wherever_they_hang_and_never_those_that_look
     finally:
         other.kill()
         other.wait()
+        processes.end(lambda: processes.marked("LAB_TEST_MARK", value), patience=0)
+
+
+def test_a_process_that_looks_for_marked_ones_finds_neither_itself_nor_its_parent(tmp_path):
+    """As an agent that starts `lab prove`, or a night in the window of a fleet: they would end themselves."""
+    look = "import os; from lab.base.processes import marked; print(len(marked('LAB_TEST_MARK', os.environ['LAB_TEST_MARK'])))"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    env = os.environ | {"LAB_TEST_MARK": str(tmp_path)}
+    for command in ([look], [parent, look]):
+        done = subprocess.run([sys.executable, "-c", *command], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("0\n", "")
+    bystander = subprocess.Popen([sys.executable, "-c", SLEEP], env=env)
+    try:
+        done = subprocess.run([sys.executable, "-c", look], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("1\n", "")
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 def test_without_psutil_a_night_is_refused_in_one_sentence_and_a_lock_of_git_is_kept(monkeypatch, tmp_path):
