@@ -350,7 +350,7 @@ def test_a_tree_that_is_gone_or_on_another_branch_is_named(launched):
 
 def test_one_fleet_command_at_a_time(launched):
     with hold(launched.path / ".lab" / "fleet" / "lock"):
-        one_line(launched.fleet("stop", "nov21"), "another fleet command is at work")
+        one_line(launched.fleet("stop", "nov21"), "another fleet command is running")
         assert launched.fleet("status", "nov21").rc == 0
 
 
@@ -436,7 +436,7 @@ def until(condition, seconds=30):
 
 
 def running(pid):
-    return pid in processes.parents()
+    return processes.is_alive(pid)
 
 
 def test_stop_ends_what_was_launched_and_nothing_else(fleet):

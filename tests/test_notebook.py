@@ -17,6 +17,8 @@ from fakenight import CLOSE, ROOT, FakeNight
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from lab.charts import notebook
+
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 NIGHT = (
     HEADER
@@ -105,10 +107,10 @@ def kernel():
         with client.setup_kernel():
 
             def execute(folder):
-                notebook = nbformat.read(folder / "analysis.ipynb", as_version=4)
-                nbformat.validate(notebook)
+                book = nbformat.read(folder / "analysis.ipynb", as_version=4)
+                nbformat.validate(book)
                 go = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})")
-                client.nb = nbformat.v4.new_notebook(cells=[go, *notebook.cells])
+                client.nb = nbformat.v4.new_notebook(cells=[go, *book.cells])
                 client.reset_execution_trackers()
                 for i, cell in enumerate(client.nb.cells):
                     client.execute_cell(cell, i)
@@ -137,7 +139,8 @@ ALL = ["recorded", *KINDS]
 @pytest.mark.parametrize("kind", ALL)
 def test_every_section_shows_something_and_the_picture_that_is_saved(shown, kind):
     folder, out = shown[kind]
-    assert set(out.text) == {"load", "progress", "hits-table", "effort-table", "memory-picture", "pace-line"}
+    sections = {"load", "progress", "experiments-table", "gains-table", "effort-table", "memory-picture", "pace-line"}
+    assert set(out.text) == sections
     assert out.pictures["progress"] == (folder / "progress.png").read_bytes()
     assert len(out.pictures["progress"]) > 20_000 and out.pictures["memory-picture"].startswith(b"\x89PNG")
 
@@ -152,13 +155,14 @@ def test_a_recorded_night_is_told_with_its_noise_and_its_time(shown):
     ]
     assert lines[3].startswith("best: 0.990000 (row 3, ") and "), 0.010000 = " in lines[3]
     assert lines[4].startswith("noise of one run: σ 0.00")
-    head, row = out.text["hits-table"].splitlines()[1:]
-    assert head.split() == ["row", "commit", "val_bpb", "gain", "in", "σ", "description"]
-    assert row.split()[0] == "3" and row.split()[2:4] == ["0.990000", "0.010000"] and row.endswith("wider")
+    assert out.text["gains-table"].splitlines()[0] == "1 gain over the best before"
+    head, _, row = out.text["gains-table"].splitlines()[1:]
+    assert head.split() == ["commit", "val_bpb", "gain", "in", "σ", "description"]
+    assert row.split()[0] == "3" and row.split()[2:4] == ["0.99", "0.01"] and row.endswith("wider")
     assert out.text["effort-table"].splitlines()[0] == (
         "1 gain, each at the cost of 2.0 experiments and 10 minutes of training; 1 experiment since the last"
     )
-    assert out.text["effort-table"].splitlines()[2].split() == ["3", "2", "10", "0.010000", "wider"]
+    assert out.text["effort-table"].splitlines()[3].split() == ["3", "2", "10", "0.01", "wider"]
     # 7 runs from 0:00 to 1:00; 4 of them of five minutes and 2 of half of that
     assert out.text["pace-line"].strip() == (
         "4.0 experiments an hour: 4 experiments in 7 runs and 1.00 hours, of which 42% was training"
@@ -172,10 +176,11 @@ def test_another_harness_is_read_with_its_own_words_and_what_is_left_out_is_said
         "3 experiments: 1 keep, 2 ok",
         "kept: 1 of 2 after the baseline (50%)",
         "baseline: 1.500000 (row 1, the first that is not a crash)",
-        "best: 1.250000 (row 3, d4), 0.250000 below the baseline",
-        "noise of one run: not known, as runs.jsonl tells of no repeat",
+        "best: 1.250000 (row 3, d4), 0.250000 below the baseline; it is the lowest kept value, as runs.jsonl has no runs "
+        "to estimate from",
+        "noise of one run: not known, because runs.jsonl has no repeated run",
     ]
-    assert out.text["hits-table"].splitlines()[-1].split() == ["3", "d4", "1.250000", "0.250000", "best"]
+    assert out.text["gains-table"].splitlines()[-1].split() == ["3", "d4", "1.25", "0.25", "best"]
     assert "1 gain, each at the cost of 2.0 experiments; 0 experiments since" in out.text["effort-table"]
     assert "not known" in out.text["pace-line"]
 
@@ -184,10 +189,10 @@ def test_a_crash_is_never_the_best_value(shown):
     _, out = shown["a night without runs.jsonl"]
     assert "5 experiments: 3 keep, 1 discard, 1 crash" in out.text["load"]
     assert "best: 0.991000 (row 5, e5f6071), 0.006900 below the baseline" in out.text["load"]
-    rows = [line.split()[:4] for line in out.text["hits-table"].splitlines()[2:]]
-    assert rows == [["2", "b2c3d4e", "0.993200", "0.004700"], ["5", "e5f6071", "0.991000", "0.002200"]]
-    rows = [line.split()[:3] for line in out.text["effort-table"].splitlines()[2:]]
-    assert rows == [["2", "1", "0.004700"], ["5", "3", "0.002200"]]
+    rows = [line.split()[:4] for line in out.text["gains-table"].splitlines()[3:]]
+    assert rows == [["2", "b2c3d4e", "0.9932", "0.0047"], ["5", "e5f6071", "0.9910", "0.0022"]]
+    rows = [line.split()[:3] for line in out.text["effort-table"].splitlines()[3:]]
+    assert rows == [["2", "1", "0.0047"], ["5", "3", "0.0022"]]
 
 
 def test_only_crashes_one_row_and_none_say_so(shown):
@@ -201,13 +206,42 @@ def test_only_crashes_one_row_and_none_say_so(shown):
     for kind in ("empty", "missing"):
         assert shown[kind][1].text["load"].strip() == "0 experiments: results.tsv is missing or empty"
     for kind in ("only crashes", "one row", "empty", "missing"):
-        assert shown[kind][1].text["hits-table"] == "nothing was gained yet"
+        assert shown[kind][1].text["gains-table"].splitlines()[0] == "no experiment has gained anything yet"
+        assert shown[kind][1].text["effort-table"].startswith("no gain yet in ")
 
 
 def test_a_description_is_text_in_the_tables_too(shown):
-    html = shown["a night without runs.jsonl"][1].html["hits-table"]
-    assert "costs $5 and _more_ &quot;quotes&quot; &lt;b onclick=&#x27;x&#x27;&gt;" in html
-    assert "<b" not in html and "mathjax_ignore" in html and html.count("<tr>") == 3
+    for table in ("gains-table", "experiments-table"):
+        html = shown["a night without runs.jsonl"][1].html[table]
+        assert """costs $5 and _more_ "quotes" &lt;b onclick='x'&gt;</td>""" in html
+        assert "<b" not in html and "mathjax_ignore" in html
+        assert html.count("<tr>") == {"gains-table": 3, "experiments-table": 6}[table]  # the names of the index too
+
+
+def test_the_tables_are_data_frames_to_go_on_with(tmp_path, capsys):
+    prepare(tmp_path / "night", NIGHT)
+    night = notebook.load(tmp_path / "night")
+    frame = notebook.experiments(night)
+    assert list(frame.index) == [1, 2, 3, 4, 5] and frame.index.name == "row"
+    assert list(frame.columns) == ["commit", "val_bpb", "best", "memory_gb", "status", "runs", "minutes", "description"]
+    assert frame.val_bpb.dtype == frame.minutes.dtype == float and frame.isna().val_bpb[4]  # a crash has no value
+    assert frame.val_bpb.min() == 0.991 and frame.val_bpb.count() == 4
+    assert list(frame.best) == [0.9979, 0.9932, 0.9932, 0.9932, 0.991]
+    assert frame.groupby("status").size().to_dict() == {"crash": 1, "discard": 1, "keep": 3}
+    assert frame.description[2] == "costs $5 and _more_ \"quotes\" <b onclick='x'>"
+    assert notebook.gains(night).gain.to_dict() == {2: 0.0047, 5: 0.0022}
+    assert notebook.effort(night).experiments.to_dict() == {2: 1, 5: 3}
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["2 gains over the best before",
+                   "2 gains, each at the cost of 2.0 experiments; 0 experiments since the last"]  # fmt: skip
+
+
+def test_a_recorded_night_has_its_runs_in_the_frame_and_an_estimate_of_its_best(tmp_path):
+    recorded(tmp_path / "tree")
+    night = notebook.load(tmp_path / "tree")
+    frame = notebook.experiments(night)
+    assert list(frame.runs) == [3, 2, 1, 1] and list(frame.minutes[:3]) == [15.0, 5.0, 5.0]
+    assert night.by_estimate and "lowest kept value" not in notebook.outcomes(night)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +278,8 @@ def test_in_a_fresh_process_from_the_root_of_a_checkout(tmp_path):
 
 
 def test_it_is_stored_without_outputs_and_only_calls_and_shows():
-    notebook = json.loads(Path(ROOT / "analysis.ipynb").read_text())
-    for cell in notebook["cells"]:
+    book = json.loads(Path(ROOT / "analysis.ipynb").read_text())
+    for cell in book["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
             assert len(cell["source"].splitlines()) <= 7

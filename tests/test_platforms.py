@@ -18,14 +18,15 @@ from test_run import TINY, set_knob
 
 import train
 from frozen import device as devices
+from lab.base import locks
 
 # Runs `python ARGS` in a Python that lacks what Windows' has not. What is imported before that is the libraries' own
 # business: they have their Windows code, which is not to be tried on Linux.
 WINDOWS = """
 import asyncio, ctypes, logging, multiprocessing.connection, os, platform, runpy, shutil, signal, socket, subprocess, sys
-import tempfile, time
+import filelock, psutil, tempfile, time
 if any(arg.endswith("train.py") for arg in sys.argv):
-    import filelock, numpy, requests, tiktoken, torch
+    import numpy, requests, tiktoken, torch
 
 sys.modules["fcntl"] = None
 for module, names in {
@@ -83,6 +84,9 @@ def test_a_night_is_recorded_without_locks_signals_and_links(tmp_path):
     status = night.lab("status")
     assert status.rc == 0 and "row 0002" in status.out and not status.err
     assert json.loads(night.lab("status", "--json").out)["in_progress"] is False
+    with locks.hold(night.path / ".lab" / "lock"):
+        result = night.lab("record", "at the same time", timeout=120)
+    assert result.rc == 1 and "another record is running in this tree" in result.err
 
 
 def test_the_help_of_every_command_is_there(tmp_path):
@@ -235,12 +239,3 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
     monkeypatch.setattr(train.shutil, "which", lambda name: asked.append(name) or name)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
-
-
-def test_processes_are_found_where_there_is_no_proc(monkeypatch):
-    from lab.base import processes
-
-    monkeypatch.setattr(processes, "Path", lambda *parts: Path("/nowhere"))
-    table = "    1     0 Ss\n  200     1 S+\n  201   200 Z\n  202   200 R\n"
-    monkeypatch.setattr(processes.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=table))
-    assert processes.descendants(1) == [200, 202], "what is dead is not there"

@@ -139,7 +139,7 @@ def test_every_experiment_is_drawn_once_and_none_without_a_value_is_a_value(nigh
     inside = {(n, v) for n, v in valued if seen.low <= v <= seen.high}
     assert len(data) + len(edge) == len(night.experiments)
     assert set(map(tuple, data)) == inside
-    crosses = sorted(n for n, y in edge if y == figures.EDGE)
+    crosses = sorted(n for n, y in edge if y == view.EDGE)
     assert crosses == [e.number for e in night.experiments if e.val_bpb is None]
     assert ((edge[:, 1] >= 0) & (edge[:, 1] <= 1)).all()
 
@@ -219,7 +219,7 @@ def test_memory_is_drawn_of_what_has_both(night):
     both = [e for e in night.experiments if e.val_bpb and e.memory_gb]
     assert sum(len(offsets) for offsets, _ in drawn.values()) == len(both)
     if not both:
-        assert [text.get_text() for text in axes.texts] == ["no row has both a value and its memory"]
+        assert [text.get_text() for text in axes.texts] == ["no row has both val_bpb and memory_gb"]
     else:
         assert drawn[view.name_of_kept(list(night.standing))][0][0][0] == night.baseline.memory_gb
 

@@ -284,7 +284,7 @@ def test_terminated_it_leaves_no_training_behind(night):
     second = subprocess.run(
         [sys.executable, "-m", "lab", "prove", a], cwd=night.path, env=env, capture_output=True, text=True
     )
-    assert second.returncode == 1 and "another proof is at work" in second.stderr
+    assert second.returncode == 1 and "another proof is running" in second.stderr
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (75, "lab prove: terminated: the same command goes on\n")

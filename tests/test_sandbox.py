@@ -407,3 +407,11 @@ def test_a_tree_in_home_and_a_cache_in_home(tmp_path, isolated, monkeypatch):
          "compile": f"open('{cache}/compile/x', 'w').write('x')", "home": "sorted(os.listdir(os.path.expanduser('~')))"}
     )  # fmt: skip
     assert found == {"save": "1", "data": "'{}'", "compile": "1", "home": "['.cache', 'autoresearch']"}
+
+
+def test_a_signal_goes_to_the_child_of_the_first_process_and_to_nothing_if_that_has_ended():
+    """Without bubblewrap: a shell is the first process, and has perhaps not started its command yet."""
+    first = subprocess.Popen(["sh", "-c", "sleep 626 & wait $!; echo $?"], stdout=subprocess.PIPE, text=True)
+    sandbox.signal_command(first.pid, signal.SIGTERM)
+    assert first.communicate(timeout=10)[0] == f"{128 + signal.SIGTERM}\n"
+    sandbox.signal_command(first.pid, signal.SIGTERM)  # returns at once

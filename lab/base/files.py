@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def write(path, content):
-    """Replaces the file with `content` (str as UTF-8, or bytes): readers see the old file or the new one, also after a
-    power cut. Raises OSError, and then the old file is untouched."""
+    """Replaces the file with `content` (str as UTF-8, or bytes). Readers see either the old file or the new one, also
+    after a power cut. If it raises OSError, the old file is unchanged."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -15,6 +15,6 @@ def write(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
         raise

@@ -1,5 +1,6 @@
-"""Running git's own command line: with patience for locks, or read-only and guarded against the repository."""
+"""Runs git: waiting for locks, or read-only in a repository that is not trusted."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,7 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from lab.base.errors import Stop, Unfinished
+from lab.base import processes
+from lab.base.errors import Refused, Stop, Unfinished
 
 LOCK_PATIENCE = 5  # seconds that another git command may hold a lock
 
@@ -21,7 +23,8 @@ class GitError(Stop):
 
 def git(path, *args, stdin=None, env=None, raw=False):
     """Runs git in `path` and returns its output: str, or bytes if `raw`. Waits for a lock that another git holds, and
-    removes one that a killed git left behind. Raises GitError with git's own message."""
+    removes one that a killed git left behind. Raises GitError with git's own message, and Unfinished if a running git
+    keeps its lock."""
     env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"} | (env or {})
     data = stdin.encode() if isinstance(stdin, str) else stdin
     deadline = time.monotonic() + LOCK_PATIENCE
@@ -48,10 +51,10 @@ def git(path, *args, stdin=None, env=None, raw=False):
 
 
 def remove_stale(path, lock, patience=LOCK_PATIENCE):
-    """Removes the lock file if it stays the same for `patience` seconds and no running git could hold it. Returns
+    """Removes the lock file if it has not changed for `patience` seconds and no running git could hold it. Returns
     whether it is gone or has been replaced."""
     lock, places = Path(lock), [path]
-    if lock.name not in ("index.lock", "HEAD.lock"):  # of the repository, which other working trees share
+    if lock.name not in ("index.lock", "HEAD.lock"):  # it is of the repository, which other working trees share
         places += worktrees(path)
     deadline, first = time.monotonic() + patience, identity(lock)
     while first == identity(lock) is not None:
@@ -64,6 +67,7 @@ def remove_stale(path, lock, patience=LOCK_PATIENCE):
 
 
 def identity(path):
+    """Changes when the file is replaced or written; None if there is no such file."""
     try:
         stat = path.stat()
     except OSError:
@@ -72,32 +76,32 @@ def identity(path):
 
 
 def git_is_running(path):
-    """Whether a git process runs below `path`; True if that cannot be told."""
-    if not os.path.isdir("/proc/self"):
+    """Whether a git process of this user runs in `path` or below it; True if psutil is not installed to find out."""
+    try:
+        psutil = processes.psutil()
+    except Refused:
         return True
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if Path("/proc", pid, "comm").read_text().startswith("git"):
-                if Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(Path(path).resolve()):
-                    return True
-        except OSError:  # it has ended, or is another user's
-            continue
+    top = Path(path).resolve()
+    for p in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended, or belongs to another user
+            if p.name().startswith("git") and Path(p.cwd()).is_relative_to(top):
+                return True
     return False
 
 
 # ---------------------------------------------------------------------------------------------------
 # Reading a repository that is not trusted
 
-# An agent can write .git/config: everything that it could start (a hook, a pager, gpg, a fetch of missing objects) is
-# switched off.
+# An agent can write .git/config. So everything that this file could make git start is switched off: hooks, a pager,
+# gpg, a fetch of missing objects.
 OFF = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "log.showSignature=false", "protocol.allow=never"]
 QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1",
          "GIT_PAGER": "cat", "LC_ALL": "C"}  # fmt: skip
 
 
 def read_only(path, *args, limit=1 << 20, seconds=5):
-    """What git prints, at most `limit` bytes, decoded; None if it fails or takes longer than `seconds`. It prompts for
-    nothing, starts no other program, and takes no lock."""
+    """Runs git without prompts, locks or other programs. Returns the first `limit` bytes that it prints, decoded; None if
+    it fails or takes longer than `seconds`."""
     command = ["git", "--no-pager", *(part for setting in OFF for part in ("-c", setting)), *args]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
@@ -125,6 +129,6 @@ def kill_group(process):
 
 
 def worktrees(path):
-    """Paths of all working trees of the repository at `path`, the existing and the missing ones; [] if git fails."""
+    """Paths of all working trees of the repository at `path`, including those that no longer exist; [] if git fails."""
     listed = read_only(path, "worktree", "list", "--porcelain") or ""
     return [Path(line[9:]) for line in listed.splitlines() if line.startswith("worktree ")]

@@ -1,71 +1,77 @@
-"""Locks that the system lets go of when their holder dies. Where Python has no fcntl (Windows) there are none:
-two records at once, and a record during a run, are then the caller's to avoid."""
+"""Locks on files and folders, which the system releases when their holder dies.
+
+hold() is for one command at a time in a folder; filelock makes it work on Windows too. A run locks the folder of its
+train.py itself (prepare.py, with flock: not on Windows), and is_held only looks.
+"""
 
 import contextlib
+import errno
 import os
-import time
 
 try:
     import fcntl
-except ImportError:
+except ImportError:  # Windows
     fcntl = None
 
 from lab.base.errors import Refused
 
 PATIENCE = 20  # seconds that another record may take
+LOOKING = 0.5  # seconds to wait for a lock that nobody should hold: is_held takes it for a moment
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # from a file system without
 
 
-def take(f, patience=0.5):
-    """Locks the open file until it is closed. False where another process holds it all the while (the patience, in
-    seconds, is for those that only look); True, without a lock, on a file system that has none."""
-    deadline = time.monotonic() + patience
-    while fcntl:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        except OSError:
-            break
-    return True
+@contextlib.contextmanager
+def hold(path, patience=LOOKING):
+    """Holds the lock file at `path`, which stays there; yields whether that worked within `patience` seconds. On a file
+    system without locks it yields True. Raises OSError if the file cannot be opened."""
+    from filelock import FileLock, Timeout  # 0.07 s, which commands that only look are spared
 
-
-def is_held(path):
-    """Whether a process holds the lock file at `path`."""
+    lock = FileLock(path, fallback_to_soft=False)  # the other kind of lock would outlive a holder that was killed
     try:
-        with open(path, "rb") as f:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # there is no such file, it is another user's, or the file system has no locks
-        return False
+        lock.acquire(timeout=patience)
+        held = True
+    except Timeout:
+        held = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        held = True
+    try:
+        yield held
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def one_at_a_time(folder, what="record", patience=PATIENCE):
-    """Holds folder/lock: one record a tree, one change of the fleets a checkout."""
+    """Holds folder/lock. Raises Refused if another process still holds it after `patience` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as f:
-        if not take(f, patience):
-            raise Refused(f"another {what} is at work in this tree: wait for it to end")
+    with hold(folder / "lock", patience) as held:
+        if not held:
+            raise Refused(f"another {what} is running in this tree: wait for it to end")
         yield
 
 
-def run_in_progress(top):
-    """Whether a run goes on in this tree: it holds a lock on the directory of its train.py."""
+def is_held(path):
+    """Whether a process holds the lock of this file or folder. False on Windows, on a file system without locks, and if
+    the path does not exist or cannot be opened."""
     if not fcntl:
         return False
-    fd = os.open(top, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those that look do not see each other
         return False
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks: no run can hold one there
+    except OSError:
         return False
     finally:
         os.close(fd)
+
+
+def run_in_progress(top):
+    """Whether a run is in progress in this tree: it holds a lock on the folder of its train.py."""
+    return is_held(top)

@@ -1,88 +1,93 @@
-"""What a process started, found and ended: for the helpers that must leave nothing running behind them."""
+"""Finds and ends what a process has started, so that a command leaves nothing running behind it.
 
+psutil reads the process table of Linux, macOS and Windows. It is imported when it is first needed: record and status
+do not need it.
+"""
+
+import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+
+from lab.base.errors import Refused
 
 PATIENCE = 20  # seconds between SIGTERM and SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
+def psutil():
+    """The module psutil. Raises Refused if it is not installed."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        raise Refused("psutil is not installed, and processes cannot be found without it: run `uv sync`") from None
+    return psutil
+
+
 def adopt_orphans():
-    """Makes this process the parent of what its descendants leave behind, in whatever session (Linux). A
-    training that an agent started in the background stays in reach after the agent died."""
+    """Makes this process the parent of what its descendants leave behind, in any session (Linux). A training that an
+    agent started in the background can then still be found after the agent has died."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def parents():
-    """{process id: parent's process id} of all that runs here; not of the dead whom nobody has collected yet."""
-    table = {}
-    if Path("/proc/self/stat").exists():
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                fields = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # ended meanwhile
-                continue
-            if fields[0] != "Z":
-                table[int(pid)] = int(fields[1])
-    else:
-        lines = subprocess.run(["ps", "-Ao", "pid=,ppid=,stat="], capture_output=True, text=True).stdout.splitlines()
-        table = {int(pid): int(parent) for pid, parent, state in map(str.split, lines) if state[0] != "Z"}
-    return table
+def is_alive(pid):
+    """Whether the process runs; False for a zombie."""
+    try:
+        return psutil().Process(pid).status() != psutil().STATUS_ZOMBIE
+    except psutil().NoSuchProcess:
+        return False
+
+
+def children(pid, recursive=False):
+    """Ids of the processes whose parent is `pid`, or of all below it, parents first; without zombies."""
+    try:
+        found = psutil().Process(pid).children(recursive)
+    except psutil().NoSuchProcess:
+        return []
+    return [p.pid for p in found if is_alive(p.pid)]
 
 
 def descendants(pid):
-    """All processes below `pid`, parents before their children."""
-    table, found = parents(), [pid]
-    for ancestor in found:  # grows while it is walked
-        found += [child for child, parent in table.items() if parent == ancestor]
-    return found[1:]
+    """Ids of all processes below `pid`, parents before their children; without zombies."""
+    return children(pid, recursive=True)
 
 
 def send(number, pids):
+    """Sends the signal to each of the processes that still exists."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def reap():
-    """Collects this process's children that have ended; what still runs below it."""
+    """Collects the exit statuses of this process's children that have ended. Returns what still runs below it."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:  # there are none
+    except ChildProcessError:  # it has no children
         pass
     return descendants(os.getpid())
 
 
 def marked(name, value):
-    """Processes of this user whose environment says name=value, but for this one and those that it descends
-    from. [] where there is no /proc."""
-    line, table, found = f"\0{name}={value}\0".encode(errors="surrogateescape"), parents(), []
-    own, above = set(), os.getpid()
-    while above and above not in own:
-        own.add(above)
-        above = table.get(above)
-    for pid in table.keys() - own:
-        try:
-            place = Path("/proc", str(pid), "environ")
-            if place.stat().st_uid == os.geteuid() and line in b"\0" + place.read_bytes() + b"\0":
-                found.append(pid)
-        except OSError:  # ended meanwhile, or not ours to look at
-            continue
+    """Ids of this user's processes that have name=value in their environment, without this process and its ancestors.
+    macOS hides the environment of its own programs, /bin/sh among them: those are not found there."""
+    own = psutil().Process()
+    skipped, user, found = {own.pid, *(p.pid for p in own.parents())}, own.username(), []
+    for p in psutil().process_iter():
+        with contextlib.suppress(psutil().Error, OSError):  # it has ended, or belongs to another user
+            if p.pid not in skipped and p.environ().get(name) == value and p.username() == user:
+                found.append(p.pid)
     return sorted(found)
 
 
 def end(find, patience=PATIENCE):
-    """Ends what find() finds, until it finds nothing: SIGTERM to each, once, so that a training can say
-    "preempted" (to those too that were just being started), then SIGKILL. Returns how many had to be killed."""
+    """Ends the processes that find() returns, until it returns none. Each gets SIGTERM once, so that a training can
+    print "preempted", also one that was just being started; after `patience` seconds SIGKILL. Returns how many had
+    to be killed."""
     deadline, asked, killed = time.monotonic() + patience, set(), set()
     while left := set(find()):
         send(signal.SIGTERM, left - asked)
@@ -95,5 +100,5 @@ def end(find, patience=PATIENCE):
 
 
 def end_descendants(patience=PATIENCE):
-    """Ends all that this process started."""
+    """Ends all that this process has started."""
     return end(reap, patience)

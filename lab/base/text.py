@@ -1,16 +1,16 @@
-"""Text for a terminal, a table or a page: made safe to show, shortened, aligned in columns."""
+"""Makes text safe to print on a terminal or a page, shortens it, and aligns it in columns."""
 
 import re
 import unicodedata
 
 ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")  # colours, cursor moves, titles
 BLANK = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # controls that separate words or lines
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reverse the text that follows
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the direction of the text that follows
 
 
 def printable(text, keep=""):
-    """The text without control characters, direction overrides and lone surrogates (which no encoding holds). A
-    control that separates words becomes a space, unless it is one of `keep`."""
+    """The text without control characters, direction overrides and lone surrogates (which UTF-8 cannot encode). Control
+    characters that separate words become spaces. Those in `keep` stay."""
 
     def shown(c):
         if c in keep:
@@ -28,15 +28,15 @@ def without_colours(text):
 
 
 def one_line(text, limit):
-    """The text on one line of at most `limit` characters, without double quotes (many readers of .tsv give them a
-    meaning)."""
+    """The text on one line of at most `limit` characters, without double quotes (many readers of .tsv interpret
+    them)."""
     text = " ".join(printable(text).replace('"', "'").split())
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
 def aligned(rows, left=()):
-    """The rows (lists of str, equally long) as lines with aligned columns, two spaces apart. Columns are right-aligned
-    except those in `left`; the last one is left as it is."""
+    """The rows (lists of str, of equal length) as lines with aligned columns, two spaces apart. Columns are right-aligned,
+    except those whose index is in `left`; the last one is not padded."""
     if not rows:
         return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]

@@ -1,4 +1,4 @@
-"""The pictures of a night, drawn by matplotlib: progress(night), memory(night); png(figure) makes bytes of one."""
+"""Draws a night with matplotlib: progress(night) and memory(night) return figures, png(figure) returns the bytes."""
 
 import io
 import math
@@ -14,19 +14,25 @@ from matplotlib.ticker import MaxNLocator
 from lab.charts import label_placement, view
 
 KEPT, OTHER, MISSING, INK = "#0072b2", "#8b9099", "#d55e00", "#22262b"
-LABEL = 44  # characters of a description beside its point
-MOST = 40  # labels that are tried
-EDGE = 0.02  # where crosses stand: this part of the height above the lower edge
+LABEL = 44  # characters of a description beside its point: about a quarter of the picture's width
+MOST = 40  # labels that are tried, most important first: placing takes time, and few more would find room
+LARGE, SMALL = 34, 14  # points²: area of a disc in a chart with up to view.MANY experiments, and with more
+FRAME = 4, 24, 2, 22  # pixels at left, bottom, right, top that labels leave free: crosses and triangles are there
+LEADER = 25  # pixels from a point to its label, beyond which a line is drawn between them
+# Triangles for values outside the view: their height as a fraction of the axes (the lower ones are above the crosses),
+# and the fraction of the width that a value written beside one needs.
+ABOVE, BELOW, ROOM_FOR_VALUE = 0.985, 0.07, 0.07
 
 
 @cache
 def drawable():
-    """The characters that matplotlib's own font has."""
+    """The code points that matplotlib's own font has."""
     return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
 
 
 def shortened(text):
-    """What a label has room for, cut after a word where one ends in its second half."""
+    """At most LABEL characters of the text, cut between words if that keeps half of them. A character that the font does
+    not have becomes □."""
     text = "".join(c if ord(c) in drawable() else "□" for c in text[: LABEL + 1])
     if len(text) <= LABEL:
         return text
@@ -35,14 +41,14 @@ def shortened(text):
 
 
 def png(figure):
-    """The picture as bytes."""
+    """The figure as the bytes of a PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
 
 
 def blank(width, height, title):
-    """(figure, axes); no window, no state that outlives them."""
+    """(figure, axes) of width x height inches; without pyplot, which would keep the figure in memory."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -57,12 +63,13 @@ def blank(width, height, title):
 
 
 def say(axes, sentence):
+    """Writes the sentence in the middle of empty axes."""
     axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", fontsize=13, color=OTHER)
 
 
 def scatter(axes, seen, x):
-    """Draws kept and other experiments at x(experiment); beyond the view, a triangle on its edge."""
-    size = 34 if len(seen.kept) + len(seen.others) <= 300 else 14
+    """Draws kept and other experiments at x(experiment). One that is outside the view is a triangle at its edge."""
+    size = LARGE if len(seen.kept) + len(seen.others) <= view.MANY else SMALL
     styles = [
         ("not kept", seen.others, {"s": 0.8 * size, "color": OTHER, "alpha": 0.5, "linewidths": 0, "zorder": 2.5}),
         (
@@ -76,14 +83,14 @@ def scatter(axes, seen, x):
             axes.scatter([x(e) for e in near], [e.val_bpb for e in near], label=f"{name} ({len(experiments)})", **style)
     far = seen.beyond(seen.kept + seen.others)
     for name, height, marker, out in [
-        ("above the view", 0.985, "^", [e for e in far if e.val_bpb > seen.high]),
-        ("below the view", 0.07, "v", [e for e in far if e.val_bpb < seen.low]),
+        ("above the view", ABOVE, "^", [e for e in far if e.val_bpb > seen.high]),
+        ("below the view", BELOW, "v", [e for e in far if e.val_bpb < seen.low]),
     ]:
         if not out:
             continue
         axes.scatter([x(e) for e in out], [height] * len(out), s=1.3 * size, color=OTHER, marker=marker, zorder=4,
                      transform=axes.get_xaxis_transform(), clip_on=False, label=f"{name} ({len(out)})")  # fmt: skip
-        room = 0.07 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+        room = ROOM_FOR_VALUE * (axes.get_xlim()[1] - axes.get_xlim()[0])
         for e, after in zip(out, [*map(x, out[1:]), axes.get_xlim()[1]], strict=True):
             if after - x(e) > room:
                 axes.annotate(f"{e.val_bpb:.4g}", (x(e), height), xycoords=axes.get_xaxis_transform(), xytext=(7, -3),
@@ -92,7 +99,7 @@ def scatter(axes, seen, x):
 
 
 def write_legend(axes):
-    """One line above the axes; the important first."""
+    """Writes the legend on one line above the axes, the most important entry first."""
     order = ["kept", "kept,", "baseline", "best", "±σ", "not", "crashed", "above", "below"]
     entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda e: order.index(e[1].split()[0]))
     if entries:
@@ -102,11 +109,11 @@ def write_legend(axes):
 
 
 def write_labels(axes, experiments, x, bold, line, soft):
-    """The descriptions of the experiments, the most important first, where there is room.
+    """Writes the descriptions of the experiments, most important first, beside their points if there is room.
 
-    bold: the experiment whose label stands out; line, soft: (n, 2) of data that labels must not, or had better not,
-    cover."""
-    axes.figure.draw_without_rendering()  # now the layout is settled, and pixels are what they will be
+    bold: the experiment whose label is bold; line: (n, 2), points in data coordinates that no label may cover;
+    soft: (n, 2), points that labels should rather not cover."""
+    axes.figure.draw_without_rendering()  # fixes the layout: pixel coordinates do not change after this
     axes.figure.set_layout_engine("none")
     texts = [
         axes.text(0, 0, shortened(e.description) or e.commit, fontsize=9, color=INK, parse_math=False, zorder=6,
@@ -119,7 +126,7 @@ def write_labels(axes, experiments, x, bold, line, soft):
     area, pixels = axes.get_window_extent(), axes.transData.transform
     found = label_placement.place(
         points, [(box.width, box.height) for box in boxes],
-        (area.x0 + 4, area.y0 + 24, area.x1 - 2, area.y1 - 22),
+        (area.x0 + FRAME[0], area.y0 + FRAME[1], area.x1 - FRAME[2], area.y1 - FRAME[3]),
         np.concatenate([points, pixels(line)]) if len(line) else points,
         pixels(soft) if len(soft) else np.empty((0, 2)),
     )  # fmt: skip
@@ -130,12 +137,12 @@ def write_labels(axes, experiments, x, bold, line, soft):
             continue
         text.set_position(back(box[:2]))
         path = label_placement.leader(point, box, 2)
-        if math.dist(*path) > 25:
+        if math.dist(*path) > LEADER:
             axes.plot(*back(path).T, color=INK, linewidth=0.6, alpha=0.45, zorder=3)
 
 
 def important(night, experiments):
-    """The experiments by what their labels are worth: the best, the baseline, then by gain."""
+    """The first MOST of the experiments by the importance of their labels: best and baseline, then by gain."""
     gains = {e.number: gain for e, gain in night.gains()}
     first = (night.best, night.baseline)
     order = sorted(experiments, key=lambda e: (e not in first, -gains.get(e.number, 0)))
@@ -143,7 +150,7 @@ def important(night, experiments):
 
 
 def steps(night, seen):
-    """(n, 2): points along the running best, close enough that no label slips between them."""
+    """(n, 2): points along the line of the running best, so dense that no label fits between two of them."""
     best = night.running_best()
     made = []
     for e, before, now in zip(night.experiments, [None, *best[:-1]], best, strict=True):
@@ -155,7 +162,7 @@ def steps(night, seen):
 
 
 def progress(night):
-    """Every experiment in order."""
+    """Figure of val_bpb against the number of the experiment."""
     figure, axes = blank(12, 6.75, view.title(night))
     seen, n = view.view(night), len(night.experiments)
     axes.set_xlim(0.3, max(n, 4) + 0.7)
@@ -174,7 +181,7 @@ def progress(night):
         axes.step([*range(1, n + 1), n + 0.5], [*best, best[-1]], where="post", color=KEPT, linewidth=1.6, alpha=0.75,
                   zorder=3, label="best so far")  # fmt: skip
     if seen.missing:
-        axes.scatter([e.number for e in seen.missing], [EDGE] * len(seen.missing), s=30, color=MISSING, marker="x",
+        axes.scatter([e.number for e in seen.missing], [view.EDGE] * len(seen.missing), s=30, color=MISSING, marker="x",
                      linewidths=1.4, transform=axes.get_xaxis_transform(), zorder=4,
                      label=f"{view.name_of_missing(seen.missing)} ({len(seen.missing)})")  # fmt: skip
     write_legend(axes)
@@ -185,7 +192,7 @@ def progress(night):
 
 
 def memory(night):
-    """Memory against val_bpb, of what has both."""
+    """Figure of val_bpb against memory, of the experiments that have both."""
     figure, axes = blank(8, 5, "Memory against val_bpb")
     axes.set_xlabel("memory (GB)", fontsize=11, color=INK)
     seen = view.view(night)
@@ -193,7 +200,7 @@ def memory(night):
     if not seen.kept and not seen.others:
         axes.set_xticks([])
         axes.set_yticks([])
-        say(axes, "no row has both a value and its memory")
+        say(axes, "no row has both val_bpb and memory_gb")
         return figure
     known = [e.memory_gb for e in seen.kept + seen.others]
     margin = 0.06 * (max(known) - min(known)) or 0.05 * max(known)

@@ -1,59 +1,47 @@
-"""What analysis.ipynb says of a night: sentences and tables. The numbers come from lab.analysis.history."""
+"""Sentences and tables of a night for analysis.ipynb. The tables are pandas DataFrames, to go on with in other cells.
 
-import html
-import os
+The numbers come from lab.analysis.history.
+"""
+
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
+
 from lab.analysis.history import read_night
+from lab.base import files
 from lab.base.errors import Stop, os_reason
 from lab.charts import figures, view
 from lab.store import results_tsv
 
-HITS = 15  # rows of the table of gains
-NOTES = 10  # lines that could not be read, of which each is told
+LARGEST = 15  # gains in the table: as many as fit on a page
+ROWS = 200  # of a longer table pandas shows the first and the last; a night has about 100 experiments
+NOTES = 10  # lines of a broken file that are named one by one
 
 
 class InNotebook(Stop):
-    """A failure that a notebook shows as its sentence, without a trace."""
+    """A failure that a notebook shows as one sentence, without a traceback."""
 
-    def _render_traceback_(self):  # IPython asks for this
+    def _render_traceback_(self):  # IPython calls this
         return [str(self)]
 
 
-class Table:
-    """Rows of text, as HTML in a notebook and in columns elsewhere. Everything in them is plain text."""
-
-    def __init__(self, caption, columns, rows):
-        self.caption, self.columns, self.rows = caption, columns, [[str(cell) for cell in row] for row in rows]
-
-    def __repr__(self):
-        lines = [self.columns, *self.rows] if self.rows else []
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        told = [
-            "  ".join(c.rjust(w) for c, w in zip(line[:-1], widths, strict=False)) + f"  {line[-1]}" for line in lines
-        ]
-        return "\n".join([self.caption, *told])
-
-    def _repr_html_(self):
-        def row(tag, cells):
-            left = ["right"] * (len(cells) - 1) + ["left"]
-            told = zip(cells, left, strict=True)
-            return (
-                "<tr>" + "".join(f'<{tag} style="text-align:{a}">{html.escape(c)}</{tag}>' for c, a in told) + "</tr>"
-            )
-
-        caption = f"<p>{html.escape(self.caption)}</p>"
-        if not self.rows:
-            return caption
-        lines = [row("th", self.columns), *(row("td", cells) for cells in self.rows)]
-        # The class tells a notebook's MathJax that a $ in a description is a dollar.
-        return f'<div class="tex2jax_ignore mathjax_ignore">{caption}<table>{"".join(lines)}</table></div>'
+def plain_tables():
+    """Makes pandas show descriptions as they are: without TeX between two $, and not cut after 50 characters. HTML is
+    escaped by default."""
+    pd.set_option("display.html.use_mathjax", False)
+    pd.set_option("display.max_colwidth", None)
+    pd.set_option("display.max_rows", ROWS)
+    pd.set_option("display.width", None)
+    pd.set_option("display.max_columns", None)
+    pd.set_option("display.expand_frame_repr", False)
 
 
 def load(tree="."):
-    """The Night of the tree. Prints what could not be read; a file that is no results.tsv ends the notebook."""
+    """The Night of the tree. Prints which lines could not be read. A file that is not a results.tsv ends the notebook
+    with one sentence."""
+    plain_tables()
     try:
         night = read_night(Path(tree))
     except Stop as stop:
@@ -65,14 +53,11 @@ def load(tree="."):
 
 
 def save(figure, path):
-    """Writes the picture to the path, whole or not at all; its bytes, to be shown."""
-    path, picture = Path(path), figures.png(figure)
-    beside = path.with_name(f"{path.name}.tmp")
+    """Writes the figure to the path as PNG, whole or not at all. Returns its bytes, to be shown."""
+    picture = figures.png(figure)
     try:
-        beside.write_bytes(picture)
-        os.replace(beside, path)
+        files.write(path, picture)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InNotebook(f"{path} is not written: {os_reason(error)}") from None
     return picture
 
@@ -81,84 +66,102 @@ def plural(n, what):
     return f"{n} {what}{'s' * (n != 1)}"
 
 
+def table(rows, columns):
+    """The rows (dicts) as a DataFrame with these columns, indexed by the row number in results.tsv."""
+    return pd.DataFrame(rows, columns=["row", *columns]).set_index("row")
+
+
 # ---------------------------------------------------------------------------------------------------
 # The sections of the notebook
 
 
 def outcomes(night):
-    """Counts, keep rate, baseline and best."""
+    """Counts, fraction of kept experiments, baseline and best."""
     counts = Counter(e.status.lower() or "no status" for e in night.experiments)
     order = [*(s for s in results_tsv.STATUSES if s in counts), *sorted(counts.keys() - set(results_tsv.STATUSES))]
-    told = ", ".join(f"{counts[s]} {s}" for s in order)
-    lines = [f"{plural(len(night.experiments), 'experiment')}: {told or 'results.tsv is missing or empty'}"]
+    each = ", ".join(f"{counts[s]} {s}" for s in order)
+    lines = [f"{plural(len(night.experiments), 'experiment')}: {each or 'results.tsv is missing or empty'}"]
     tried = [e for e in night.experiments if e is not night.baseline]
     if tried:
         kept = sum(e.kept for e in tried)
         lines.append(f"kept: {kept} of {len(tried)} after the baseline ({kept / len(tried):.0%})")
     if base := night.baseline:
-        lines.append(f"baseline: {base.val_bpb:.6f} (row {base.number}, the first that is not a crash)")
         best, sigma = night.best, night.sigma
         gain = base.val_bpb - best.val_bpb
         in_sigma = f" = {gain / sigma:.1f}σ" if sigma else ""
-        lines.append(
-            f"best: {best.val_bpb:.6f} (row {best.number}, {best.commit}), {gain:.6f}{in_sigma} below the baseline"
-        )
-        lines.append(
-            f"noise of one run: {f'σ {sigma:.6f}' if sigma else 'not known, as runs.jsonl tells of no repeat'}"
-        )
+        noise = f"σ {sigma:.6f}" if sigma else "not known, because runs.jsonl has no repeated run"
+        how = "" if night.by_estimate else "; it is the lowest kept value, as runs.jsonl has no runs to estimate from"
+        lines += [
+            f"baseline: {base.val_bpb:.6f} (row {base.number}, the first that is not a crash)",
+            f"best: {best.val_bpb:.6f} (row {best.number}, {best.commit}), {gain:.6f}{in_sigma} below the baseline{how}",
+            f"noise of one run: {noise}",
+        ]
     elif night.experiments:
         lines.append(view.NOTHING)
     return "\n".join(lines)
 
 
-def hits(night):
-    """The largest gains over the best before them."""
-    found = sorted((pair for pair in night.gains() if pair[1] > 0), key=lambda pair: -pair[1])
-    columns = ["row", "commit", "val_bpb", "gain", *(["in σ"] if night.sigma else []), "description"]
+def experiments(night):
+    """DataFrame of all experiments. val_bpb is NaN for a crash; minutes are of training, over all runs of the commit;
+    runs and minutes are from runs.jsonl."""
     rows = [
-        [e.number, e.commit, f"{e.val_bpb:.6f}", f"{gain:.6f}",
-         *([f"{gain / night.sigma:.1f}"] if night.sigma else []), e.description]
-        for e, gain in found[:HITS]
+        {"row": e.number, "commit": e.commit, "val_bpb": e.val_bpb, "best": best, "memory_gb": e.memory_gb,
+         "status": e.status, "runs": len(e.runs), "minutes": e.training_minutes, "description": e.description}
+        for e, best in zip(night.experiments, night.running_best(), strict=True)
     ]  # fmt: skip
-    which = f"the {HITS} largest of {len(found)} gains" if len(found) > HITS else plural(len(found), "gain")
-    return Table(f"{which} over the best before" if found else "nothing was gained yet", columns, rows)
+    columns = ["commit", "val_bpb", "best", "memory_gb", "status", "runs", "minutes", "description"]
+    numbers = {"val_bpb": float, "best": float, "memory_gb": float, "runs": int, "minutes": float}
+    return table(rows, columns).astype(numbers).round({"minutes": 1})
+
+
+def gains(night):
+    """DataFrame of the largest gains over the best before them; prints how many there are."""
+    found = sorted((pair for pair in night.gains() if pair[1] > 0), key=lambda pair: -pair[1])
+    columns = ["commit", "val_bpb", "gain", *(["in σ"] if night.sigma else []), "description"]
+    rows = [
+        {"row": e.number, "commit": e.commit, "val_bpb": e.val_bpb, "gain": round(gain, 6),
+         "in σ": round(gain / night.sigma, 1) if night.sigma else None, "description": e.description}
+        for e, gain in found[:LARGEST]
+    ]  # fmt: skip
+    which = f"the {LARGEST} largest of {len(found)} gains" if len(found) > LARGEST else plural(len(found), "gain")
+    print(f"{which} over the best before" if found else "no experiment has gained anything yet")
+    return table(rows, columns)
 
 
 def effort(night):
-    """What each gain cost: experiments since the gain before it, its own included, and their minutes of training."""
-    gains = {e.number: gain for e, gain in night.gains() if gain > 0}
+    """DataFrame of what each gain cost: the experiments since the gain before it, including its own, and their minutes
+    of training. Prints the mean."""
+    found = {e.number: gain for e, gain in night.gains() if gain > 0}
     timed = any(e.runs for e in night.experiments)
-    rows, since, total = [], [], []
+    rows, since = [], []
     for e in night.experiments:
         if e is night.baseline:
             since = []
             continue
         since.append(e)
-        if e.number in gains:
+        if e.number in found:
             minutes = sum(s.training_minutes or 0 for s in since)
-            rows.append([e.number, len(since), *([f"{minutes:.0f}"] if timed else []), f"{gains[e.number]:.6f}",
-                         e.description])  # fmt: skip
-            total, since = [*total, *since], []
-    caption = "nothing was gained yet"
-    if rows:
-        minutes = sum(s.training_minutes or 0 for s in total) / len(rows)
-        each = f"{len(total) / len(rows):.1f} experiments" + (
-            f" and {minutes:.0f} minutes of training" if timed else ""
-        )
-        caption = f"{plural(len(rows), 'gain')}, each at the cost of {each}"
-    after = (
-        f"; {plural(len(since), 'experiment')} since the last" if rows else f" in {plural(len(since), 'experiment')}"
-    )
-    return Table(caption + after, ["row", "experiments", *(["minutes"] if timed else []), "gain", "description"], rows)
+            rows.append({"row": e.number, "experiments": len(since), "minutes": round(minutes),
+                         "gain": round(found[e.number], 6), "description": e.description})  # fmt: skip
+            since = []
+    made = table(rows, ["experiments", *(["minutes"] if timed else []), "gain", "description"])
+    after = plural(len(since), "experiment")
+    if not rows:
+        print(f"no gain yet in {after}")
+        return made
+    minutes = f" and {made['minutes'].mean():.0f} minutes of training" if timed else ""
+    print(f"{plural(len(rows), 'gain')}, each at the cost of {made['experiments'].mean():.1f} experiments{minutes}; "
+          f"{after} since the last")  # fmt: skip
+    return made
 
 
 def pace(night):
-    """Experiments and runs an hour, and how much of the time was training."""
+    """Experiments and runs an hour, and the fraction of the time that was training."""
     runs = [r for e in night.experiments for r in e.runs]
     times = [datetime.fromisoformat(r[key]) for r in runs for key in ("start", "end") if r[key]]
     hours = (max(times) - min(times)).total_seconds() / 3600 if times else 0
     if not hours:
-        return "experiments an hour: not known, as runs.jsonl tells of no run of theirs"
+        return "experiments an hour: not known, because runs.jsonl has no times of their runs"
     ran = sum(bool(e.runs) for e in night.experiments)
     training = sum(e.training_minutes or 0 for e in night.experiments) / 60
     return (

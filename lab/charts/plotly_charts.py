@@ -1,17 +1,20 @@
-"""The dashboard's charts: dictionaries with data and layout, for plotly's script in a page."""
+"""The dashboard's chart: a dictionary with data and layout, which plotly's script draws in the page."""
 
 import html
 
-from lab.charts.view import NOTHING, band, name_of_kept, name_of_missing, view
+from lab.charts.view import EDGE, MANY, NOTHING, band, name_of_kept, name_of_missing, view
 
-WIDTH, LONGEST = 60, 240  # characters per line, and in all of a description
-# Colours on a page that may be light or dark: contrast at least 3 against white and against near black.
+WIDTH, LONGEST = 60, 240  # characters of a description in a hover box: per line, and in all
+# The page may be light or dark: these colours have a contrast of at least 3 against white and against near black.
 KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
 RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
+SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
+KEPT_LARGER = 4  # pixels: by so much a kept one is larger
+
 
 def escaped(text):
-    """The text as plotly shows it letter by letter: it takes <b> and &lt; in texts for markup. Broken into lines."""
+    """The text in lines of WIDTH, escaped: plotly would interpret <b> and &lt; as markup."""
     text = text if len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "…"
     lines = [""]
     for word in text.split():
@@ -25,7 +28,7 @@ def escaped(text):
 
 
 def points(name, experiments, xs, ys, marker, **more):
-    """A trace; customdata of each point: row number, commit, val_bpb as text, status."""
+    """A trace of plotly. customdata of each point: row number, commit, val_bpb as text, status."""
     return {
         "type": "scatter", "mode": "markers", "name": f"{name} ({len(experiments)})", "x": xs, "y": ys,
         "text": [escaped(e.description) for e in experiments],
@@ -38,12 +41,13 @@ def points(name, experiments, xs, ys, marker, **more):
 
 
 def traces(night, x):
-    """The traces of kept and other experiments at x(experiment); beyond the view, a triangle on its edge."""
+    """The traces of other and kept experiments at x(experiment). One that is outside the view is a triangle at its
+    edge."""
     seen = view(night)
-    size = 5 if len(seen.kept) + len(seen.others) > 300 else 7
+    size = SMALL if len(seen.kept) + len(seen.others) > MANY else LARGE
     styles = [
         ("not kept", seen.others, {"color": OTHER, "opacity": 0.6, "size": size}),
-        (name_of_kept(seen.kept), seen.kept, {"color": KEPT, "size": size + 4, "line": RIM}),
+        (name_of_kept(seen.kept), seen.kept, {"color": KEPT, "size": size + KEPT_LARGER, "line": RIM}),
     ]
     made = []
     for name, experiments, marker in styles:
@@ -57,12 +61,13 @@ def traces(night, x):
 
 
 def layout(night, x_title):
+    """plotly's layout, with axes for the view of the night."""
     seen = view(night)
-    room = 0.03 * (seen.high - seen.low)  # a triangle on the edge is seen whole
+    room = 0.03 * (seen.high - seen.low)  # so that a triangle at the edge is not cut off
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
     made = {
         "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": TEXT, "size": 13}, "hovermode": "closest",
-        "margin": {"l": 70, "r": 20, "t": 40, "b": 55}, "uirevision": "night",  # a refresh leaves the zoom alone
+        "margin": {"l": 70, "r": 20, "t": 40, "b": 55}, "uirevision": "night",  # keeps the zoom when the data is refreshed
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "bgcolor": "#22262b", "font": {"color": "#f4f5f7"}},
         "modebar": {"bgcolor": CLEAR, "color": TEXT},
@@ -78,8 +83,8 @@ def layout(night, x_title):
 
 
 def progress(night):
-    """{"data": [...], "layout": {...}} of every experiment in order: traces named after what they hold, in the order
-    ±σ, best so far, not kept, kept, crashed; each there although it be empty."""
+    """{"data": [...], "layout": {...}} of every experiment in order. The traces are ±σ, best so far, not kept, kept,
+    crashed, in this order and with these names; a trace without points is there too."""
     xs, ys = band(night)
     numbers, seen = [e.number for e in night.experiments], view(night)
     silent = {"type": "scatter", "mode": "lines", "hoverinfo": "skip"}
@@ -96,7 +101,7 @@ def progress(night):
             others,
             kept,
             points(name_of_missing(seen.missing), seen.missing, [e.number for e in seen.missing],
-                   [0.02] * len(seen.missing), crossed, yaxis="y2"),
+                   [EDGE] * len(seen.missing), crossed, yaxis="y2"),
         ],
         "layout": made,
     }  # fmt: skip

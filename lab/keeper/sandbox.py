@@ -4,8 +4,8 @@
     uv run -m lab sandbox -- uv run train.py > run.log 2>&1      the same
     uv run -m lab sandbox -- COMMAND ...                         any other command
 
-Made by bubblewrap (Linux). A run may make new files in the working tree, write checkpoint.pt and the compile
-cache, and has a /tmp of its own. Nothing else changes by it.
+bubblewrap makes the sandbox (Linux). A run may create new files in the working tree and write checkpoint.pt and the
+compile cache, and it has a /tmp of its own. It can change nothing else.
 """
 
 import argparse
@@ -21,37 +21,38 @@ from glob import glob
 from pathlib import Path
 
 from lab.base.errors import Refused
-from lab.base.processes import parents, send
+from lab.base.processes import children, is_alive, psutil, send
 from lab.store import names
 
 HELP = "run a training without network, with a read-only file system and $HOME hidden (Linux, bubblewrap)"
 DESCRIPTION = """\
-Runs COMMAND (`uv run train.py` where none is given) in a bubblewrap sandbox:
+Runs COMMAND (`uv run train.py` if none is given) in a bubblewrap sandbox:
 
-  no network; no other process in sight, nor a way to talk to one
-  read-only: the whole file system, the prepared data and the Hugging Face cache included
-  writable: the compile cache, checkpoint.pt, and new files in this directory. What is in it already (git's
-    metadata, the virtual environment, the frozen files, the results) is read-only: a training needs none of it.
-    New code or configuration that it leaves in this directory is moved to .lab/left, and the exit status is 1
-  empty: $HOME, /tmp and /run, but for the Python, the caches and the working tree that lie there
-  GPU device nodes are there; environment variables that look like secrets are not
+  no network; other processes are not visible and cannot be reached
+  read-only: the whole file system, with the prepared data and the Hugging Face cache
+  writable: the compile cache, checkpoint.pt, and new files in this directory. What already exists here (git's
+    metadata, the virtual environment, the frozen files, the results) is read-only: a training needs to write
+    none of it. New code or configuration that the run leaves in this directory is moved to .lab/left, and the
+    exit status is 1
+  empty: $HOME, /tmp and /run, except for the Python, the caches and the working tree that are in them
+  GPU devices are visible; environment variables whose names look like secrets are removed
 
-`uv run X` is run by the Python that runs this: uv itself would want a writable cache. The exit status is the
-command's. SIGTERM and SIGINT reach the command, so a training says "preempted". To have every run of a night
-sandboxed, write `-m lab sandbox` in place of `train.py` in the run command of program.md."""
+`uv run X` is run by the Python that runs this command: uv itself would need a writable cache. The exit status
+is the command's. SIGTERM and SIGINT are passed on to the command, so a training prints "preempted". To run every
+training of a night in the sandbox, write `-m lab sandbox` instead of `train.py` in the run command of program.md."""
 
-WRITABLE = re.compile(r"checkpoint\.pt(\..*)?")  # what is there already and yet may be written
-# What other programs in this directory would run or obey, were it left there: modules that shadow others,
-# settings and instructions of agents, of git and of uv.
+WRITABLE = re.compile(r"checkpoint\.pt(\..*)?")  # existing files that the run may still write
+# Files that other programs in this directory would run or obey if the run left them there: modules that shadow others,
+# and settings and instructions for agents, git and uv.
 OBEYED = re.compile(r"\..*|.*\.(py|pyc|pyd|so|pth|toml|ini|cfg)|(CLAUDE|AGENTS|GEMINI).*", re.IGNORECASE)
-HIDDEN = ["/tmp", "/run"]  # and $HOME: keys, other people's files, sockets of agents and container engines
+HIDDEN = ["/tmp", "/run"]  # and $HOME: they hold keys, other users' files, sockets of agents and container engines
 SHOWN = ["/run/opengl-driver", "/run/current-system"]  # where NixOS keeps its GPU driver
 DEVICES = ["/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg"]  # NVIDIA; all; AMD; NVIDIA under WSL
 SECRET = re.compile(r"(?i)key|token|secret|passw|credential|^ssh_")
 HOW_TO_GET = "get it: apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
 SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # not on Windows
-# In front of the command: what bubblewrap was told to ignore, the command heeds again.
-HEED = """
+# Runs before the command: bubblewrap ignores these signals, and the command must not inherit that.
+RESTORE_SIGNALS = """
 import os, signal, sys
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
@@ -68,7 +69,8 @@ def add_arguments(parser):
 
 
 def resolve(command):
-    """`uv run X` as uv would run it in this environment, without uv; another command as it is."""
+    """The command that `uv run X` would run in this environment, without uv; another command is returned unchanged.
+    Raises Refused for options of uv that this does not know."""
     if command[:2] != ["uv", "run"]:
         return command
     rest = command[2:]
@@ -82,8 +84,8 @@ def resolve(command):
 
 
 def python_places():
-    """Directories that this Python is made of: the environment, and the installation behind it, which uv and
-    pyenv keep in $HOME and reach by symbolic links."""
+    """Directories that this Python needs: the environment, and the installation that it links to, which uv and pyenv
+    keep in $HOME."""
     places, link = [sys.prefix, sys.base_prefix], Path(sys.executable)
     while link.is_symlink():
         link = Path(os.path.normpath(link.parent / os.readlink(link)))
@@ -92,23 +94,23 @@ def python_places():
 
 
 def cache_root():
-    """As prepare.cache_dir() has it, whose import would load half of the environment."""
+    """The prepared data and the compile cache: the same folder as prepare.cache_dir(), without importing prepare."""
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
 def hub_cache():
-    """Where Hugging Face keeps what it downloaded (and not its login, which lies one level up)."""
+    """The folder of Hugging Face's downloads. Its login token is one level up, and stays hidden."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     home = os.environ.get("HF_HOME") or Path(cache) / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def arguments(tree):
-    """bubblewrap's arguments for a run in `tree`. Later ones win, so: hide, show what is needed, let the run
-    write, protect what it must not."""
+    """bubblewrap's arguments for a run in `tree`. Later ones override earlier ones, so the order is: hide, show what is
+    needed, allow writing, protect what must not be written."""
     args = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--die-with-parent", "--new-session"]
     args += ["--cap-drop", "ALL"]
-    if os.geteuid() == 0:  # root in a container, in a tree that is somebody else's
+    if os.geteuid() == 0:  # root in a container, in a tree that another user owns
         args += ["--cap-add", "CAP_DAC_OVERRIDE"]
     args += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     for node in sorted(node for pattern in DEVICES for node in glob(pattern)):
@@ -125,7 +127,7 @@ def arguments(tree):
             args += ["--ro-bind", str(place), str(place)]
     for path in (compiled.resolve(), tree):
         args += ["--bind", str(path), str(path)]
-    (tree / "__pycache__").mkdir(exist_ok=True)  # or a run could put another prepare.py there for the next one
+    (tree / "__pycache__").mkdir(exist_ok=True)  # or a run could leave a compiled prepare.py for the next one there
     for path in sorted(tree.iterdir()):
         if not WRITABLE.fullmatch(path.name) and not path.is_symlink():
             args += ["--ro-bind", str(path), str(path)]
@@ -135,15 +137,17 @@ def arguments(tree):
 
 
 def signal_command(init, number):
-    """Sends to the command: the child of the sandbox's first process, which may still be about to start it."""
-    while init in (table := parents()):
-        if command := [pid for pid, parent in table.items() if parent == init]:
+    """Sends the signal to the command. It is the child of the sandbox's first process, which may not have started it
+    yet."""
+    while is_alive(init):
+        if command := children(init):
             return send(number, command)
         time.sleep(0.01)
 
 
 def put_aside(tree, before):
-    """Moves what the run left and others would run or obey to .lab/left; its names."""
+    """Moves new files that other programs would run or obey to .lab/left. Returns their names. before: the names of the
+    files that were in the tree before the run."""
     found = [
         path.name for path in sorted(tree.iterdir())
         if path.name not in before and (OBEYED.fullmatch(path.name) or (path / "__init__.py").exists())
@@ -160,20 +164,21 @@ def run(args):
     command = resolve(command or ["uv", "run", names.TRAIN])
     bwrap = shutil.which("bwrap")
     if not bwrap:
-        how = HOW_TO_GET if sys.platform == "linux" else "it is for Linux only"
-        print(f"sandbox: bubblewrap (bwrap) is not there: {how}; or run without a sandbox", file=sys.stderr)
+        how = HOW_TO_GET if sys.platform == "linux" else "it exists for Linux only"
+        print(f"sandbox: bubblewrap (bwrap) is not installed: {how}; or run without a sandbox", file=sys.stderr)
         return 1
+    psutil()  # refuses now if it is missing, and not when a signal comes
     tree = Path.cwd()
-    (tree / names.LAB).mkdir(exist_ok=True)  # or the run could make one
+    (tree / names.LAB).mkdir(exist_ok=True)  # or the run could create it
     reader, writer = os.pipe()
-    line = [bwrap, *arguments(tree), "--info-fd", str(writer), "--", sys.executable, "-ISc", HEED, *command]
+    line = [bwrap, *arguments(tree), "--info-fd", str(writer), "--", sys.executable, "-ISc", RESTORE_SIGNALS, *command]
     before = {path.name for path in tree.iterdir()}
-    init, early = None, []  # the sandbox's first process; signals that came before it was there
+    init, early = None, []  # the sandbox's first process; signals that came before it existed
 
     def forward(number, frame=None):
         signal_command(init, number) if init else early.append(number)
 
-    def ignore():  # in bubblewrap: it would end by SIGTERM, and take the command with it by SIGKILL
+    def ignore():  # in bubblewrap, which SIGTERM would end, and with it the command by SIGKILL
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -182,7 +187,7 @@ def run(args):
     process = subprocess.Popen(line, pass_fds=[writer], start_new_session=True, preexec_fn=ignore)
     os.close(writer)
     with os.fdopen(reader) as f:
-        info = f.read()  # empty where bubblewrap ended before it had a sandbox
+        info = f.read()  # empty if bubblewrap ended before it had made a sandbox
     if info:
         init = json.loads(info)["child-pid"]
         for number in early:
@@ -190,7 +195,7 @@ def run(args):
     status = process.wait()
     if not info:
         print(
-            "sandbox: bubblewrap made none, its reason is above. User namespaces may be forbidden here (Ubuntu: "
+            "sandbox: bubblewrap could not make a sandbox, for the reason above. User namespaces may be forbidden (Ubuntu: "
             "sysctl kernel.apparmor_restrict_unprivileged_userns), or this is a container without privileges; "
             "run without a sandbox, or allow them",
             file=sys.stderr,

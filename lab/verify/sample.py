@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from lab.base import files
 from lab.base.errors import Refused, Stop
 from lab.store import names
 
@@ -99,15 +100,6 @@ def generate(model, tokenizer, prompt, max_tokens, temperature, top_k, seed, con
     return tokenizer.decode(ids[1:])
 
 
-def write(path, text):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def sample(folder, args):
     if dataset := dataset_of(folder):
         os.environ["AUTORESEARCH_DATASET"] = dataset  # before constants.py is imported: the vocabulary follows from it
@@ -130,7 +122,7 @@ def run(args):
     try:
         text = sample(folder, args)
         if args.output:
-            write(Path(args.output), text + "\n")
+            files.write(args.output, text + "\n")
     except (Exception, SystemExit) as error:  # the archived train.py is an agent's: anything may be wrong with it
         kind = "" if isinstance(error, (Stop, SystemExit)) else f"{type(error).__name__}: "
         raise Refused(f"{folder}: {kind}{' '.join(str(error).split())[:300]}") from None
