@@ -212,7 +212,7 @@ def test_a_description_is_text_in_the_tables_too(shown):
 
 @pytest.mark.parametrize(
     "results, needle",
-    [("a\tb\n1\t2\n", "there is no column commit"), (b"\x89PNG\r\n\x1a\n\0\0", "binary"), ("folder", "is no file")],
+    [("a\tb\n1\t2\n", "there is no column commit"), (b"\x89PNG\r\n\x1a\n\0\0", "binary"), ("folder", "is not a file")],
 )
 def test_a_wrong_file_is_one_sentence_and_nothing_is_drawn(kernel, tmp_path, results, needle):
     folder = prepare(tmp_path / "night", None if results == "folder" else results)
