@@ -145,10 +145,10 @@ def test_another_kind_of_file_is_refused_in_one_line(tmp_path, content, needle):
 
 def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path):
     (tmp_path / "results.tsv").mkdir()
-    with pytest.raises(Refused, match="is no file"):
+    with pytest.raises(Refused, match="is not a file"):
         read_night(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(Refused, match="is no file"):
+    with pytest.raises(Refused, match="is not a file"):
         read_night(tmp_path, tmp_path / "pipe")
     with pytest.raises(Refused, match="cannot read"):
         read_night(tmp_path, tmp_path / "a\0b")

@@ -246,7 +246,7 @@ def test_a_recorded_night_has_its_runs_in_the_frame_and_an_estimate_of_its_best(
 
 @pytest.mark.parametrize(
     "results, needle",
-    [("a\tb\n1\t2\n", "there is no column commit"), (b"\x89PNG\r\n\x1a\n\0\0", "binary"), ("folder", "is no file")],
+    [("a\tb\n1\t2\n", "there is no column commit"), (b"\x89PNG\r\n\x1a\n\0\0", "binary"), ("folder", "is not a file")],
 )
 def test_a_wrong_file_is_one_sentence_and_nothing_is_drawn(kernel, tmp_path, results, needle):
     folder = prepare(tmp_path / "night", None if results == "folder" else results)

@@ -98,6 +98,91 @@ def test_a_run_of_code_that_was_not_committed_is_committed_and_recorded(begun):
     assert "of train.py as it is now, which is not committed: git commit" in status(begun)[1]
 
 
+# --- status, record's last lines and its refusals are one answer ---------------------
+
+
+def refused_as_status_says(night):
+    """The sentence after `next:`, which is what record refuses with."""
+    sentence = status(night)[1]
+    assert night.refused("idea") == f"lab record: {sentence}\n"
+    return sentence
+
+
+def test_what_stops_a_record_is_next(begun):
+    base = begun.head()
+    begun.change_train()
+    (begun.path / "prepare.py").write_text("tampered")
+    both = begun.commit("idea", "train.py", "prepare.py")
+    assert f"git reset --soft {both[:7]}^" in status(begun)[1], "it was not said before the run"
+    begun.run(0.9)
+    assert "touches prepare.py" in refused_as_status_says(begun)
+    begun.git("reset", "-q", "--hard", base)
+    begun.change_train()
+    begun.commit("idea")
+    begun.run(0.9, device="cuda (H100)")
+    assert "the device changed" in refused_as_status_says(begun)
+    begun.run(float("nan"))
+    assert "not a possible number" in refused_as_status_says(begun)
+    begun.run(tail="---\nval_bpb:          0.9")
+    assert f"Run it again: {RUN}" in refused_as_status_says(begun)
+    (begun.path / "run.log").write_text("error: no such thing\n")
+    assert "the run did not begin (error: no such thing)" in refused_as_status_says(begun)
+
+
+def test_newer_edits_wait_until_the_run_before_them_is_recorded(begun):
+    begun.change_train()
+    begun.commit("idea")
+    begun.run(0.99)
+    begun.change_train("# the next idea, begun early\n")
+    sentence = refused_as_status_says(begun)
+    first, second = (part.split("then: ")[-1] for part in sentence.split(", then: ")[:2])
+    begun.git(*first.partition("git ")[2].split())
+    assert second == 'uv run -m lab record "what this tried"' and begun.recorded("idea").verdict == "keep"
+    begun.git("stash", "pop", "-q")
+    assert begun.read("train.py") == "# the next idea, begun early\n"
+    assert "commit them as the next experiment" in refused_as_status_says(begun)
+
+
+def test_an_idea_before_the_baseline_is_sent_back_before_it_runs(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.change_train()
+    commit = night.commit("idea")
+    assert f"the baseline comes first, and {commit[:7]}" in status(night)[1]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_repeat_that_was_killed_is_run_again_under_a_new_seed(begun, kept):
+    begun.experiment("idea", 0.99 if kept else CLOSE)
+    begun.run(tail="", seed=43)
+    again = f"AUTORESEARCH_SEED=43 {RUN}"
+    assert status(begun)[1] == f"the last run was killed, it is no result: {again}"
+    assert f"Run it again: {again}; to give the idea up" in begun.refused(rc=75)
+    begun.run(0.99, seed=43)
+    assert begun.recorded().verdict == "keep"
+
+
+def test_a_crash_of_the_baseline_is_mended_first(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.run(tail="torch.OutOfMemoryError: CUDA out of memory.\n")
+    said = night.recorded("baseline").out
+    mend = f"mend what stops the run, commit it if it is in train.py, then: {RUN}"
+    assert said.endswith(f"crashed: {mend}\n") and status(night)[1].endswith(f"crashed: {mend}")
+    night.change_train()
+    night.commit("smaller batch")
+    assert status(night)[1] == f"the baseline has not run: {RUN}"
+
+
+@pytest.mark.parametrize("value, verdict", [(0.99, "keep"), (1.02, "discard"), (CLOSE, "confirm"), (None, "crash")])
+def test_record_ends_with_what_status_says(begun, value, verdict):
+    tail = {"tail": "FAIL: loss is nan\n"} if value is None else {}
+    _, result = begun.experiment("idea", value, **tail)
+    said = result.out.rpartition("next: ")[2].strip().removeprefix("train.py is as it was before this experiment. ")
+    command, _, then = said.partition("\nthen: ")
+    assert result.verdict == verdict and then == ("uv run -m lab record" if verdict == "confirm" else "")
+    assert ("train.py is as it was" in result.out) == (verdict in ("discard", "crash"))
+    assert status(begun)[1].lower().endswith(f": {command}".lower())
+
+
 def test_a_run_in_progress_is_shown_and_waited_for(begun):
     begun.change_train()
     begun.commit("idea")

@@ -113,7 +113,7 @@ def refuse_uncommitted(repo, history, log):
     is_new = log and log.ended in ("complete", "crash") and not history.record_of(log)
     if is_new and train.is_file() and ran == names.sha256(train):
         raise Refused(f"the last run is of train.py as it is now, which is not committed: {COMMIT_RUN}")
-    committed = repo.ask("show", f"HEAD:{names.TRAIN}", raw=True)
+    committed = rules.commit(repo, "HEAD")(names.TRAIN)
     if is_new and committed is not None and ran == hashlib.sha256(committed).hexdigest():
         raise Refused(
             "the last run is of HEAD, and train.py has newer changes that are not committed: git stash push -- train.py, "

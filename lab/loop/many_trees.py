@@ -1,10 +1,11 @@
 """Many working trees in one table: the slots of a fleet, the tasks of a Slurm array, those of several users.
 
-read(path) is what is known of one tree from its files alone, without git; table() is the text made of many. Each tree
-may be a night's working tree, or a folder with the runs.jsonl or results.tsv of one.
+read(path) reads one tree from its files alone, without git; table() makes the text of many. A tree may be a night's
+working tree, or a folder with its runs.jsonl or results.tsv.
 """
 
 import glob
+import math
 import os
 import time
 from datetime import datetime, timezone
@@ -16,7 +17,9 @@ from lab.base.errors import Refused, os_reason
 from lab.base.text import aligned
 from lab.store import names, run_log, runs_jsonl
 
-RECENT = 60  # seconds since run.log grew: a run goes on, perhaps on another machine (progress comes every ten)
+RECENT = 60  # seconds since run.log grew: a run is in progress, perhaps on another machine (it prints every ten)
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # seconds
+SHOWN_NOTES, BRIEF, HASH = 3, 80, 8  # notes of a tree; characters of a description, of a hash
 COLUMNS = ["tree", "user", "branch", "rows", "keep", "best", "below", "σ", "last", "state"]
 
 
@@ -49,7 +52,7 @@ def of_records(records):
 
 
 def of_table(path):
-    """Of a night that has a results.tsv alone: another harness's, say."""
+    """Of a night that has only a results.tsv, such as another harness's."""
     try:
         night = read_night(path)
     except Refused as refused:
@@ -66,7 +69,7 @@ def of_table(path):
 
 
 def kind(header):
-    """What two values must share to be compared: hardware, data set, rules (the budget is one), data."""
+    """What two values must share to be compared: hardware, data set, rules (which include the budget), data."""
     if not header:
         return None
     return [header.get(key) for key in ("device", "dataset", "rules_sha256", "data_sha256")]
@@ -87,7 +90,7 @@ def owner(path):
 
 
 def state(path, present):
-    """Whether a run or a night goes on, as far as this machine can tell."""
+    """Whether a run or a night is in progress, as far as this machine can tell."""
     log = path / names.RUN_LOG
     if locks.run_in_progress(path):
         return "run: " + (run_log.progress(log).partition("|")[0].strip() or "setting up")
@@ -117,7 +120,7 @@ def gather(patterns):
 
 
 def closed(patterns):
-    """Folders on the way that may not be listed: what lies behind them, glob leaves out without a word."""
+    """Folders in the patterns' paths that may not be listed: glob silently leaves out what is in them."""
     for pattern in patterns:
         place = Path(os.path.abspath(os.path.expanduser(pattern)))
         for parent in list(place.parents)[:-1]:
@@ -128,7 +131,7 @@ def closed(patterns):
 
 def ago(then):
     seconds = max(0, time.time() - then)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+    for size, unit in UNITS:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
@@ -149,7 +152,7 @@ def describe(kind):
     if kind is None:
         return "hardware and rules unknown"
     device, dataset, rules, data = (value or "?" for value in kind)
-    return f"{device}, {dataset}, rules {rules[:8]}, data {data[:8]}"
+    return f"{device}, {dataset}, rules {rules[:HASH]}, data {data[:HASH]}"
 
 
 def groups(trees):
@@ -158,7 +161,7 @@ def groups(trees):
     for tree in trees:
         found.setdefault(tuple(tree["kind"]) if tree["kind"] else None, []).append(tree)
     ordered = sorted(found.items(), key=lambda item: -sum(tree["rows"] for tree in item[1]))
-    return [(k, sorted(members, key=lambda t: t["best"]["mean"] if t["best"] else 1e9)) for k, members in ordered]
+    return [(k, sorted(members, key=lambda t: t["best"]["mean"] if t["best"] else math.inf)) for k, members in ordered]
 
 
 def table(trees):
@@ -176,7 +179,7 @@ def table(trees):
         if best := members[0]["best"]:
             where = f"{members[0]['tree']}, row {best['row']:04d} {best['short']}"
             lowest = "" if members[0]["by_estimate"] else f"; {LOWEST}"
-            lines.append(f"best: {best['mean']:.6f} ({where}: {best['description'][:80]}{lowest})")
+            lines.append(f"best: {best['mean']:.6f} ({where}: {best['description'][:BRIEF]}{lowest})")
         lines.append("")
     if len(started) > 1:
         lines.append("these are different hardware, data or rules (the time budget is one): values of one part are not to be compared with another's")  # fmt: skip
@@ -184,7 +187,7 @@ def table(trees):
         lines.append(
             "the lowest of several nights has a selection bias (winner's curse): `lab prove` compares commits under fresh seeds"
         )
-    lines += [f"note: {tree['tree']}: {note}" for tree in trees for note in tree["notes"][:3]]
+    lines += [f"note: {tree['tree']}: {note}" for tree in trees for note in tree["notes"][:SHOWN_NOTES]]
     return "\n".join(lines).rstrip()
 
 

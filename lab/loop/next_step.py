@@ -1,7 +1,7 @@
-"""What comes next in a night: the one answer that `lab status`, `lab record` and whoever waits for a record give.
+"""What comes next in a night: the one answer, given by `lab status` and at the end of `lab record`.
 
-A run that may be recorded is for `lab record`; what stops it is the sentence of checks.examine; with nothing to record,
-the branch decides. No check is made twice: this asks examine, and says what it says.
+A run that may be recorded is recorded first. If a check refuses it, its sentence is what comes next. If there is nothing
+to record, the state of the branch decides. No check is made twice: all of them are lab.loop.checks'.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ ANYTHING = "what this tried"  # in place of the description that the agent will 
 
 
 class Step(NamedTuple):
-    kind: str  # record, wait, rerun, run, repeat, edit, undo, mend; "first" for what examine asks for before it records
-    why: str  # where the night is; "" if the instruction says it
-    do: str  # the command, or the instruction with its command last
+    kind: str  # record, wait, rerun, run, repeat, edit, undo, mend; "first": what a refusal asks for
+    why: str  # the state of the night; "" if `do` says it
+    do: str  # the command, or an instruction with its command last
 
     @property
     def sentence(self):
@@ -58,7 +58,7 @@ def on_the_branch(repo):
     """The Step if there is nothing to record."""
     night, code = checks.night_of(repo), names.sha256(repo.top / names.TRAIN)
     head, run, latest = repo.short(repo.head()), checks.next_run(repo.top, night, code), night.latest(code)
-    place = checks.place(repo, night)  # it refuses before a run is spent in vain
+    place = checks.place(repo, night)  # refuses before a run is wasted
     if latest and latest["verdict"] == "crash" and not latest["row"] and not night.is_kept(code):
         return Step("mend", f"{head} crashed", f"mend what stops the run, commit it if it is in train.py, then: {run}")
     if (waiting := night.waiting) and waiting["code"] == code:

@@ -1,9 +1,11 @@
-"""What record prints: the verdict first, then what it rests on, then exactly what to do next."""
+"""What record prints: the verdict, the evidence for it, and what to do next."""
 
 from lab.analysis.history import speed
 from lab.loop.next_step import RECORD
 
-OFF = 0.01  # a repeat whose speed is further from its first run's was disturbed by the machine
+OFF = 0.01  # if a repeat's speed differs by more from its first run's, something else slowed the machine
+STEPS_OFF = 1.5  # steps: of a short run a difference this small is rounding
+BRIEF = 80  # characters of the best's description
 
 
 def number(record):
@@ -17,17 +19,17 @@ def noise(record):
 
 
 def pace(run):
-    """Steps a second; 0.0 where the run says nothing of it."""
+    """Steps a second; 0.0 if the run did not train."""
     seconds = run["summary"]["training_seconds"]
     return run["summary"]["num_steps"] / seconds if seconds > 0 else 0.0
 
 
 def speeds(record, history):
-    """Tokens a second against the best's; for a repeat, whether the machine was the same."""
+    """Tokens a second compared with the best's; for a repeat, whether the machine was as fast as before."""
     runs, own = history.runs(record["code"]), speed([record])
     if len(runs) > 1 and pace(runs[0]):
         change = pace(runs[-1]) / pace(runs[0]) - 1
-        slack = max(OFF, 1.5 / max(runs[0]["summary"]["num_steps"], 1))
+        slack = max(OFF, STEPS_OFF / max(runs[0]["summary"]["num_steps"], 1))
         if abs(change) > slack:
             slower = "slower" if change < 0 else "faster"
             return [f"speed: {abs(change):.1%} {slower} than this code's first run: that is the machine's doing"]
@@ -54,7 +56,7 @@ def lines(case, record, history, closed):
         kept = f", archived in runs/{record['row']:04d}-{record['short']}" if record["verdict"] == "keep" else ""
         said.append(f"row {record['row']:04d}: {record['short']} {record['verdict']}{kept}")
     if best := history.best_record:
-        said.append(f"best: {best['mean']:.6f}, row {best['row']:04d} {best['short']} ({best['description'][:80]})")
+        said.append(f"best: {best['mean']:.6f}, row {best['row']:04d} {best['short']} ({best['description'][:BRIEF]})")
     return said
 
 

@@ -1,7 +1,7 @@
 """Where a night stands, from what is on disk: the first thing to read for an agent that has lost its context.
 
-Changes nothing, and imports neither train.py nor prepare.py nor torch. gather(path) is all that is known of one
-working tree, as plain data; text() is the screen made of it.
+Changes nothing, and imports neither train.py nor prepare.py nor torch. gather(path) returns the state as plain data;
+text() makes the screen of it.
 """
 
 import json
@@ -24,7 +24,7 @@ WIDTH = 90  # characters of a description
 
 def add_arguments(parser):
     parser.description = (
-        "Prints the best so far, the noise, the last rows, what was tried in vain, what nearly worked, whether a run "
+        "Prints the best so far, the noise, the last rows, what failed, what nearly worked, whether a run "
         "is going on, and what to do next. Changes nothing."
     )
     parser.add_argument("--all", action="store_true", help="every row, dead end and near miss")
@@ -35,11 +35,11 @@ def add_arguments(parser):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is known
+# The state of the night
 
 
 def gather(path):
-    """All that is known of the working tree at `path`, as plain data."""
+    """The state of the night in the working tree at `path`, as plain data."""
     repo = Repo.find(path)
     known = {"path": str(repo.top), "tag": None, "in_progress": locks.run_in_progress(repo.top)}
     known["progress"] = run_log.progress(repo.top / names.RUN_LOG) if known["in_progress"] else ""
@@ -69,7 +69,7 @@ def row(r):
 
 
 def near(r):
-    """Whether a discard came close to what was the best: a second look, or two of them together, may be a gain."""
+    """Whether a discard came close to the best of its time: two of them together may be a gain."""
     return r["verdict"] == "discard" and r["gain"] is not None and r["gain"] >= NEAR
 
 

@@ -1,8 +1,8 @@
 """The folder of a keep, runs/NNNN-<commit>/: all that is needed to look at a result, or run it, another day.
 
 train.py, run.log, checkpoint.pt, model_info.txt, git_log.txt, results.tsv as it was; sample_output.txt comes a
-little later, from `lab sample` in the background. runs/best is a symbolic link to the best of them (a text file
-with its name where the system has no links).
+little later, from `lab sample` in the background. runs/best is a symbolic link to the best of them (on a system without
+links, a text file with its name).
 """
 
 import os
@@ -19,7 +19,8 @@ LONG_LOG = 16 * 2**20  # bytes; of a longer run.log the beginning and the end ar
 
 
 def make(repo, record, table):
-    """Archives the record's run; what there is to say about it. Safe to repeat: it is built beside its place."""
+    """Archives the record's run and returns a note for the reader, or None. Safe to repeat: the folder is built beside
+    its place and moved in."""
     runs = repo.top / names.RUNS
     place, building = runs / names.archive(record), runs / f".{names.archive(record)}.partial"
     if place.exists():
@@ -38,8 +39,8 @@ def make(repo, record, table):
 
 
 def move_checkpoint(source, target, run_id):
-    """Moves the checkpoint of this very run; why there is none, or None. Moved and not copied: a checkpoint may
-    be larger than what is left of the disk, and the next run writes another."""
+    """Moves the checkpoint of this run; returns why none was archived, or None. It is moved because a copy may not fit
+    on the disk, and the next run writes another."""
     if target.exists():
         return None
     try:
@@ -74,7 +75,7 @@ def copy_log(source, target):
 
 
 def model_info(record):
-    """What is known of the model, a fact a line."""
+    """What is known of the model, one fact a line."""
     facts = {key: record[key] for key in ("commit", "parent", "description", "mean", "n", "sigma", "start", "end")}
     facts |= record["summary"] or {}
     facts |= {key: value for key, value in (record["header"] or {}).items() if key not in facts}
@@ -82,7 +83,7 @@ def model_info(record):
 
 
 def point_best(top, name):
-    """Lets runs/best be the archive `name`, in one step."""
+    """Points runs/best at the archive `name`, atomically."""
     best, beside = top / names.RUNS / names.BEST, top / names.RUNS / ".best.tmp"
     beside.unlink(missing_ok=True)
     try:
@@ -116,7 +117,7 @@ def sample_in_background(top, name):
 
 
 def place_of(top, tag):
-    """Where runs.jsonl of this branch is, or will be: in the tree, or in runs/TAG while another branch's is."""
+    """Where this branch's runs.jsonl is or will be: in the tree, or in runs/TAG while another branch's is in the tree."""
     here = top / names.RUNS_JSONL
     records, _ = runs_jsonl.read_runs(here)
     away = top / names.RUNS / tag / names.RUNS_JSONL
@@ -129,8 +130,8 @@ def records_of(top, tag):
 
 
 def change_branch(top, tag):
-    """Puts what another branch left (results.tsv, runs.jsonl, archives) into runs/ITS-TAG, and brings back what
-    this branch left. Safe to repeat: runs.jsonl, which tells whose the files are, goes last."""
+    """Moves what another branch left (results.tsv, runs.jsonl, archives) to runs/ITS-TAG, and restores what this branch
+    left. Safe to repeat: runs.jsonl, which says whose files they are, is moved last."""
     records, _ = runs_jsonl.read_runs(top / names.RUNS_JSONL)
     theirs = records[-1]["tag"] if records else tag
     if theirs != tag:
@@ -142,7 +143,7 @@ def change_branch(top, tag):
 
 def move_night(source, source_runs, target, target_runs):
     target.mkdir(parents=True, exist_ok=True)
-    numbered = Path(source_runs).glob("[0-9][0-9][0-9][0-9]-*")  # the night of a tag like 2026-nov21 is no archive
+    numbered = Path(source_runs).glob("[0-9][0-9][0-9][0-9]-*")  # a night's folder may match too: tag 2026-nov21
     archives = [p for p in numbered if not (p / names.RUNS_JSONL).exists()] + [Path(source_runs) / names.BEST]
     for path in archives:
         if os.path.lexists(path):

@@ -1,7 +1,7 @@
 """results.tsv: one row per commit. Written from the records of runs.jsonl; read tolerantly, whoever wrote it.
 
 Known from the field: a byte order mark, CRLF, quotes as a spreadsheet writes them, blank and ragged lines, columns in
-another order or beside others, bytes that are not UTF-8, a status in capitals, a word in the place of a number.
+another order or beside others, bytes that are not UTF-8, a status in capitals, a word instead of a number.
 """
 
 import re
@@ -53,15 +53,15 @@ def is_row(line):
 
 
 def save_table(path, records, aside):
-    """Writes results.tsv. Where it holds lines that do not follow from the records (written by hand, another
-    header), it is copied to the folder `aside` first; the copy's path, or None."""
+    """Writes results.tsv. If it holds lines that do not follow from the records (written by hand, another header), it is
+    copied to the folder `aside` first. Returns the copy's path, or None."""
     text, path = table(records), Path(path)
     try:
         old = path.read_bytes()
     except FileNotFoundError:
         old = b""
     lines = old.decode("utf-8", "replace").replace("\r\n", "\n").lstrip("\ufeff").split("\n")
-    # A row that was put in place of another (a kill, a closed confirm) is no stranger: what counts is its commit.
+    # A row that replaced another one (a kill, a closed confirm) is known by its commit.
     known = {line.split("\t")[0] for line in text.split("\n")[1:]}
     strange = [ln for ln in lines if ln.strip() and ln != text.split("\n")[0]]
     strange = [ln for ln in strange if not (is_row(ln) and ln.split("\t")[0] in known)]
@@ -84,7 +84,7 @@ SPELLINGS = {s: s for s in STATUSES} | {"kept": "keep", "discarded": "discard", 
 
 
 def unquoted(field):
-    """The field without the quotes that a writer of .tsv puts round one that holds quotes."""
+    """The field without the quotes that a writer of .tsv puts around a field with quotes in it."""
     field = field.strip()
     inner = field[1:-1]
     if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', ""):
@@ -97,24 +97,24 @@ def fields_of(line):
 
 
 def number(text):
-    """The positive number that the text is, or None; what no run can measure is none."""
+    """The text as a positive number that a run can measure, or None."""
     value = float(text) if NUMBER.fullmatch(text) else 0.0
     return value if SMALLEST <= value <= LARGEST else None
 
 
 def status(text):
-    """keep, discard and crash however they are spelled; another harness's word as it is."""
+    """keep, discard or crash, however it is spelled; another harness's word unchanged."""
     return SPELLINGS.get(text.lower(), text)
 
 
 def text_of(path):
-    """The text of results.tsv; "" where there is none. Refuses what is no text file."""
+    """The text of results.tsv; "" if there is no such file. Refuses anything but a text file."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise Refused(f"{path} is no file: a results.tsv is wanted")
+            raise Refused(f"{path} is not a file: give a results.tsv")
         if info.st_size > LONGEST:
-            raise Refused(f"{path} has {info.st_size >> 20} MB: no results.tsv is that large")
+            raise Refused(f"{path} has {info.st_size >> 20} MB, which is too large for a results.tsv")
         data = path.read_bytes()
     except FileNotFoundError:
         return ""
@@ -123,7 +123,7 @@ def text_of(path):
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text = data.decode(encoding, "replace").replace("\r\n", "\n")
     if "\0" in text:
-        raise Refused(f"{path} is binary, no text: is this a results.tsv?")
+        raise Refused(f"{path} is binary, not text: is this a results.tsv?")
     return text if "\n" in text else text.replace("\r", "\n")
 
 

@@ -9,10 +9,11 @@ from lab.base.files import write
 
 FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "baseline", "code", "parent", "header",
           "summary", "mean", "n", "start", "end"}  # fmt: skip
+LARGEST = 1e15  # far above anything measured, and exact as a float
 
 
 def read_runs(path):
-    """(records, lines that are none). A last line cut short by a kill is left out."""
+    """(records, lines that are not records). A last line cut short by a kill is left out."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -32,7 +33,7 @@ def read_runs(path):
 
 
 def merged(records, changed):
-    """The records with each changed one in place of the one with its run_id, or at the end."""
+    """The records, each changed one replacing the one with its run_id, or appended."""
     found = {record["run_id"]: record for record in records}
     return list((found | {record["run_id"]: record for record in changed}).values())
 
@@ -48,7 +49,7 @@ def save_runs(path, changed):
 
 
 def instant(text):
-    """Whether the text is a time with its zone, or there is none."""
+    """Whether the text is a time with a time zone, or None."""
     try:
         return text is None or datetime.fromisoformat(text).tzinfo is not None
     except (TypeError, ValueError):
@@ -56,11 +57,12 @@ def instant(text):
 
 
 def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not
+    """Whether it is a finite number that a run can measure; NaN fails the comparison."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def sound(record):
-    """Whether a record is as lab record writes them: no reader after this has to doubt its fields."""
+    """Whether a record is as lab record writes it, so that readers need not check its fields."""
     summary, header = record.get("summary"), record.get("header")
     return (
         FIELDS <= record.keys()
@@ -74,10 +76,10 @@ def sound(record):
 
 
 def read_sound(path):
-    """(sound records of the branch that the file speaks of last, notes)"""
+    """(sound records of the branch of the file's last record, notes)"""
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a reader of a pipe would wait for ever
-            return [], ["runs.jsonl cannot be read: it is no file"]
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would block for ever
+            return [], ["runs.jsonl cannot be read: it is not a file"]
         records, foreign = read_runs(path)
     except OSError as error:
         return [], [f"runs.jsonl cannot be read: {os_reason(error)}"]
