@@ -25,6 +25,7 @@ OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round 
 CHILD = """
 import sys
 sys.path.insert(0, {lab!r})
+from lab.verify import scoring
 sys.path.insert(0, {tree!r})
 scoring.main()
 """
