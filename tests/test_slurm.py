@@ -351,7 +351,7 @@ def test_two_jobs_do_not_work_in_one_tree(cluster):
     (work / "job").write_text("77\n")
     (cluster.fakes / "state").write_text("77\n")
     out, _ = (process := cluster.start(script)).communicate(timeout=30)
-    assert process.returncode == 1 and "job 77 is at work in" in out and (work / "job").read_text() == "77\n"
+    assert process.returncode == 1 and "job 77 is running in" in out and (work / "job").read_text() == "77\n"
     (cluster.fakes / "state").unlink()  # the job is over
     process = cluster.start(script)
     cluster.until_at_work(process)
