@@ -209,7 +209,7 @@ def test_what_it_says_after_writing(cluster):
         (["--programs", "program.md", "nowhere.md"], {}, "--programs: there is no"),
         (["--programs", "lab"], {}, "--programs: there is no"),
         (["--partition", "a\n#SBATCH --uid=0"], {}, "--partition is empty or holds a line break"),
-        (["--sbatch", "qos=long"], {}, "--sbatch 'qos=long' is no option"),
+        (["--sbatch", "qos=long"], {}, "--sbatch 'qos=long' is not an option"),
         (["--cpus", "0"], {}, "--cpus 0"),
         (["--limit", "0.1"], {}, "--limit 0.1: a job shorter than 9 minutes"),
         (["--limit", "-1"], {}, "--limit -1"),
