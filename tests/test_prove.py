@@ -237,7 +237,7 @@ def test_refusals(night, monkeypatch):
     for commits, options, says in [
         ([a], {"seeds": 2}, "fewer than 3"),
         (["nothing"], {}, "there is no commit nothing"),
-        (["--help"], {}, "is no commit"),
+        (["--help"], {}, "is not a commit"),
         ([a, a], {}, "the same train.py"),
         ([], {}, "nothing was kept on this branch yet"),
         ([a], {"clocks": ("monotonic",)}, "injected clock"),
@@ -252,7 +252,7 @@ def test_refusals(night, monkeypatch):
     with pytest.raises(Refused, match="lacks one of constants.py"):
         night.prove(a, night.commit(0.8))
     monkeypatch.setattr(prove.locks, "run_in_progress", lambda top: True)
-    with pytest.raises(Refused, match="a run is going on"):
+    with pytest.raises(Refused, match="a run is in progress"):
         night.prove(a)
 
 

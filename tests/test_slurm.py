@@ -233,7 +233,7 @@ def test_what_no_task_could_work_with_is_refused(cluster, args, kwargs, needle):
 
 def test_code_that_is_not_committed_is_refused_as_no_task_would_have_it(cluster):
     cluster.repo.edit("constants.py", r"^GRACE = \S+", "GRACE = 61")
-    assert_refused(cluster.lab(), "constants.py", "not committed")
+    assert_refused(cluster.lab(), "constants.py", "uncommitted")
     assert not any(cluster.scratch.iterdir())
 
 

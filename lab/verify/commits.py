@@ -1,7 +1,7 @@
-"""What `lab prove` compares: commits, each as a folder of its own with the files that a training needs.
+"""The commits that `lab prove` compares, each in its own folder with the files that a training needs.
 
-An arm is a commit. Its files come out of git into .lab/prove/ID/ARM/, so that branch, index and working tree stay as
-they are. Arms are comparable where their rules (constants.py, prepare.py, corpus/) are the same, byte for byte.
+An arm is a commit. Its files are extracted from git into .lab/prove/ID/ARM/, so that branch, index and working tree do
+not change. Arms are comparable if their rules (constants.py, prepare.py, corpus/) are identical, byte for byte.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ class Arm(NamedTuple):
     code: str  # sha256 of its train.py
     rules: str  # sha256 over the other files
     description: str
-    seconds: float | None  # that a run of it took in all, where one is recorded
-    dataset: dict  # {"AUTORESEARCH_DATASET": name}, where a run of it is recorded
+    seconds: float | None  # mean duration of its recorded runs; None if there are none
+    dataset: dict  # {"AUTORESEARCH_DATASET": name} if a run of it is recorded, else {}
 
 
 def find(given, tops):
-    """(arms, seeds used so far): what the given names mean in these working trees; the first tree's baseline and best
-    if there are none."""
+    """(arms, seeds used so far): the commits with the given names in these working trees; without names, the first
+    tree's baseline and best."""
     repos = [Repo.find(top) for top in tops]
     nights = [path for repo in repos for path in (repo.top / names.RUNS_JSONL, *repo.top.glob("runs/**/runs.jsonl"))]
     records = [record for path in nights for record in runs_jsonl.read_runs(path)[0]]
@@ -45,7 +45,7 @@ def find(given, tops):
     arms = [find_one(name, repos, records) for name in given]
     for arm in arms[1:]:
         if arm.rules != arms[0].rules:
-            raise Refused(f"{arms[0].short} and {arm.short} have other rules or data code: they cannot be compared")
+            raise Refused(f"{arms[0].short} and {arm.short} have different rules or data code: they cannot be compared")
     if len({arm.code for arm in arms}) < len(arms):
         raise Refused("two of these commits have the same train.py: name each once")
     if len({arm.dataset["AUTORESEARCH_DATASET"] for arm in arms if arm.dataset}) > 1:
@@ -64,7 +64,7 @@ def default(repo):
 
 def find_one(name, repos, records):
     if not re.fullmatch(r"[\w./@^~-]+", name) or name.startswith("-"):
-        raise Refused(f"{name!r} is no commit")
+        raise Refused(f"{name!r} is not a commit")
     for repo in repos:
         commit = repo.ask("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
         if commit:
@@ -74,7 +74,7 @@ def find_one(name, repos, records):
     try:
         objects = [repo.git("rev-parse", f"{commit}:{file}").strip() for file in FILES]
     except GitError:
-        raise Refused(f"commit {name} lacks one of {', '.join(FILES)}: it is no experiment of this project") from None
+        raise Refused(f"commit {name} lacks one of {', '.join(FILES)}: it is not an experiment of this project") from None
     code = hashlib.sha256(repo.git("show", f"{commit}:train.py", raw=True)).hexdigest()
     own = [r for r in records if r["code"] == code and r["summary"]]
     described = own[-1]["description"] if own else repo.git("log", "-1", "--format=%s", commit).strip()
@@ -86,8 +86,8 @@ def find_one(name, repos, records):
 
 
 def check_out(arm, place):
-    """The arm's files, and nothing else, in a folder of `place`: built beside it and moved in. Every time anew, as the
-    code that was trained there last may have changed them."""
+    """Extracts the arm's files, and nothing else, into a folder of `place`, which it returns. An existing folder is
+    replaced, because the code that was trained there last may have changed its files."""
     folder = place / arm.short
     shutil.rmtree(folder, ignore_errors=True)
     building = place / f".{arm.short}.partial"
