@@ -594,7 +594,7 @@ def test_clean_refuses_during_a_run(nights):
     fd = os.open(nights.tree(1), os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        one_line(nights.fleet("clean", "nov21"), "a run is going on in ")
+        one_line(nights.fleet("clean", "nov21"), "a run is in progress in ")
     finally:
         os.close(fd)
 
@@ -704,7 +704,7 @@ def test_without_a_gpu_the_cores_are_divided_and_none_is_shared(monkeypatch):
     monkeypatch.setattr(devices, "gpus", lambda: ("CUDA_VISIBLE_DEVICES", [], "nvidia-smi"))
     monkeypatch.setattr(devices, "cores", lambda: [0, 1, 4, 5, 6, 7, 9])
     parts, note = devices.shares(3)
-    assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores a slot" in note
+    assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores per slot" in note
     assert all(environment == {"OMP_NUM_THREADS": "2"} for environment, _ in parts)
     parts, note = devices.shares(8)
     assert all(own == [] for _, own in parts) and "disturbs" in note

@@ -189,7 +189,7 @@ def test_what_it_says_after_writing(cluster):
     elsewhere = cluster.scratch / "elsewhere.sh"
     assert cluster.lab("--output", str(elsewhere)).rc == 0 and elsewhere.read_text() == printed.out
     cluster.tree().mkdir(parents=True)
-    assert "1 of these nights have begun before" in cluster.lab().out
+    assert "1 of these nights have started before" in cluster.lab().out
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_what_no_task_could_work_with_is_refused(cluster, args, kwargs, needle):
 
 def test_code_that_is_not_committed_is_refused_as_no_task_would_have_it(cluster):
     cluster.repo.edit("constants.py", r"^GRACE = \S+", "GRACE = 61")
-    assert_refused(cluster.lab(), "constants.py", "uncommitted")
+    assert_refused(cluster.lab(), "uncommitted changes in constants.py")
     assert not any(cluster.scratch.iterdir())
 
 
@@ -256,7 +256,7 @@ def test_submit_where_sbatch_refuses_is_one_line_and_the_script_stays(cluster):
     cluster.fake("sbatch", 'echo "sbatch: error: invalid account" >&2; echo "or partition" >&2; exit 1')
     result = cluster.lab("--submit")
     assert result.rc == 3
-    assert_refused(result, "array.sbatch is written", "sbatch: error: invalid account or partition")
+    assert_refused(result, "array.sbatch was written", "sbatch: error: invalid account or partition")
     assert (cluster.folder / "array.sbatch").exists()
 
 

@@ -115,7 +115,7 @@ def check_checkout(repo):
     commit = repo.head()
     if changed := repo.git("diff", "--name-only", "HEAD").split("\n")[:-1]:
         raise Refused(
-            f"{', '.join(changed[:3])} have uncommitted changes: tasks clone HEAD, so commit or undo them first"
+            f"uncommitted changes in {', '.join(changed[:3])}: tasks clone HEAD, so commit or undo them first"
         )
     return commit
 
