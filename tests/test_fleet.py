@@ -396,7 +396,7 @@ def test_status_is_one_table_and_one_best(nights):
     with hold(nights.tree(0) / ".lab" / "night.lock"):
         out = nights.fleet("status", "nov21").out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("gpu")}
-    assert rows["gpu0"][1:6] == ["nov21-gpu0", "3", "2", "0.990000", "0.010000"] and "lives," in rows["gpu0"]
+    assert rows["gpu0"][1:6] == ["nov21-gpu0", "3", "2", "0.990000", "0.010000"] and "running," in rows["gpu0"]
     assert rows["gpu1"][1:6] == ["nov21-gpu1", "2", "2", "0.980000", "0.020000"] and "dead," in rows["gpu1"]
     (best,) = [line for line in out.splitlines() if line.startswith("best: ")]
     assert "0.980000" in best and "gpu1, row 0002" in best and "deeper" in best
@@ -751,7 +751,7 @@ def test_two_agents_at_once_and_one_that_is_killed(real):
     kill_all(fleet.tree(1))
     out = fleet.fleet("status", "nov21").out
     states = {line.split()[0]: line for line in out.splitlines() if line.startswith("gpu")}
-    assert "lives" in states["gpu0"] and "dead" in states["gpu1"]
+    assert "running" in states["gpu0"] and "dead" in states["gpu1"]
     alive = (fleet.tree(0) / ".lab" / "night.lock").read_text()
     result = fleet.fleet("launch", "nov21", timeout=120, FAKE_SECONDS="0.5")
     assert result.rc == 0 and "1 slots started, 1 were running" in result.out, result

@@ -155,7 +155,7 @@ def launch(repo, args):
         worktrees.make(repo, state, slot)
         slot["made"] = True
         save(repo.top, state)
-    dead = [slot for slot in state["slots"] if not slot_processes.lives(slot)]
+    dead = [slot for slot in state["slots"] if not slot_processes.is_running(slot)]
     commands = [slot_processes.command(state, slot, args.hours or state["hours"]) for slot in dead]
     if not dead:
         print(f"all {len(state['slots'])} slots are running")
@@ -178,9 +178,9 @@ def await_up(server, started):
     deadline, waiting = time.monotonic() + START_LIMIT, list(started)
     while waiting:
         windows = tmux.windows(server)
-        for slot in [slot for slot in waiting if slot_processes.lives(slot)]:
+        for slot in [slot for slot in waiting if slot_processes.is_running(slot)]:
             waiting.remove(slot)
-        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.lives(slot)]
+        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.is_running(slot)]
         if gone or time.monotonic() > deadline:
             slot = (gone or waiting)[0]
             raise Unfinished(f"slot {slot['number']} did not start: {bring_home.last_words(slot)}; the same command tries again")  # fmt: skip
@@ -194,7 +194,7 @@ def status(repo, args):
         place = bring_home.home_of(repo, slot) if slot["cleaned"] else Path(slot["folder"])
         tree = many_trees.read(place)
         tree["tree"] = f"gpu{slot['number']}"
-        tree["state"] = "cleaned" if slot["cleaned"] else ("lives" if slot_processes.lives(slot) else "dead") + (
+        tree["state"] = "cleaned" if slot["cleaned"] else ("running" if slot_processes.is_running(slot) else "dead") + (
             f", {tree['state']}" if tree["state"] not in ("", "night") else "")  # fmt: skip
         found.append(tree)
     print(f"fleet {args.tag}: " + f"{state['folder']}/*, branches {worktrees.branch_of(args.tag, 'K')}")
@@ -215,7 +215,7 @@ def clean(repo, args):
     state = known(repo.top, args.tag)
     for slot in state["slots"]:
         if not slot["cleaned"]:
-            if slot_processes.lives(slot) or slot_processes.processes_of(state, slot) or cleanup.orphans(slot["folder"]):
+            if slot_processes.is_running(slot) or slot_processes.processes_of(state, slot) or cleanup.orphans(slot["folder"]):
                 raise Refused(f"slot {slot['number']} is running: uv run -m lab fleet stop {args.tag}")
             bring_home.check(repo, slot)
     for slot in state["slots"]:

@@ -59,14 +59,14 @@ def lock_of(slot):
     return Path(slot["folder"], names.LAB, names.NIGHT_LOCK)
 
 
-def lives(slot):
+def is_running(slot):
     """Whether a night is running in the slot's tree, started by this fleet or not."""
     return locks.is_held(lock_of(slot))
 
 
 def keeper(slot):
     """The process id of the night that is running there; None if there is no such night."""
-    said = lock_of(slot).read_text() if lives(slot) else ""
+    said = lock_of(slot).read_text() if is_running(slot) else ""
     return int(said) if said.isdecimal() else None
 
 
@@ -83,11 +83,11 @@ def stop(state):
     """Ends what launch started: keepers get SIGTERM and end their agents; whatever is left after that is killed.
     Returns (number of slots stopped, number of processes killed, slots whose night this fleet did not start)."""
     ours = {slot["number"]: processes_of(state, slot) for slot in state["slots"]}
-    alive = [slot for slot in state["slots"] if lives(slot)]
+    alive = [slot for slot in state["slots"] if is_running(slot)]
     asked = [slot for slot in alive if keeper(slot) in ours[slot["number"]]]
     processes.send(signal.SIGTERM, [pid for slot in asked if (pid := keeper(slot))])
     deadline = time.monotonic() + STOP_LIMIT
-    while any(map(lives, asked)) and time.monotonic() < deadline:
+    while any(map(is_running, asked)) and time.monotonic() < deadline:
         time.sleep(0.1)
     killed = processes.end(lambda: [pid for slot in state["slots"] for pid in processes_of(state, slot)], patience=5)
     return sum(map(bool, ours.values())), killed, [slot for slot in alive if slot not in asked]

@@ -59,7 +59,7 @@ def dataset_of(folder):
 
 
 def load_train(path):
-    """The archived train.py as a module of its own. Its `import prepare` finds the working tree's."""
+    """The archived train.py as a separate module. Its `import prepare` finds the working tree's."""
     sys.dont_write_bytecode = True  # do not add __pycache__ to the archive
     spec = importlib.util.spec_from_file_location("archived_train", path)
     module = importlib.util.module_from_spec(spec)
