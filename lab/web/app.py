@@ -97,7 +97,7 @@ def create(trees, token=None, local_only=True):
     def static_file(name: str):
         if name not in static:
             raise HTTPException(404, "no such file")
-        caching = "public, max-age=86400" if name.startswith("plotly") else "no-cache"  # plotly is 4 MB; a day saves it
+        caching = "public, max-age=86400" if name.startswith("plotly") else "no-cache"  # plotly has 5 MB
         return FileResponse(static[name], headers={"cache-control": caching})
 
     @app.get("/api/experiments", responses=MISSING)
