@@ -707,7 +707,7 @@ def test_without_a_gpu_the_cores_are_divided_and_none_is_shared(monkeypatch):
     assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores per slot" in note
     assert all(environment == {"OMP_NUM_THREADS": "2"} for environment, _ in parts)
     parts, note = devices.shares(8)
-    assert all(own == [] for _, own in parts) and "disturbs" in note
+    assert all(own == [] for _, own in parts) and "slows the others down" in note
     monkeypatch.setattr(slot_processes.shutil, "which", lambda name: f"/usr/bin/{name}")
     state = {"id": "x", "settings": {}, "python": None, "agent": "true"}
     slot = {"number": 0, "environment": {}, "cores": [4, 5], "folder": "/t"}
