@@ -242,7 +242,7 @@ def test_a_tree_with_an_older_lab_is_audited_by_this_one(night, tmp_path):
     """Rules, data code and metric are the tree's, from wherever it is called; nothing of lab is."""
     night.keep()
     for name in ("audit.py", "scoring.py"):
-        (night.path / "lab" / name).unlink()
+        (night.path / "lab" / "verify" / name).unlink()
     result = night.repo.run("-m", "lab", "audit", "--tree", night.path, timeout=250, wrap=["env", "-C", str(ROOT)])
     assert (result.rc, result.err) == (0, "") and night.table()[1]["flags"] == "ok"
     with open(night.path / "prepare.py", "a") as f:
