@@ -1,8 +1,8 @@
 """The rules of a run: everything that two val_bpb must share before they can be compared.
 
-Never edited during a run, neither by the agent nor by the human. Who wants other rules (smaller
-hardware, a shorter budget) forks, edits this file, runs `uv run prepare.py` again and starts a new
-branch: `lab record` refuses to mix results that were made under different rules.
+Never edited during a run, neither by the agent nor by the human. To use other rules (smaller
+hardware, a shorter budget), fork, edit this file, run `uv run prepare.py` again and start a new
+branch: `lab record` refuses to mix results from different rules.
 """
 
 import os
@@ -13,7 +13,7 @@ GRACE = 300  # seconds allowed for set-up, and again for evaluation, before the 
 
 
 class Rules(NamedTuple):
-    max_seq_len: int  # T: tokens that a row of training or evaluation holds
+    max_seq_len: int  # T: tokens in a row of training or evaluation
     eval_tokens: int  # targets scored for val_bpb, a multiple of max_seq_len
     vocab_size: int  # V: ordinary tokens plus the four special ones; below 2**16 (stored as uint16)
 

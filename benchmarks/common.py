@@ -80,7 +80,8 @@ def copy_code(folder, eval_tokens=None):
     """Copies the code to `folder`; eval_tokens replaces the number of tokens that climbmix scores."""
     for name in ("constants.py", "prepare.py"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "corpus", folder / "corpus")
+    for name in ("corpus", "frozen"):
+        shutil.copytree(ROOT / name, folder / name)
     if eval_tokens:
         rules = (folder / "constants.py").read_text()
         rules, n = re.subn(r'("climbmix": .*eval_tokens=)[^,]+', rf"\g<1>{eval_tokens}", rules)
@@ -89,20 +90,17 @@ def copy_code(folder, eval_tokens=None):
 
 
 def core(folder=ROOT):
-    """(prepare, train): the modules of a copy of the code, with the hyperparameters of this device."""
+    """(prepare, train): the modules of a copy of the code."""
     sys.path[0] = str(folder)  # not benchmarks/, which has another prepare.py
-    prepare, train = import_module("prepare"), import_module("train")
-    if prepare.pick_device()[0].type != "cuda":
-        vars(train).update(train.SMALL)
-    return prepare, train
+    return import_module("prepare"), import_module("train")
 
 
 @contextmanager
 def clock(prepare):
     """A started clock of prepare, without a model to check, so that the loader hands out data."""
-    clock = prepare._clock = prepare.Clock(time.monotonic, lambda: 0.0)
-    clock.device, clock.device_name = prepare.pick_device()
-    clock.started = clock.last = clock.now()
+    watchdog = import_module("frozen.process").Watchdog(lambda: 0.0)
+    clock = prepare._run = prepare.Run(time.monotonic, watchdog, prepare.pick_device(), 0, None, None)
+    clock.begin()
     try:
         yield clock
     finally:
@@ -112,7 +110,7 @@ def clock(prepare):
 @contextmanager
 def data(prepare, tokens=20_000_000):
     """Provides data: the prepared ones, or random ones in a temporary folder. Yields which."""
-    if prepare.read_manifest(prepare.data_dir() / "manifest.json"):
+    if import_module("corpus.layout").read_manifest(prepare.data_dir() / "manifest.json"):
         yield "prepared"
         return
     kept = os.environ.get("AUTORESEARCH_CACHE")
@@ -129,6 +127,7 @@ def data(prepare, tokens=20_000_000):
 
 def write_random_tokens(prepare, tokens):
     """Writes one shard of random tokens in documents of natural lengths, an untrained tokenizer and a manifest."""
+    layout = import_module("corpus.layout")
     root, rng = prepare.data_dir(), np.random.default_rng(0)
     root.mkdir(parents=True)
     lengths = (rng.lognormal(0, 1.0, 2 * tokens // 700) * MEDIAN_CHARACTERS / 4).astype(np.int64) + 2
@@ -137,9 +136,9 @@ def write_random_tokens(prepare, tokens):
     shard[offsets[:-1]] = prepare.NUM_ORDINARY  # BOS
     path = root / "train_00000.npy"
     np.save(path, shard)
-    np.save(prepare.offsets_path(path), offsets)
+    np.save(import_module("corpus.shards").offsets_path(path), offsets)
     T = prepare.MAX_SEQ_LEN
-    rows = rng.integers(0, prepare.NUM_ORDINARY, (prepare.EVAL_TOKENS // T, T + 1), dtype=np.uint16)
+    rows = rng.integers(0, prepare.NUM_ORDINARY, (layout.EVAL_TOKENS // T, T + 1), dtype=np.uint16)
     np.save(root / "val_rows.npy", rows)
     longer = (bytes(pair) for pair in product(range(256), repeat=2))
     ranks = [bytes([i]) for i in range(256)] + [next(longer) for _ in range(prepare.NUM_ORDINARY - 256)]
@@ -151,8 +150,7 @@ def write_random_tokens(prepare, tokens):
         "sha256": prepare.sha256_files(root / "val_rows.npy"),
         "text_bytes": int(token_bytes[rows[:, 1:]].sum()),
     }
-    manifest = {"rules": prepare.DATA_RULES, "train_shards": 1, "files": {"val_rows.npy": val}}
-    manifest["data_sha256"] = prepare.sha256_files(path)
+    manifest = {"rules": layout.DATA_RULES, "train_shards": 1, "files": {"val_rows.npy": val}}
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -163,7 +161,7 @@ def model(train, prepare, device):
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     dtype, _ = train.choose_dtype(device)
-    model = train.GPT(train.build_config(prepare.VOCAB_SIZE), dtype)
+    model = train.GPT(train.build_config(prepare.VOCAB_SIZE, dtype))
     model.init_weights()
     model.to(device)
     return model, train.build_optimizer(model, dtype)

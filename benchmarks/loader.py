@@ -105,15 +105,15 @@ def measure(folder, data):
 
     import prepare
     from corpus.documents import document_batches, raw_sources
+    from corpus.layout import raw_dir
 
     torch.set_num_threads(1)
-    prepare._clock = SimpleNamespace(started=0.0, device=torch.device("cpu"))
+    prepare._run = SimpleNamespace(started=0.0, device=torch.device("cpu"))
     tokenizer = prepare.load_tokenizer()
-    raw = prepare.cache_dir() / prepare.DATASET / "raw"
     sources = raw_sources("train", prepare.load_manifest()["train_shards"])
 
     def read_texts():
-        return (text for batch in document_batches(raw, sources) for text in batch)
+        return (text for batch in document_batches(raw_dir(), sources) for text in batch)
 
     for T in (512, 2048):
         naive = oracle.rows_from_tokens(

@@ -28,7 +28,8 @@ STAGES = ["imports", "begin_run", "model", "warm_up", "dry_run", "training", "au
 TIMED = '''
 """Runs train.py and records when its stages end."""
 import json, sys, time
-born = time.monotonic() - __import__("prepare").process_age()
+from frozen.process import process_age
+born = time.monotonic() - process_age()
 import prepare, train
 marks = [("imports", time.monotonic())]
 
@@ -44,7 +45,7 @@ def until(module, name, stage, before=None):
 
 until(train, "begin_run", "begin_run")
 until(train, "warm_up", "warm_up", before="model")
-until(prepare.Clock, "start", "dry_run")
+until(prepare.Run, "start", "dry_run")
 until(train, "train", "training")
 until(prepare, "audit", "audit")
 until(prepare, "score_rows", "scoring")

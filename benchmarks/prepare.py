@@ -53,7 +53,7 @@ def main():
             env |= {"HF_ENDPOINT": hub.endpoint, "NO_PROXY": "*"}
             command = [sys.executable, "prepare.py", "--num-shards", str(args.shards)]
             cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, cores[: args.cores])  # inherited
+            os.sched_setaffinity(0, cores[: args.cores])  # child processes inherit it
             result = vars(args) | measure(command, code, env, folder / "cache" / "climbmix")
             os.sched_setaffinity(0, cores)
         again = time.perf_counter()
@@ -89,7 +89,7 @@ def measure(command, code, env, data):
     (manifest,) = data.glob("*/manifest.json")
     root = manifest.parent
     downloaded = max(p.stat().st_mtime for p in (data / "raw").glob("*.parquet"))
-    trained, packed = ((root / name).stat().st_mtime for name in ("token_bytes.npy", "holdout_rows.npy"))
+    trained, packed = ((root / name).stat().st_mtime for name in ("tokenizer.tiktoken", "holdout_rows.npy"))
     tokenised = max(p.stat().st_mtime for p in root.glob("train_*.npy"))
     files = json.loads(manifest.read_text())["files"]
     tokens = sum(entry["tokens"] for entry in files.values() if "documents" in entry)

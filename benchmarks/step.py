@@ -108,7 +108,7 @@ def measure(args):
             getattr(torch, device.type).synchronize()
 
         began = time.perf_counter()
-        train.rehearse(model, optimizer, device, batch_size, micro_batches)
+        train.rehearse(model, optimizer, device, batch_size, [train.MAX_SEQ_LEN])
         warm_up_seconds = time.perf_counter() - began
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -119,11 +119,11 @@ def measure(args):
 
         def loop():
             with redirect_stdout(io.StringIO()):
-                train.train(CountingClock(clock, args.steps), model, optimizer, loader, micro_batches)
+                train.train(CountingClock(clock, args.steps), model, optimizer, loader, batch_size)
 
         def bare():
             for _ in range(args.steps):
-                train.train_step(model, optimizer, fixed, micro_batches)
+                train.train_step(model, optimizer, fixed, micro_batches, train.MAX_SEQ_LEN)
 
         def timed(block):
             synchronize()
@@ -140,7 +140,8 @@ def measure(args):
         peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
         parts = split(train, model, optimizer, loader, micro_batches, synchronize, args.steps)
         if args.profile:
-            profile(lambda: train.train_step(model, optimizer, loader, micro_batches), device, synchronize)
+            step = lambda: train.train_step(model, optimizer, loader, micro_batches, train.MAX_SEQ_LEN)  # noqa: E731
+            profile(step, device, synchronize)
         step_ms = statistics.median(looped)
         tokens = train.TOTAL_BATCH_SIZE
         return {

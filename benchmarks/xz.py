@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prepare import DATASET, NUM_ORDINARY, data_dir, load_manifest, load_tokenizer
+from constants import DATASET
+from corpus.layout import data_dir, load_manifest
+from corpus.tokenizer import NUM_ORDINARY, Tokenizer
 
 
 def main():
     load_manifest()
-    encoding = load_tokenizer().encoding
+    encoding = Tokenizer(data_dir() / "tokenizer.tiktoken").encoding
     targets = np.load(data_dir() / "val_rows.npy")[:, 1:].ravel()
     text = encoding.decode_bytes(targets[targets < NUM_ORDINARY].tolist())
     packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)

@@ -5,23 +5,27 @@ import re
 import sysconfig
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet as pq
-
 from constants import DATASET, MAX_SEQ_LEN
-from corpus.hub import one_line
+from corpus.system import one_line
 
-CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # pinned shards; 0 ... 6540 may be trained on
+CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # these two shards are fixed; 0 ... 6540 may be trained on
 TINYSTORIES_EVAL_ROWS = 10_000  # rows 0-9,999 are holdout, the next 10,000 val, the rest train
+BATCH_DOCUMENTS = 1024  # documents that are read and tokenised together
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+STDLIB_SALT = 1  # of the hash that assigns packages to splits: no package makes up more than a quarter of val or holdout
+PIECE_CHARACTERS = 3 * MAX_SEQ_LEN  # about one row, as a token of code is about 3 characters
 
 
 def parquet_batches(path, first=0, stop=None):
-    """Column `text`, rows first ... stop - 1, as lists of at most 1,024 strings; null and empty ones left out."""
+    """Column `text` of rows first ... stop - 1, as lists of at most BATCH_DOCUMENTS strings, without null and empty
+    ones. SystemExit if the file is damaged."""
+    import pyarrow  # here, so that a run on stdlib does not load it
+    import pyarrow.parquet as pq
+
     row = 0
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
-            for batch in parquet.iter_batches(1024, columns=["text"]):
+            for batch in parquet.iter_batches(BATCH_DOCUMENTS, columns=["text"]):
                 lo, hi = max(first - row, 0), len(batch) if stop is None else min(stop - row, len(batch))
                 row += len(batch)
                 if lo < hi and (texts := [t for t in batch.column(0)[lo:hi].to_pylist() if t]):
@@ -33,20 +37,21 @@ def parquet_batches(path, first=0, stop=None):
 
 
 def cut_module(source):
-    """Cuts a module before each `def`, `class` and decorator in column 0, and what is much longer than a row also
-    at empty lines: packing crops long documents away. Of CPython 3.11's tokens in whole modules it would keep next
-    to none, cut at definitions alone 22 %, cut like this 53 % (the rest are tables without an empty line)."""
+    """Yields the pieces of a module, cut before each `def`, `class` and decorator in column 0. Pieces much longer than
+    a row are also cut at empty lines, because packing crops long documents. Of CPython 3.11's tokens it would keep
+    almost none in whole modules, 22 % if cut at definitions only, 53 % this way (the rest are tables without an
+    empty line)."""
     pieces, decorated = [[]], False
     for line in source.splitlines(keepends=True):
         if start := re.match(r"(@|(?:async +)?def\b|class\b)", line):
             if not decorated:
                 pieces.append([])
-            decorated = start[1] == "@"  # what follows belongs to its decorator
+            decorated = start[1] == "@"  # the next line still belongs to the decorator
         pieces[-1].append(line)
     for piece in map("".join, pieces):
         document = ""
         for paragraph in re.split(r"(?<=\n)(?=\s*\n)", piece):
-            if len(document) + len(paragraph) > 3 * MAX_SEQ_LEN:  # a token of code is about 3 characters
+            if len(document) + len(paragraph) > PIECE_CHARACTERS:
                 yield document
                 document = ""
             document += paragraph
@@ -54,24 +59,23 @@ def cut_module(source):
 
 
 def stdlib_documents(split):
-    """The standard library's modules, cut into pieces. A package and all below it lie in one split."""
+    """The standard library's modules, cut into pieces. A package with everything in it belongs to one split."""
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if STDLIB_LEFT_OUT.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata"):
             package = relative.parts[0].removesuffix(".py").lower()
-            # The 1 is a salt, chosen so that no single package makes up more than a quarter of val or of holdout.
-            bucket = int(hashlib.sha256(f"1:{package}".encode()).hexdigest(), 16) % 10
+            bucket = int(hashlib.sha256(f"{STDLIB_SALT}:{package}".encode()).hexdigest(), 16) % 10
             if {0: "val", 1: "holdout"}.get(bucket, "train") == split:
                 for i, piece in enumerate(cut_module(path.read_text(encoding="utf-8", errors="replace"))):
                     if piece.strip():
                         documents.append((hashlib.sha256(f"{relative.as_posix()}:{i}".encode()).digest(), piece))
-    return [piece for _, piece in sorted(documents)]  # by hash: no package is met all at once
+    return [piece for _, piece in sorted(documents)]  # by hash: spreads each package over the whole split
 
 
 def raw_sources(split, num_shards):
-    """Where a split's documents are: (file, first row, stop row) of parquet files, or ("stdlib", split)."""
+    """The sources of a split's documents: (file, first row, stop row) of parquet files, or ("stdlib", split)."""
     if DATASET == "stdlib":
         return [("stdlib", split)]
     if DATASET == "tinystories":
@@ -82,9 +86,10 @@ def raw_sources(split, num_shards):
 
 
 def document_batches(raw, sources):
+    """Lists of strings from `sources`; raw is the folder with the parquet files."""
     for name, *rows in sources:
         if name == "stdlib":
             documents = stdlib_documents(*rows)
-            yield from (documents[i : i + 1024] for i in range(0, len(documents), 1024))
+            yield from (documents[i : i + BATCH_DOCUMENTS] for i in range(0, len(documents), BATCH_DOCUMENTS))
         else:
             yield from parquet_batches(raw / name, *rows)

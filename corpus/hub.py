@@ -1,6 +1,6 @@
-"""Downloading from the Hugging Face hub: parallel, resumed where it was cut, checked before it is moved in.
+"""Downloads from the Hugging Face hub: in parallel, resumed after a broken connection, checked when complete.
 
-HF_ENDPOINT and HF_TOKEN are honoured as the ecosystem does. Every failure is a SystemExit with one sentence.
+HF_ENDPOINT and HF_TOKEN mean what they mean to other tools. Every failure is a SystemExit with one sentence.
 """
 
 import os
@@ -16,19 +16,24 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from corpus.system import one_line
 
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # time-outs of a request
+BLOCK_BYTES = 1 << 20
+ATTEMPTS_WITHOUT_PROGRESS = 5  # broken connections in a row that brought no byte, before the download is given up
+# Free disk space that a download needs, in multiples of its size: the parquet files themselves, and tokens as uint16,
+# which need about 1.3 times the size of the zstd-compressed parquet. The rest is reserve.
+SPACE_RATIO = 2.5
 
 
 def hub_session():
-    """A requests session that waits out 429, 5xx and refused connections, with back-off, jitter and Retry-After."""
+    """A requests session that retries after 429, 5xx and refused connections, with back-off, jitter, Retry-After."""
     retry = requests.adapters.Retry(
         total=5, backoff_factor=0.5, backoff_jitter=0.5, status_forcelist=[429, 500, 502, 503, 504],
         allowed_methods=["GET", "HEAD"], respect_retry_after_header=True,
     )  # fmt: skip
     session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"  # a compressed body would not have its Content-Length
+    session.headers["Accept-Encoding"] = "identity"  # Content-Length would be that of the compressed body
     if token := os.environ.get("HF_TOKEN"):
         session.headers["Authorization"] = f"Bearer {token}"
     for scheme in ("http://", "https://"):
@@ -37,10 +42,11 @@ def hub_session():
 
 
 def hub_request(session, method, repo, name, **kwargs):
+    """The response for the file `name` of the data set `repo`; SystemExit if there is none or it is an error."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/datasets/{repo}/resolve/main/{name}"
     try:
-        response = session.request(method, url, timeout=(10, 60), allow_redirects=True, **kwargs)
+        response = session.request(method, url, timeout=(CONNECT_SECONDS, READ_SECONDS), allow_redirects=True, **kwargs)
     except requests.RequestException as e:
         raise SystemExit(f"{name}: {url} cannot be fetched ({one_line(e)}): check the network, then run again") from e
     if response.status_code in (401, 403):
@@ -51,18 +57,19 @@ def hub_request(session, method, repo, name, **kwargs):
 
 
 def check_parquet(path):
+    """SystemExit if the file is not a parquet file with a column `text` of strings."""
     try:
         with pq.ParquetFile(path) as parquet:
             schema = parquet.schema_arrow
     except (pyarrow.ArrowException, OSError) as e:
-        raise SystemExit(f"{path.name}: what arrived is no whole parquet file ({one_line(e)}): run again") from e
+        raise SystemExit(f"{path.name}: the download is not a complete parquet file ({one_line(e)}): run again") from e
     if "text" not in schema.names or schema.field("text").type not in (pyarrow.string(), pyarrow.large_string()):
         columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise SystemExit(f"{path.name}: has no column 'text' of strings ({columns}): is HF_ENDPOINT right?")
 
 
 def download(session, repo, name, target, bar):
-    """Fetches one file, going on with Range where an earlier attempt was cut; checked before it is moved in."""
+    """Downloads one file to `target`, continuing an earlier attempt with a Range request; checked before it is renamed."""
     part = target.with_name(name + ".part")
     fruitless = 0
     while True:
@@ -71,7 +78,7 @@ def download(session, repo, name, target, bar):
         with hub_request(session, "GET", repo, name, headers=headers, stream=True) as response:
             size = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
             size = int(size[1]) if size else int(response.headers.get("Content-Length", -1))
-            if response.status_code == 416:  # nothing left to send: the part is whole, or longer than the file
+            if response.status_code == 416:  # nothing left to send: the part is complete, or longer than the file
                 if have == size:
                     break
                 part.unlink()
@@ -80,7 +87,7 @@ def download(session, repo, name, target, bar):
                 error = "it ends early"
                 with open(part, "ab" if start else "wb") as f:
                     try:
-                        while block := response.raw.read1(1 << 20):  # read would drop what a cut leaves of a block
+                        while block := response.raw.read1(BLOCK_BYTES):  # read() would lose the last, incomplete block
                             f.write(block)
                             bar.update(len(block))
                     except urllib3.exceptions.HTTPError as e:
@@ -88,7 +95,7 @@ def download(session, repo, name, target, bar):
                 if size in (-1, part.stat().st_size):
                     break
                 fruitless = 0 if part.stat().st_size > have else fruitless + 1
-                if fruitless == 5:
+                if fruitless == ATTEMPTS_WITHOUT_PROGRESS:
                     raise SystemExit(f"{name}: the connection broke at {have:,} of {size:,} bytes ({error}): run again")
                 time.sleep(min(0.2 * 2**fruitless, 5) * random.uniform(0.5, 1))
     try:
@@ -100,7 +107,7 @@ def download(session, repo, name, target, bar):
 
 
 def download_all(repo, names, raw, workers):
-    """Fetches what is missing of `names` (files of the data set `repo`, \"owner/name\") into the folder `raw`."""
+    """Downloads those of `names` that are missing in the folder `raw`; repo: "owner/name" of the data set."""
     missing = [name for name in names if not (raw / name).exists()]
     if not missing:
         return
@@ -108,8 +115,7 @@ def download_all(repo, names, raw, workers):
     with ThreadPoolExecutor(workers) as pool:
         heads = pool.map(lambda name: hub_request(session, "HEAD", repo, name), missing)
         sizes = [int(head.headers.get("Content-Length", 0)) for head in heads]
-        # Tokens as uint16 take about 1.3 bytes for each byte of zstd parquet; the rest is slack.
-        need, free = int(2.5 * sum(sizes)), shutil.disk_usage(raw).free
+        need, free = int(SPACE_RATIO * sum(sizes)), shutil.disk_usage(raw).free
         if need > free:
             raise SystemExit(
                 f"{raw}: needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, "

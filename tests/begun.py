@@ -56,5 +56,5 @@ def run(make_repo, import_prepare, prepared_climbmix):
     yield Run(repo, prepare)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if prepare._clock:
-        prepare._clock.close()
+    if prepare._run:
+        prepare._run.close()

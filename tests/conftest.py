@@ -33,6 +33,7 @@ CORE_FILES = [
     "constants.py",
     "prepare.py",
     "corpus",
+    "frozen",
     "train.py",
     "pyproject.toml",
     "program.md",
@@ -246,7 +247,7 @@ def import_prepare(monkeypatch):
 
     def ours():
         return [
-            name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "train")
+            name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "frozen", "train")
         ]
 
     before = {name: sys.modules.pop(name) for name in ours()}

@@ -126,7 +126,7 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_everything(monkeypat
     def windows(pattern, depth):
         monkeypatch.setattr(train, "WINDOW_PATTERN", pattern)
         monkeypatch.setattr(train, "DEPTH", depth)
-        return train.build_config(128).windows
+        return train.build_config(128, torch.float32).windows
 
     assert windows("SSSL", 8) == [16, 16, 16, 64] * 2
     assert windows("SSSSL", 7) == [16, 16, 16, 16, 64, 16, 64]
@@ -242,6 +242,35 @@ def test_flex_is_for_compiled_graphs_only(gpu):
     gpu(8, 9)
     attention, reason = train.choose_attention(CUDA, torch.bfloat16, compiled=False)
     assert attention is train.SDPA and "FLEX not used: needs torch.compile" in reason
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")])
+def test_a_named_back_end_is_taken_on_any_machine(device, gpu, monkeypatch):
+    gpu(9, 0)
+    put_kernels(monkeypatch, lambda **kwargs: stand_in())
+    for name in ("sdpa", "flex", "fa3"):
+        monkeypatch.setattr(train, "ATTENTION", name)
+        attention, reason = train.choose_attention(device, torch.bfloat16)
+        assert (attention.name, reason) == (name, "set by ATTENTION")
+    monkeypatch.setattr(train, "ATTENTION", "linear")
+    with pytest.raises(AssertionError, match="'linear' is unknown: use one of fa3, flex, sdpa"):
+        train.choose_attention(device, torch.bfloat16)
+
+
+def test_a_named_back_end_that_fails_is_an_error_and_not_replaced(monkeypatch):
+    """Otherwise a run would report the result of another attention than the one that was asked for."""
+
+    def attend(q, k, v, window, mask):
+        raise RuntimeError("wrong shape")
+
+    broken = train.Attention("mine", lambda T, window, device: None, attend)
+    for name, value in dict(ATTENTION="mine", COMPILE=False, MAX_SEQ_LEN=16, TOTAL_BATCH_SIZE=32).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setitem(train.ATTENTIONS, "mine", lambda: broken)
+    monkeypatch.setattr(train, "warmup_batch", lambda B, T: torch.zeros(2, B, T, dtype=torch.int64))
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="wrong shape"):
+        train.warm_up(model, train.build_optimizer(model, torch.float32), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])

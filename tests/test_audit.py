@@ -64,7 +64,7 @@ def score_in_fork(tree, folder, device=None, time_limit=None):
     answer.unlink(missing_ok=True)
 
     def task():
-        for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus")]:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "frozen")]:
             del sys.modules[name]
         sys.path.insert(0, str(tree))
         sys.argv = ["", str(folder), device or "", str(answer)]
@@ -141,7 +141,8 @@ def trained(tmp_path_factory, prepared_stdlib):
     """A checkout with one real run in the folder `one`, on a branch. Copied, never changed."""
     base = tmp_path_factory.mktemp("audited")
     repo = tiny_repo(base / "clone", base, prepared_stdlib, "stdlib", time_budget=2, AUTORESEARCH_DATASET="stdlib")
-    repo.edit("train.py", "DEPTH=4, ASPECT_RATIO=32, HEAD_DIM=64", "DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32")
+    for name, value in dict(DEPTH=2, MODEL_DIM=64, HEAD_DIM=32, DTYPE="torch.float32").items():
+        repo.edit("train.py", rf"^{name} = .*", f"{name} = {value}")
     result = repo.run("train.py", timeout=250)
     assert result.rc == 0, result.err
     (repo.path / "one").mkdir()

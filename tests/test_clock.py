@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -16,9 +17,14 @@ import numpy as np
 import pytest
 import torch
 from begun import Uniform, run
-from conftest import assert_refused, kill_group
+from conftest import ROOT, assert_refused, kill_group
+
+from corpus import rules
+from frozen import device as devices
+from frozen import process
 
 V, T = 512, 32
+FILES = rules.FILES
 NUMBERS = dict(num_steps=953, total_tokens=499_646_464, num_params=50_332_176, flops_per_token=239e6, depth=8)
 
 
@@ -36,14 +42,16 @@ def test_the_header_says_who_runs_what_on_what(run, capsys):
     clock = run.begin()
     said = header(capsys)
     (manifest,) = run.repo.cache.rglob("manifest.json")
-    core = [(run.repo.path / name).read_bytes() for name in ("train.py", "constants.py", "prepare.py")]
+    files = {name: hashlib.sha256((run.repo.path / name).read_bytes()).hexdigest() for name in ("train.py", *FILES)}
+    train_sha256 = files.pop("train.py")
     assert said.pop("run_id") == clock.run_id and re.fullmatch("[0-9a-f]{32}", clock.run_id)
     assert began <= datetime.fromisoformat(said.pop("start")) <= datetime.now(timezone.utc)
     assert re.fullmatch(r"cpu \(.+, \d+ cores\)", said.pop("device")) and clock.device == torch.device("cpu")
     assert said.pop("versions").items() >= {"torch": torch.__version__}.items()
     assert said == {
-        "train_sha256": hashlib.sha256(core[0]).hexdigest(),
-        "rules_sha256": hashlib.sha256(core[1] + core[2]).hexdigest(),
+        "train_sha256": train_sha256,
+        "rules_files": files,
+        "rules_sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
         "data_sha256": json.loads(manifest.read_text())["data_sha256"],
         "dataset": "climbmix",
         "seed": 42,
@@ -61,15 +69,74 @@ def test_one_injected_clock_of_the_two_is_enough_to_say_so(run, capsys, real):
     assert header(capsys)["clock"] == "injected"
 
 
-@pytest.mark.parametrize("file", ["constants.py", "prepare.py"])
-def test_other_rules_have_another_hash(run, capsys, file):
+def test_other_rules_have_another_hash(run, capsys):
+    """One byte more in any file that decides a score, and the header says in which."""
+    run.begin()
+    hashes = [header(capsys)]
+    for file in FILES:
+        with open(run.repo.path / file, "a") as f:
+            f.write("\n")
+        run.begin()
+        hashes.append(header(capsys))
+        before, after = hashes[-2:]
+        assert after["rules_sha256"] != before["rules_sha256"] and after["train_sha256"] == before["train_sha256"]
+        assert [name for name in FILES if before["rules_files"][name] != after["rules_files"][name]] == [file]
+        assert rules.combined_hash(rules.file_hashes(run.repo.path)) == after["rules_sha256"]
+    assert len({each["rules_sha256"] for each in hashes}) == len(FILES) + 1
+
+
+def test_files_that_are_not_rules_leave_the_hash_alone(run, capsys):
     run.begin()
     before = header(capsys)
-    with open(run.repo.path / file, "a") as f:
-        f.write("# a comment\n")
+    for file in ("corpus/hub.py", "train.py", "program.md"):
+        with open(run.repo.path / file, "a") as f:
+            f.write("\n")
     run.begin()
-    after = header(capsys)
-    assert after["rules_sha256"] != before["rules_sha256"] and after["train_sha256"] == before["train_sha256"]
+    assert header(capsys)["rules_sha256"] == before["rules_sha256"]
+
+
+def test_every_module_of_the_core_but_the_download_is_a_rule():
+    found = {f"{room}/{path.name}" for room in ("corpus", "frozen") for path in (ROOT / room).rglob("*.py")}
+    assert {"constants.py", "prepare.py", *found} - set(FILES) == {"corpus/hub.py"}
+    assert len(set(FILES)) == len(FILES) and all((ROOT / name).is_file() for name in FILES)
+
+
+LOADED = """
+    import json, os, sys, prepare, torch
+
+    class Uniform(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.w.expand(*x.shape, prepare.VOCAB_SIZE)
+
+    clock, tokenizer = prepare.begin_run("train.py"), prepare.load_tokenizer()
+    clock.start(Uniform(), 8)
+    next(prepare.make_dataloader(tokenizer, 8, prepare.MAX_SEQ_LEN))
+    clock.progress()
+    prepare.evaluate_bpb(Uniform(), tokenizer, 8)
+    clock.summary(num_steps=1, total_tokens=1, num_params=1, flops_per_token=1, depth=1)
+    files = [module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)]
+    print(json.dumps([os.path.relpath(file) for file in files if file.startswith(os.getcwd() + os.sep)]))
+"""
+
+
+@pytest.mark.parametrize("dataset", ["climbmix", "stdlib"])
+def test_a_run_loads_nothing_from_its_folder_but_rules(make_repo, prepared_climbmix, prepared_stdlib, dataset):
+    """stdlib is built by the run itself, all of it but the tokenizer."""
+    repo = make_repo(dataset, time_budget=60)
+    repo.copy_cache(prepared_climbmix if dataset == "climbmix" else prepared_stdlib)
+    if dataset == "stdlib":
+        (manifest,) = repo.cache.rglob("manifest.json")
+        (manifest.parent / "val_rows.npy").unlink()
+        manifest.rename(manifest.with_name("manifest.partial.json"))
+    result = repo.run_code(LOADED)
+    assert result.rc == 0, result.err
+    loaded = {name for name in json.loads(result.out.splitlines()[-1])}
+    needed = set(FILES) if dataset == "stdlib" else set(FILES) - {"corpus/build.py", "corpus/documents.py"}
+    assert loaded == needed
 
 
 @pytest.mark.parametrize("text, seed", [(None, 3), ("", 3), ("0", 0), ("7", 7), ("4294967295", 4294967295)])
@@ -436,3 +503,73 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(run, make
     assert not locked(run.repo.path)
     run.begin()
     assert locked(run.repo.path)
+
+
+# --- Any machine --------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+CPUINFO = {
+    "x86": (b"processor\t: 0\nmodel name\t: Some Xeon @ 2.00GHz\nflags\t: fpu\n", "Some Xeon @ 2.00GHz"),
+    "not UTF-8": (b"model name\t: Some \xae CPU\n", "Some \ufffd CPU"),
+    "ARM": (b"processor\t: 0\nCPU implementer\t: 0x41\n", "aarch64"),
+    "macOS": (None, "aarch64"),
+}
+
+
+@pytest.mark.parametrize("system", CPUINFO)
+@pytest.mark.parametrize("affinity, count, cores", [({0, 5, 7}, 64, 3), (None, 64, 64), (None, None, 1)])
+def test_a_cpu_is_named_with_the_cores_that_the_run_may_use(no_gpu, monkeypatch, tmp_path, system, affinity, count, cores):
+    content, name = CPUINFO[system]
+    if content is not None:
+        (tmp_path / "cpuinfo").write_bytes(content)
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    if affinity is None:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: affinity, raising=False)
+    assert devices.pick_device() == (torch.device("cpu"), f"{name}, {cores} cores")
+
+
+@pytest.mark.parametrize("missing", ["CLOCK_BOOTTIME", "sysconf", None])
+def test_the_age_of_the_process_is_zero_where_the_system_does_not_tell(monkeypatch, missing):
+    if missing:
+        monkeypatch.delattr(time if missing == "CLOCK_BOOTTIME" else os, missing)
+        assert process.process_age() == 0.0
+    elif os.path.exists("/proc/self/stat"):
+        assert 0.1 < process.process_age() < 86400
+
+
+def test_a_folder_without_locks_stops_no_run(monkeypatch, tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+
+    def flock(fd, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert process.lock_folder(tmp_path) is None
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
+    assert process.lock_folder(tmp_path) is None
+
+
+def test_logs_can_be_written_where_stdout_is_not_utf8(make_repo, prepared_stdlib, tmp_path):
+    """A cache in a folder with a name that cp1252 and ascii lack, and the same name in the device's."""
+    repo = make_repo("stdlib", AUTORESEARCH_CACHE=tmp_path / "\u76ee")
+    repo.copy_cache(prepared_stdlib)
+    name = "prepare.pick_device = lambda: (prepare.devices.pick_device()[0], 'a \u76ee device, 2 cores')"
+    result = repo.run("prepare.py", PYTHONIOENCODING="cp1252")
+    assert (result.rc, result.err) == (0, "") and "is prepared in" in result.out and "\\u76ee" in result.out
+    code = f"import prepare\n{name}\nprepare.begin_run('train.py')\nprint('\u03c3 \u76ee')"
+    result = repo.run_code(code, PYTHONIOENCODING="ascii")
+    assert (result.rc, result.err) == (0, "")
+    said = json.loads(re.search("^run: (.*)$", result.out, re.MULTILINE)[1])
+    assert said["device"] == "cpu (a \u76ee device, 2 cores)" and result.out.endswith("\\u03c3 \\u76ee\n")

@@ -5,6 +5,7 @@ Most of it calls corpus.hub as prepare.py does; the last part runs prepare.py fr
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,6 +166,21 @@ def test_one_failure_upon_another_leaves_nothing_behind(fetch, hub, climbmix_fil
     hub.faults.clear()
     fetch()
     assert_whole(fetch.raw, climbmix_files)
+
+
+@pytest.mark.parametrize("short_of", [1, 0])
+def test_free_space_is_checked_before_anything_is_downloaded(fetch, hub, climbmix_files, monkeypatch, short_of):
+    """Two and a half times the size of the download: the files themselves, and the tokens made of them."""
+    need = int(2.5 * sum(climbmix_files[name].stat().st_size for name in FILES))
+    hub_module = importlib.import_module("corpus.hub")
+    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=need - short_of))
+    if not short_of:
+        fetch()
+        return assert_whole(fetch.raw, climbmix_files)
+    with pytest.raises(SystemExit) as raised:
+        fetch()
+    assert_sentence(raised, str(fetch.raw), "make room", "--num-shards", "AUTORESEARCH_CACHE")
+    assert hub.requests(method="GET") == []
 
 
 def test_nobody_listening_is_one_sentence(fetch, monkeypatch):

@@ -20,7 +20,7 @@ HARNESS = """
     import json, os, shutil, signal, sys, sysconfig
     from concurrent.futures import Future
     from pathlib import Path
-    import prepare, corpus.build, rustbpe
+    import prepare, corpus.build, corpus.hub, pyarrow.parquet, rustbpe
 
     cache = Path(os.environ["AUTORESEARCH_CACHE"])
     library = sys.argv[1]
@@ -73,12 +73,12 @@ HARNESS = """
 
     def digests():
         "as the one manifest says them, each checked against the file itself; {} without a manifest"
-        path = prepare.data_dir() / "manifest.json"
+        path = corpus.layout.data_dir() / "manifest.json"
         if not path.exists():
             return {}
         entries = json.loads(path.read_text())["files"]
         for name, entry in entries.items():
-            assert prepare.sha256_files(path.parent / name) == entry["sha256"], f"{name} is not what the manifest says"
+            assert corpus.system.sha256_files(path.parent / name) == entry["sha256"], f"{name} is not what the manifest says"
         return {name: entry["sha256"] for name, entry in entries.items()}
 
     def files():
@@ -143,7 +143,7 @@ raw = cache / "climbmix" / "raw"
 def work():
     raw.mkdir(parents=True, exist_ok=True)
     corpus.hub.download_all("karpathy/climbmix-400b-shuffle", ["shard_00000.parquet", "shard_06542.parquet"], raw, 1)
-digests = lambda: {p.name: prepare.sha256_files(p) for p in raw.glob("*.parquet")}
+digests = lambda: {p.name: corpus.system.sha256_files(p) for p in raw.glob("*.parquet")}
 kill_everywhere(work)
 """
     assert kill_everywhere(repo, library, call) >= 5
@@ -151,7 +151,7 @@ kill_everywhere(work)
 
 DOWNLOAD_THIRD = (
     "corpus.hub.download_all('karpathy/climbmix-400b-shuffle', ['shard_00002.parquet'], "
-    "prepare.cache_dir() / 'climbmix' / 'raw', 1)"
+    "corpus.layout.cache_dir() / 'climbmix' / 'raw', 1)"
 )
 
 

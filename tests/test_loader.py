@@ -20,24 +20,25 @@ class Loader:
 
     def __init__(self, repo, prepare):
         self.repo, self.prepare = repo, prepare
+        self.shards, self.layout = (importlib.import_module(f"corpus.{name}") for name in ("shards", "layout"))
         self.tokenizer = SimpleNamespace(vocab_size=prepare.VOCAB_SIZE)
-        prepare._clock = SimpleNamespace(started=0.0, device=torch.device("cpu"))
+        prepare._run = SimpleNamespace(started=0.0, device=torch.device("cpu"))
 
     def fill(self, *shards, bos_id=BOS):
         """shards: lists of documents, each a list of ids without BOS. Writes them as prepare.py does."""
-        root = self.prepare.data_dir()
+        root = self.layout.data_dir()
         root.mkdir(parents=True, exist_ok=True)
         files = {}
         for i, documents in enumerate(shards):
             path = root / f"train_{i:05d}.npy"
             arrays = [np.array([bos_id, *document], dtype=np.uint16) for document in documents]
             halves = [arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]]  # two batches a shard
-            importlib.import_module("corpus.build").write_shard(
+            self.shards.write_shard(
                 path, [(np.concatenate(h), np.array([len(a) for a in h])) for h in halves if h]
             )
-            for each in (path, self.prepare.offsets_path(path)):
+            for each in (path, self.shards.offsets_path(path)):
                 files[each.name] = {"bytes": each.stat().st_size, "sha256": ""}
-        manifest = {"rules": self.prepare.DATA_RULES, "files": files, "train_shards": len(shards)}
+        manifest = {"rules": self.layout.DATA_RULES, "files": files, "train_shards": len(shards)}
         (root / "manifest.json").write_text(json.dumps(manifest))
 
     def batches(self, B, T=T):

@@ -1,10 +1,13 @@
-"""The model against a naive one, what it counts, what the warm-up puts back and survives, and the checkpoint."""
+"""The model against a naive one, its FLOPs, what the warm-up restores and survives, and the checkpoint."""
 
+import ast
+import importlib.util
 import itertools
 import json
 import math
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +17,31 @@ import torch.nn.functional as F
 import train
 
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+CPU_FEATURES = ["", "avx512_bf16", "amx_tile"]  # with which choose_dtype takes bfloat16 on a CPU; "" is none of them
+
+
+def train_on(gpu):
+    """train.py with the hyperparameters of a machine with a GPU, or of one without, whatever this machine is."""
+    spec = importlib.util.spec_from_file_location("train_on", train.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: gpu)
+        spec.loader.exec_module(module)
+    return module
+
+
+def pretend_cpu_has(feature, monkeypatch):
+    """This CPU has that feature, and none of the others that choose_dtype asks for."""
+    for name in filter(None, CPU_FEATURES):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda n=name: n == feature, raising=False)
 
 
 def tiny_model(init="torch", **overrides):
-    """init: "fresh" as a run begins, "torch" with the modules' own random weights."""
+    """init: "fresh" as a run begins, "torch" with the modules' own random weights. In float32 unless dtype is given."""
     torch.manual_seed(0)
     config = dict(sequence_len=16, vocab_size=64, n_head=2, n_kv_head=2, n_embd=32, mlp_ratio=4)
-    config |= dict(rope_base=10_000, softcap=15.0)
+    config |= dict(rope_base=10_000, softcap=15.0, dtype="float32")
     n_layer = overrides.pop("n_layer", 2)
     config |= dict(windows=[5] * (n_layer - 1) + [16]) | overrides
     model = train.GPT(SimpleNamespace(**config))
@@ -103,9 +124,8 @@ def test_logits_are_float32_and_capped_and_the_loss_is_their_mean_cross_entropy(
 
 
 def test_in_bfloat16_it_owns_its_autocast_and_stays_near_float32():
-    model, idx = tiny_model(), tokens()
-    expected = model(idx)
-    model.dtype = torch.bfloat16
+    idx = tokens()
+    expected, model = tiny_model()(idx), tiny_model(dtype="bfloat16")
     logits = model(idx)
     assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
     assert (logits - expected).norm() / expected.norm() < 0.05
@@ -114,9 +134,11 @@ def test_in_bfloat16_it_owns_its_autocast_and_stays_near_float32():
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 16])
-def test_any_shorter_row_gets_the_logits_of_its_beginning(T):
-    model, idx = tiny_model(), tokens()
-    torch.testing.assert_close(model(idx[:, :T]), model(idx)[:, :T], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_shorter_row_gets_the_logits_of_its_beginning(T, dtype):
+    model, idx = tiny_model(dtype=str(dtype)[6:]), tokens()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.25}[dtype]  # bfloat16: a few times its spacing at 15
+    torch.testing.assert_close(model(idx[:, :T]), model(idx)[:, :T], rtol=0, atol=tolerance)
 
 
 def test_a_longer_row_is_refused_with_both_lengths():
@@ -135,18 +157,69 @@ def test_a_fresh_model_knows_nothing_and_its_blocks_are_the_identity():
 
 
 def test_the_baseline_has_the_published_size(monkeypatch):
-    monkeypatch.setattr(train, "MAX_SEQ_LEN", 2048)
+    baseline = train_on(gpu=True)
+    monkeypatch.setattr(baseline, "MAX_SEQ_LEN", 2048)
     with torch.device("meta"):
-        model = train.GPT(train.build_config(vocab_size=8192))
+        model = baseline.GPT(baseline.build_config(8192, torch.bfloat16))
+    assert (model.config.n_embd, len(model.config.windows)) == (512, 8)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(50.3, abs=0.05)
     assert model.flops_per_token() / 1e6 == pytest.approx(239.1, abs=0.05)
 
 
-def test_the_width_is_rounded_up_to_whole_heads(monkeypatch):
-    for name, value in dict(DEPTH=9, ASPECT_RATIO=57, HEAD_DIM=128, QUERIES_PER_KV=5).items():
+def test_a_vector_in_a_block_adds_no_matmul_flops():
+    model = tiny_model()
+    before = model.flops_per_token()
+    model.blocks[0].gain = torch.nn.Parameter(torch.ones(32))
+    assert model.flops_per_token() == before
+
+
+@pytest.mark.parametrize("width, n_embd", [(9 * 57, 640), (640, 640), (641, 768), (1, 128)])
+def test_the_width_is_rounded_up_to_whole_heads(width, n_embd, monkeypatch):
+    for name, value in dict(DEPTH=9, MODEL_DIM=width, HEAD_DIM=128).items():
         monkeypatch.setattr(train, name, value)
-    config = train.build_config(64)
-    assert (config.n_embd, config.n_head, config.n_kv_head) == (640, 5, 1)
+    config = train.build_config(64, torch.float32)
+    assert (config.n_embd, config.n_head, config.n_kv_head) == (n_embd, n_embd // 128, n_embd // 128)
+
+
+def test_query_heads_share_key_value_heads_only_in_whole_groups(monkeypatch):
+    for name, value in dict(MODEL_DIM=640, HEAD_DIM=128, QUERIES_PER_KV=5).items():
+        monkeypatch.setattr(train, name, value)
+    assert train.build_config(64, torch.float32).n_kv_head == 1
+    monkeypatch.setattr(train, "QUERIES_PER_KV", 2)
+    with pytest.raises(AssertionError, match="QUERIES_PER_KV 2 does not divide 5 heads"):
+        train.build_config(64, torch.float32)
+
+
+# --- Hyperparameters ----------------------------------------------------------
+
+
+def test_each_hyperparameter_is_set_once_and_nothing_shadows_it():
+    """So an edit of its line takes effect on every machine."""
+    tree = ast.parse(Path(train.__file__).read_text())
+    bound = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    bound += [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    knobs = {name for name in bound if name.isupper() and len(name) > 1}
+    assert {"DEPTH", "MODEL_DIM", "TOTAL_BATCH_SIZE", "MATRIX_LR", "COMPILE", "GPU"} <= knobs
+    assert {name for name in knobs if bound.count(name) > 1} == set()
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"globals", "setattr", "exec"}
+
+
+def test_the_hyperparameters_are_one_block_near_the_top():
+    lines = Path(train.__file__).read_text().splitlines()
+    at = {line.split(" = ")[0]: number for number, line in enumerate(lines, 1) if re.match(r"[A-Z][A-Z0-9_]+ = ", line)}
+    assert at["DEPTH"] < 45 and at["TOTAL_BATCH_SIZE"] < 60
+    assert at["SEED"] - at["DEPTH"] < 50
+    assert lines.index("def batch_schedule(progress):") < lines.index("def lr_multiplier(progress):") < at["SEED"] + 20
+
+
+@pytest.mark.parametrize("gpu, depth, width", [(True, 8, 512), (False, 4, 128)])
+def test_defaults_follow_the_machine(gpu, depth, width):
+    defaults = train_on(gpu)
+    config = defaults.build_config(64, torch.float32)
+    assert (defaults.DEPTH, len(config.windows), config.n_embd) == (depth, depth, width)
+    assert defaults.COMPILE is gpu
 
 
 # --- A step and the warm-up ---------------------------------------------------
@@ -172,13 +245,28 @@ def test_a_step_does_not_depend_on_the_device_batch_size():
     def step(device_batch_size):
         recorder = Recorder(model)
         batches = ((x, x.flip(1), 3) for x in rows.split(device_batch_size))
-        loss, epoch = train.train_step(model, recorder, batches, 8 // device_batch_size)
+        loss, epoch = train.train_step(model, recorder, batches, 8 // device_batch_size, 16)
         assert epoch == 3 and all(p.grad is None for p in model.parameters())
         return [loss, *recorder.grads]
 
     for a, b, c in zip(step(8), step(4), step(1), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(c, a, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_is_cut_into_the_rows_that_the_schedule_asks_for():
+    model, x, y = tiny_model(), tokens(2), tokens(2, seed=1)
+    model.lm_head.weight.data.mul_(0.05)
+
+    def step(batch, T):
+        recorder = Recorder(model)
+        return [train.train_step(model, recorder, iter([batch]), 1, T)[0], *recorder.grads]
+
+    cut = x.view(2, 4, 4).flatten(0, 1), y.view(2, 4, 4).flatten(0, 1), 1
+    assert cut[0].shape == (8, 4) and torch.equal(cut[0][1], x[0, 4:8])
+    for a, b in zip(step((x, y, 1), 4), step(cut, 4), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(step((x, y, 1), 4)[1], step((x, y, 1), 16)[1])
 
 
 class Drifting(torch.nn.Module):
@@ -198,9 +286,11 @@ class Drifting(torch.nn.Module):
 
 @pytest.fixture
 def warmup(monkeypatch):
-    """Rows of 16 random tokens as warm-up batches, none of the machine's own limits."""
+    """Warm-up batches of 16 random tokens per row, eager; 8 rows per step and per micro-batch."""
     monkeypatch.setattr(train, "MAX_SEQ_LEN", 16)
     monkeypatch.setattr(train, "COMPILE", False)
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 8 * 16)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 8)
     monkeypatch.setattr(train, "warmup_batch", lambda B, T: (tokens(B, T), tokens(B, T, seed=1)))
 
 
@@ -215,13 +305,13 @@ def everything(model, optimizer):
 def test_restore_puts_back_every_parameter_buffer_state_and_rng_in_place(warmup):
     inner = tiny_model()
     model, optimizer = Drifting(inner), train.build_optimizer(inner, torch.float32)
-    train.rehearse(model, optimizer, CPU, 2, 1)  # so that the state is that of a run under way
+    train.rehearse(model, optimizer, CPU, 2, [16])  # so that the state is that of a run under way
     before = {name: tensor.detach().clone() for name, tensor in everything(model, optimizer).items()}
     places = {name: tensor.data_ptr() for name, tensor in everything(model, optimizer).items()}
     rng = random.getstate(), torch.get_rng_state()
 
     restore = train.snapshot(model, optimizer, CPU)
-    train.rehearse(model, optimizer, CPU, 2, 1)
+    train.rehearse(model, optimizer, CPU, 2, [16])
     changed = [n for n, t in everything(model, optimizer).items() if not torch.equal(t, before[n])]
     constant = {"model.cos", "model.sin"}
     assert set(changed) == set(before) - constant  # otherwise this test would prove nothing
@@ -246,9 +336,9 @@ def test_restore_forgets_state_that_an_optimizer_creates_at_its_first_step():
     assert not optimizer.state
 
 
-def warm_up(model, batch_size=8, rows=8):
+def warm_up(model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    batch_size = train.warm_up(model, train.build_optimizer(model, model.dtype), CPU, batch_size, rows)
+    batch_size = train.warm_up(model, train.build_optimizer(model, model.dtype), CPU)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     return batch_size
 
@@ -283,24 +373,38 @@ def test_out_of_memory_halves_the_device_batch_and_says_so(error, warmup, capsys
     assert "device batch: 2 x 16 tokens, 4 micro-batches a step" in out
 
 
-def test_the_smaller_device_batch_divides_the_rows_of_a_step(warmup):
+@pytest.mark.parametrize("rows, limit, expected", [(8, 8, 8), (8, 100, 8), (27, 20, 9), (12, 8, 6), (7, 6, 1), (256, 128, 128)])
+def test_the_device_batch_is_the_largest_divisor_of_a_steps_rows_within_the_limit(rows, limit, expected, warmup, monkeypatch):
+    monkeypatch.setattr(train, "rehearse", lambda *args: None)
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", rows * 16)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", limit)
+    assert warm_up(tiny_model()) == expected
+
+
+def test_the_smaller_device_batch_divides_the_rows_of_a_step(warmup, monkeypatch):
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 27 * 16)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 9)
     error = torch.OutOfMemoryError("out of memory")
-    assert warm_up(short_of_memory(tiny_model(), 4, error), batch_size=9, rows=27) == 3
+    assert warm_up(short_of_memory(tiny_model(), 4, error)) == 3
 
 
 @pytest.mark.parametrize("gigabytes, fits", [(80, 128), (48, 64), (24, 32), (16, 32), (12, 16), (8, 16), (6, 8)])
 def test_the_default_batch_finds_what_fits_into_a_gpu_by_itself(gigabytes, fits, monkeypatch, capsys):
-    """By the README's reckoning: 0.8 GB whatever the batch, 44.3 GB more at 128 rows, and a tenth of the memory taken by
-    others. What rehearses is made up; what decides, and the defaults, are train.py's own."""
+    """By the README's estimate: 0.8 GB for any batch, 44.3 GB more at 128 rows, and a tenth of the memory taken by
+    others. Only the memory is simulated; the decisions and the defaults are train.py's own."""
+    baseline = train_on(gpu=True)
+    monkeypatch.setattr(baseline, "MAX_SEQ_LEN", 2048)
 
-    def rehearse(model, optimizer, device, batch_size, micro_batches):
-        assert batch_size * micro_batches == 2**19 // 2048
+    def rehearse(model, optimizer, device, batch_size, lengths):
+        assert lengths == [2048]
         if 0.8 + 44.3 * batch_size / 128 > 0.9 * gigabytes:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "rehearse", rehearse)
-    assert (train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE) == (128, 2**19)
-    assert warm_up(tiny_model(), train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // 2048) == fits
+    monkeypatch.setattr(baseline, "rehearse", rehearse)
+    assert (baseline.DEVICE_BATCH_SIZE, baseline.TOTAL_BATCH_SIZE) == (128, 2**19)
+    model = tiny_model()
+    assert baseline.warm_up(model, baseline.build_optimizer(model, model.dtype), CPU) == fits
+    assert f"device batch: {fits} x 2048 tokens, {256 // fits} micro-batches a step" in capsys.readouterr().out
 
 
 def test_out_of_memory_at_one_row_is_refused_in_a_sentence(warmup):
@@ -399,7 +503,7 @@ def test_a_mistake_in_the_model_is_raised_as_it_is(warmup):
     model = tiny_model()
     model.lm_head = torch.nn.Linear(3, 64, bias=False)
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
-        train.warm_up(model, train.build_optimizer(model, model.dtype), CPU, 8, 8)
+        train.warm_up(model, train.build_optimizer(model, model.dtype), CPU)
 
 
 # --- What the machine can do --------------------------------------------------
@@ -415,10 +519,9 @@ def test_dtype_on_cuda(capability, expected, monkeypatch):
     assert dtype == expected and f"{capability[0]}.{capability[1]}" in reason
 
 
-@pytest.mark.parametrize("has", ["", "avx512_bf16", "amx_tile"])
-def test_dtype_on_cpu_is_bfloat16_only_where_the_cpu_has_it(has, monkeypatch):
-    for feature in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda f=feature: f == has, raising=False)
+@pytest.mark.parametrize("has", CPU_FEATURES)
+def test_dtype_on_cpu_is_bfloat16_only_if_the_cpu_has_it(has, monkeypatch):
+    pretend_cpu_has(has, monkeypatch)
     dtype, reason = train.choose_dtype(CPU)
     assert dtype == (torch.bfloat16 if has else torch.float32)
     assert has in reason
@@ -431,6 +534,7 @@ def test_dtype_on_mps_is_float32_and_a_set_one_wins(monkeypatch):
 
 
 def test_compile_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "COMPILE", True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert train.choose_compile(CPU) == (False, "no C++ compiler: no-such-compiler not found")
     assert train.choose_compile(torch.device("mps"))[0] is False
@@ -444,10 +548,6 @@ def test_compile_needs_a_compiler(monkeypatch, tmp_path):
 
 
 # --- The run ------------------------------------------------------------------
-
-
-def test_small_defaults_set_only_hyperparameters():
-    assert set(train.SMALL) <= {name for name in vars(train) if name.isupper()}
 
 
 class FakeClock:
@@ -469,19 +569,24 @@ class FakeClock:
 
 
 def loop(model, losses=None, rows=2):
-    """train() over random batches, or with these losses; returns the steps and how often the clock was asked."""
+    """train() over random batches, or with these losses; returns steps, tokens and the number of calls of the clock."""
     clock, optimizer = FakeClock(), train.build_optimizer(model, torch.float32)
     loader = ((tokens(rows, seed=i), tokens(rows, seed=i + 1), 1) for i in itertools.count())
     if losses is not None:
         values, network = iter(losses), model.eager_network
         model.network = lambda *args: network(*args) * 0 + next(values)
-    return train.train(clock, model, optimizer, loader, 1), clock.calls
+    return *train.train(clock, model, optimizer, loader, rows), clock.calls
 
 
-def test_training_ends_when_the_budget_is_spent_and_asks_the_clock_once_a_step(monkeypatch, capsys):
+@pytest.fixture
+def two_rows(monkeypatch):
+    """A step of two rows of 16 tokens."""
+    monkeypatch.setattr(train, "MAX_SEQ_LEN", 16)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 32)
-    steps, calls = loop(tiny_model(init="fresh"))
-    assert (steps, calls) == (25, 26)
+
+
+def test_training_ends_when_the_budget_is_spent_and_asks_the_clock_once_a_step(two_rows, capsys):
+    assert loop(tiny_model(init="fresh")) == (25, 25 * 32, 26)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line[5:10]) for line in lines] == [2, 5, 8, 11, 14, 17, 20, 23, 25]  # one about every 10 seconds
     for line in lines:
@@ -492,7 +597,7 @@ def test_training_ends_when_the_budget_is_spent_and_asks_the_clock_once_a_step(m
         ), line
 
 
-def test_the_printed_loss_is_an_unbiased_running_mean(capsys):
+def test_the_printed_loss_is_an_unbiased_running_mean(two_rows, capsys):
     losses = [4.0, 2.0] + [3.0] * 23
     loop(tiny_model(), losses)
     first, second = re.findall(r"loss (\S+)", capsys.readouterr().out)[:2]
@@ -506,52 +611,74 @@ def test_the_printed_loss_is_an_unbiased_running_mean(capsys):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 100.5])
 @pytest.mark.parametrize("at", [1, 7, 25])  # the last: a loss that is read after the loop
-def test_a_loss_that_diverged_ends_the_run(bad, at):
+def test_a_loss_that_diverged_ends_the_run(bad, at, two_rows):
     losses = [3.0] * 25
     losses[at - 1] = bad
     with pytest.raises(SystemExit, match=rf"^FAIL: loss {bad} at step {at}: "):
         loop(tiny_model(), losses)
 
 
-def run_main(monkeypatch, **knobs):
-    """main() up to the loading of the tokenizer."""
-    for name in train.SMALL:
-        monkeypatch.setattr(train, name, getattr(train, name))  # main changes them: put back afterwards
-    for name, value in knobs.items():
-        monkeypatch.setitem(train.SMALL, name, value)
+def test_a_batch_schedule_changes_the_steps_and_every_token_is_counted(two_rows, monkeypatch, capsys):
+    """Half the run with 2 rows of 4 x 4 tokens, then with 5 rows, rounded to 2 micro-batches of 2."""
+    seen = []
+    train_step = train.train_step
+
+    def watched(model, optimizer, batches, micro_batches, T):
+        seen.append((micro_batches, T))
+        return train_step(model, optimizer, batches, micro_batches, T)
+
+    monkeypatch.setattr(train, "batch_schedule", lambda progress: (32, 4) if progress < 0.5 else (5 * 16, 16))
+    monkeypatch.setattr(train, "train_step", watched)
+    steps, total, _ = loop(tiny_model(init="fresh"))
+    assert seen == [(1, 4)] * 13 + [(2, 16)] * 12 and steps == 25
+    assert total == 13 * 32 + 12 * 64
+    speeds = re.findall(r"(\d+) tok/s", capsys.readouterr().out)
+    assert speeds[0] == "8" and speeds[-1] == "16"
+
+
+def test_every_row_length_of_the_schedule_is_compiled_in_the_warm_up(warmup, monkeypatch, capsys):
+    lengths = []
+    model = tiny_model()
+    network = model.eager_network
+    model.eager_network = lambda idx, *args: lengths.append(idx.shape) or network(idx, *args)
+    monkeypatch.setattr(train, "batch_schedule", lambda p: (4 * 16 if p < 0.3 else 8 * 16, 4 if p < 0.5 else 16))
+    assert warm_up(model) == 4  # the largest that divides the smallest step
+    assert set(lengths) == {(16, 4), (4, 16)}
+    assert lengths[-1] == (4, 16)  # the evaluation's
+
+
+@pytest.mark.parametrize("total, remedy", [(1000, 1024), (5000, 5120), (128, 256), (0, 256)])
+def test_a_total_batch_that_is_not_whole_rows_is_refused_with_the_numbers(total, remedy, monkeypatch):
     monkeypatch.setattr(train, "MAX_SEQ_LEN", 256)
-    monkeypatch.setattr(train, "begin_run", lambda file, seed: SimpleNamespace(device=CPU, seed=seed))
-
-    def load_tokenizer():
-        raise KeyError("got as far as the tokenizer")
-
-    monkeypatch.setattr(train, "load_tokenizer", load_tokenizer)
-    train.main()
-
-
-@pytest.mark.parametrize("total, remedy", [(1000, 2048), (5000, 6144), (128, 2048)])
-def test_a_total_batch_that_does_not_divide_is_refused_with_the_numbers(total, remedy, monkeypatch):
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
     with pytest.raises(SystemExit) as refusal:
-        run_main(monkeypatch, TOTAL_BATCH_SIZE=total, DEVICE_BATCH_SIZE=8)
+        train.plan_batches()
     text = str(refusal.value)
-    assert f"TOTAL_BATCH_SIZE {total} " in text and "= 2048:" in text and f"set it to {remedy}" in text
-    with pytest.raises(KeyError):
-        run_main(monkeypatch, TOTAL_BATCH_SIZE=remedy, DEVICE_BATCH_SIZE=8)
+    assert f"TOTAL_BATCH_SIZE {total} " in text and "MAX_SEQ_LEN 256:" in text and f"set it to {remedy}" in text
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", remedy)
+    assert train.plan_batches() == (remedy // 256, [256])
 
 
-def test_small_defaults_hold_where_there_is_no_cuda(monkeypatch):
-    with pytest.raises(KeyError):
-        run_main(monkeypatch, DEPTH=3)
-    assert train.DEPTH == 3
+def test_a_row_length_that_does_not_divide_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "MAX_SEQ_LEN", 256)
+    monkeypatch.setattr(train, "batch_schedule", lambda progress: (1024, 96))
+    with pytest.raises(AssertionError, match=r"row lengths \{96\}.* 256"):
+        train.plan_batches()
 
 
 # --- Checkpoint ---------------------------------------------------------------
 
 
-def test_a_checkpoint_loads_in_eval_mode_with_the_same_logits_at_any_length(tmp_path, monkeypatch):
-    model = tiny_model(n_layer=3, n_head=4, n_kv_head=2)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("has", CPU_FEATURES)
+def test_a_checkpoint_loads_in_eval_mode_with_the_same_logits_at_any_length(tmp_path, monkeypatch, dtype, compiled, has):
+    """On a CPU with and without fast bfloat16: a checkpoint is computed with the dtype it was trained with."""
+    pretend_cpu_has(has, monkeypatch)
+    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+    model = tiny_model(n_layer=3, n_head=4, n_kv_head=2, dtype=name)
     fake_compile(monkeypatch)
-    train.set_compile(model, SimpleNamespace(), True, CPU)
+    train.set_compile(model, SimpleNamespace(), compiled, CPU)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"an older one")
     train.save_checkpoint(path, model, "abc123")
@@ -560,12 +687,36 @@ def test_a_checkpoint_loads_in_eval_mode_with_the_same_logits_at_any_length(tmp_
     saved = torch.load(path, weights_only=True)
     assert saved.keys() == {"model", "config", "run_id"} and saved["run_id"] == "abc123"
     assert saved["model"].keys() == dict(model.named_parameters()).keys()
+    assert saved["config"]["dtype"] == name
     assert json.loads(json.dumps(saved["config"])) == saved["config"]  # plain values only
 
     loaded = train.load_model(path, "cpu")
-    assert not loaded.training
+    assert not loaded.training and loaded.dtype == dtype
+    # The two dtypes differ by more than 0.01 here, see below: loading with the other one would fail.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-3}[dtype]
     for T in (16, 5):
-        assert torch.equal(loaded(tokens(T=T)), model(tokens(T=T)))
+        torch.testing.assert_close(loaded(tokens(T=T)), model(tokens(T=T)), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("trained, asked", [("float32", torch.bfloat16), ("bfloat16", torch.float32)])
+def test_a_caller_may_ask_for_another_dtype_than_the_checkpoints(tmp_path, trained, asked):
+    model = tiny_model(dtype=trained)
+    train.save_checkpoint(tmp_path / "checkpoint.pt", model, "abc123")
+    loaded = train.load_model(tmp_path / "checkpoint.pt", "cpu", dtype=asked)
+    assert loaded.dtype == asked == getattr(torch, loaded.config.dtype)
+    other = tiny_model(dtype=str(asked).removeprefix("torch."))
+    torch.testing.assert_close(loaded(tokens()), other(tokens()), rtol=0, atol=1e-3)
+    assert (loaded(tokens()) - model(tokens())).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("has", CPU_FEATURES)
+def test_a_checkpoint_from_before_dtypes_were_saved_gets_this_machines(tmp_path, monkeypatch, has):
+    pretend_cpu_has(has, monkeypatch)
+    model = tiny_model()
+    del model.config.dtype
+    train.save_checkpoint(tmp_path / "checkpoint.pt", model, "abc123")
+    assert train.load_model(tmp_path / "checkpoint.pt", "cpu").dtype == train.choose_dtype(CPU)[0]
+    assert train.load_model(tmp_path / "checkpoint.pt", "cpu", torch.float32).dtype == torch.float32
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

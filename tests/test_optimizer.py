@@ -18,7 +18,7 @@ def parameters(*shapes, seed=0):
 def set_grads(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(*p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator)
 
 
 def muon(params, lr=0.1, momentum=0.9, weight_decay=0.0, beta2=None, coefficients=QUINTIC, dtype=torch.float32):
@@ -180,27 +180,62 @@ def test_groups_partition_the_model_and_muon_has_the_matrices_of_the_blocks():
             assert len({p.shape for p in group["params"]}) == 1
 
 
-def test_a_parameter_in_no_group_is_refused():
+def role(model, optimizer, name):
+    """(kind, initial learning rate) of the parameter's group."""
+    wanted = model.get_parameter(name)
+    (group,) = [g for g in optimizer.param_groups if any(p is wanted for p in g["params"])]
+    return group["kind"], group["initial_lr"]
+
+
+def test_a_new_parameter_gets_the_optimizer_of_its_type():
+    """Wherever it is in the model: vectors and scalars, embedding tables, matrices of any number of dimensions."""
     model = tiny_model()
-    model.forgotten = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="put each into one group"):
+    model.blocks[0].gain = torch.nn.Parameter(torch.ones(32))
+    model.blocks[1].attn.temperature = torch.nn.Parameter(torch.tensor(1.0))
+    model.bigrams = torch.nn.Embedding(97, 32)
+    model.blocks[0].inside = torch.nn.Embedding(8, 32)
+    model.blocks[0].experts = torch.nn.Parameter(torch.zeros(3, 8, 32))
+    model.mix = torch.nn.Linear(32, 32)
+    optimizer = train.build_optimizer(model, torch.float32)
+    embedding = "adamw", train.EMBEDDING_LR * (32 / 768) ** -0.5
+    vector, matrix = ("adamw", train.VECTOR_LR), ("muon", train.MATRIX_LR)
+    assert role(model, optimizer, "blocks.0.gain") == role(model, optimizer, "mix.bias") == vector
+    assert role(model, optimizer, "blocks.1.attn.temperature") == vector
+    assert role(model, optimizer, "bigrams.weight") == role(model, optimizer, "blocks.0.inside.weight") == embedding
+    assert role(model, optimizer, "blocks.0.experts") == role(model, optimizer, "mix.weight") == matrix
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    set_grads(list(model.parameters()), 7)
+    optimizer.step()
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_initialization_leaves_a_new_vector_as_it_was_made():
+    model = tiny_model()
+    model.blocks[0].gain = torch.nn.Parameter(torch.full((32,), 3.0))
+    model.init_weights()
+    assert set(model.blocks[0].gain.tolist()) == {3.0}
+
+
+def test_a_parameter_that_is_in_no_group_is_refused(monkeypatch):
+    model = tiny_model()
+    named = list(model.named_parameters())
+    monkeypatch.setattr(model, "named_parameters", lambda: iter(named[1:]))
+    monkeypatch.setattr(model, "parameters", lambda: iter([p for _, p in named]))
+    with pytest.raises(AssertionError, match="put each parameter into exactly one group"):
         train.build_optimizer(model, torch.float32)
 
 
 def test_learning_rates_of_matrices_scale_with_the_model_and_those_of_scalars_do_not():
     def lr(n_embd, name):
         model = tiny_model(n_head=1, n_kv_head=1, n_embd=n_embd)
-        wanted = dict(model.named_parameters())[name]
-        for group in train.build_optimizer(model, torch.float32).param_groups:
-            if any(p is wanted for p in group["params"]):
-                return group["initial_lr"]
+        return role(model, train.build_optimizer(model, torch.float32), name)[1]
 
     assert lr(768, "wte.weight") == pytest.approx(train.EMBEDDING_LR)
     assert lr(192, "wte.weight") == pytest.approx(2 * train.EMBEDDING_LR)
     assert lr(192, "value_embeds.1.weight") == pytest.approx(2 * train.EMBEDDING_LR)
     assert lr(192, "lm_head.weight") == pytest.approx(2 * train.UNEMBEDDING_LR)
-    assert lr(192, "x0_lambdas") == train.SCALAR_LR
-    assert lr(192, "resid_lambdas") == train.RESID_LR
+    assert lr(192, "x0_lambdas") == train.X0_LR
+    assert lr(192, "resid_lambdas") == train.VECTOR_LR
     assert lr(192, "blocks.0.c_fc.weight") == train.MATRIX_LR
 
 
@@ -209,7 +244,7 @@ def test_a_few_steps_learn_a_batch_by_heart():
     optimizer = train.build_optimizer(model, torch.float32)
     x = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(6))
     batches = ((x[:, :-1], x[:, 1:], 1) for _ in range(40))
-    losses = [train.train_step(model, optimizer, batches, 1)[0].item() for _ in range(40)]
+    losses = [train.train_step(model, optimizer, batches, 1, 16)[0].item() for _ in range(40)]
     assert losses[0] == pytest.approx(torch.tensor(64.0).log().item(), abs=0.05)
     assert losses[-1] < 0.5
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakenight import FakeNight
-from test_run import MAIN, TINY
+from test_run import TINY, set_knob
 
-import prepare
 import train
+from frozen import device as devices
 
 # Runs `python ARGS` in a Python that lacks what Windows' has not. What is imported before that is the libraries' own
 # business: they have their Windows code, which is not to be tried on Linux.
@@ -115,8 +115,8 @@ def bare_path(folder):
 def test_a_training_runs_to_its_end(make_repo, prepared_stdlib):
     repo = make_repo(time_budget=1, grace=250)
     repo.copy_cache(prepared_stdlib)
-    train = (repo.path / "train.py").read_text()
-    (repo.path / "train.py").write_text(train.replace(f"\n{MAIN}\n", f"{TINY}\n\n{MAIN}\n"))
+    for name, value in TINY.items():
+        set_knob(repo, name, value)
     result = repo.run("-c", WINDOWS, "train.py", timeout=200)
     assert result.rc == 0, result.err
     assert re.search(r"^val_bpb: +\d+\.\d{6}$", result.out, re.MULTILINE) and (repo.path / "checkpoint.pt").exists()
@@ -205,7 +205,7 @@ def machine(monkeypatch):
 )
 def test_the_device_is_the_best_that_torch_reports(machine, reported, device, name):
     machine(**reported)
-    chosen, said = prepare.pick_device()
+    chosen, said = devices.pick_device()
     assert chosen.type == device and re.search(name, said)
 
 
@@ -223,9 +223,9 @@ def test_a_rocm_gpu_trains_in_bfloat16_compiled_by_triton_on_flex(machine, monke
 def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):
     machine()
     monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(prepare, "Path", lambda *parts: Path("/nowhere", *parts[1:]))
-    monkeypatch.setattr(prepare.platform, "processor", lambda: "Apple M4")
-    assert prepare.pick_device()[1] == f"Apple M4, {os.cpu_count()} cores"
+    monkeypatch.setattr(devices, "CPUINFO", Path("/nowhere"))
+    monkeypatch.setattr(devices.platform, "processor", lambda: "Apple M4")
+    assert devices.pick_device()[1] == f"Apple M4, {os.cpu_count()} cores"
 
 
 def test_macos_compiles_with_the_compiler_it_has(monkeypatch):

@@ -1,5 +1,8 @@
 """prepare.py, run once: the tokenizer, the files, the splits, and what happens where it cannot work."""
 
+import ast
+import hashlib
+import importlib
 import json
 import random
 import re
@@ -15,6 +18,7 @@ import pytest
 import regex
 from conftest import (
     HOLDOUT_SHARD,
+    ROOT,
     TINY_RULES,
     VAL_SHARD,
     assert_refused,
@@ -77,8 +81,8 @@ def small_stdlib(make_repo, tmp_path):
 
 def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(prepared):
     prepare, root = prepared
-    tokenizer, token_bytes = prepare.load_tokenizer(), np.load(root / "token_bytes.npy")
-    assert np.array_equal(token_bytes, tokenizer.token_bytes())
+    tokenizer = prepare.load_tokenizer()
+    token_bytes = tokenizer.token_bytes()
     for text in [*TEXTS, *made_up_documents("unseen", 50)]:
         ids = tokenizer.encode(text)
         assert token_bytes[ids].sum() == len(text.encode())
@@ -111,7 +115,7 @@ def test_special_tokens_stand_last_have_no_bytes_and_never_come_from_text(prepar
 
 def test_numbers_are_cut_into_groups_of_at_most_two_digits(prepared):
     prepare, _ = prepared
-    pieces = regex.findall(prepare.SPLIT_PATTERN, "it's 0 12 345,6789 3.14159 v2026")
+    pieces = regex.findall(importlib.import_module("corpus.tokenizer").SPLIT_PATTERN, "it's 0 12 345,6789 3.14159 v2026")
     assert "".join(pieces) == "it's 0 12 345,6789 3.14159 v2026"
     assert [p for p in pieces if p.isdigit()] == [
         "0",
@@ -255,7 +259,7 @@ def test_a_manifest_that_is_none_is_made_again(make_repo, prepared_climbmix, con
 
 
 @pytest.mark.parametrize(
-    "name", ["train_00001.npy", "tokenizer.tiktoken", "token_bytes.npy", "holdout_rows.npy"]
+    "name", ["train_00001.npy", "tokenizer.tiktoken", "train_00000_offsets.npy", "holdout_rows.npy"]
 )
 def test_a_lost_or_truncated_file_is_made_again(make_repo, prepared_climbmix, name):
     repo = make_repo("climbmix")
@@ -265,6 +269,66 @@ def test_a_lost_or_truncated_file_is_made_again(make_repo, prepared_climbmix, na
     result = repo.run("prepare.py", "--num-shards", "2")
     assert result.rc == 0, result.err
     assert manifest_digests(repo.cache) == manifest_digests(prepared_climbmix)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.partial.json"])
+def test_a_cache_of_an_older_version_is_read_and_counts_as_the_same_data(
+    make_repo, import_prepare, prepared_climbmix, name, there
+):
+    """It has a token_bytes.npy, in its manifest and in its data_sha256. Nothing is downloaded or made again."""
+    repo = make_repo("climbmix")
+    repo.copy_cache(prepared_climbmix)
+    (path,) = repo.cache.rglob("manifest.json")
+    manifest = json.loads(path.read_text())
+    today = manifest["data_sha256"]
+    if there:
+        (path.parent / "token_bytes.npy").write_bytes(b"12345")
+    manifest["files"]["token_bytes.npy"] = {"bytes": 5, "made_from": "", "sha256": hashlib.sha256(b"12345").hexdigest()}
+    manifest["data_sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    path.rename(path.with_name(name))
+    before = {p.name: p.stat().st_mtime_ns for p in path.parent.glob("*.npy")}
+    result = repo.run("prepare.py", "--num-shards", "2")
+    assert result.rc == 0, result.err
+    assert {p.name: p.stat().st_mtime_ns for p in path.parent.glob("*.npy")} == before
+    assert import_prepare(repo).load_manifest()["data_sha256"] == today
+
+
+def test_preparing_loads_prepare_once_and_nothing_that_only_training_needs(make_repo, prepared_stdlib):
+    repo = make_repo("stdlib", AUTORESEARCH_CACHE=prepared_stdlib)
+    result = repo.run_code("""
+        import runpy, sys
+        runpy.run_path("prepare.py", run_name="__main__")
+        print(sorted({"prepare", "train", "lab", "torch"} & {name.split(".")[0] for name in sys.modules}))
+    """)
+    assert (result.rc, result.err, result.out.splitlines()[-1]) == (0, "", "[]")
+
+
+HEAVY = {"numpy", "torch", "tiktoken", "pyarrow", "requests", "urllib3", "rustbpe", "pandas", "matplotlib", "kernels"}
+
+
+@pytest.mark.parametrize(
+    "module, loads",
+    [("corpus.rules", set()), ("corpus.layout", set()), ("corpus.system", set()), ("frozen.device", set()), ("prepare", {"numpy"})],
+)
+def test_importing_the_core_loads_nothing_heavy(make_repo, module, loads):
+    result = make_repo("stdlib").run_code(f"import {module}, sys; print(*sys.modules)")
+    assert HEAVY & set(result.out.split()) == loads
+
+
+def test_the_core_imports_one_way():
+    """constants <- corpus <- frozen <- prepare <- train: lazy imports included, and nothing imports lab."""
+    order = ["constants", "corpus", "frozen", "prepare", "train", "lab"]
+    for name in order[:-1]:
+        paths = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).rglob("*.py")
+        for path in paths:
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            imported = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+            imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+            rooms = {each.split(".")[0] for each in imported} & set(order)
+            allowed = order[: order.index(name)] + ([name] if path.parent.name == name else [])
+            assert rooms <= set(allowed), f"{path} imports {rooms - set(allowed)}"
 
 
 # --- stdlib -----------------------------------------------------------------
@@ -343,7 +407,6 @@ def test_the_real_stdlib(prepared_stdlib, make_repo, import_prepare):
     digests = manifest_digests(prepared_stdlib)
     assert {
         "tokenizer.tiktoken",
-        "token_bytes.npy",
         "val_rows.npy",
         "holdout_rows.npy",
         "train_00000.npy",

@@ -27,9 +27,10 @@ ALLOWED = {
 CORE = {  # top-level module -> those of the core that it may import
     "constants": set(),
     "corpus": {"constants"},
-    "prepare": {"constants", "corpus"},
-    "train": {"constants", "corpus", "prepare"},
-    "lab": {"constants", "corpus", "prepare"},
+    "frozen": {"constants", "corpus"},
+    "prepare": {"constants", "corpus", "frozen"},
+    "train": {"constants", "prepare"},
+    "lab": {"constants", "corpus", "frozen", "prepare"},
 }
 
 
@@ -40,7 +41,7 @@ def module_name(path):
 
 MODULES = {
     module_name(path): path
-    for path in [*ROOT.glob("*.py"), *(ROOT / "corpus").rglob("*.py"), *(ROOT / "lab").rglob("*.py")]
+    for path in [*ROOT.glob("*.py"), *(path for room in ("corpus", "frozen", "lab") for path in (ROOT / room).rglob("*.py"))]
 }
 
 
@@ -54,7 +55,7 @@ def imported(path):
             assert node.level == 0, f"{path}: a relative import hides the room"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "import " in node.value:
-            found |= set(re.findall(r"^(?:from|import) ((?:lab|corpus|prepare|constants|train)\b[\w.]*)", node.value, re.M))
+            found |= set(re.findall(r"^(?:from|import) ((?:lab|corpus|frozen|prepare|constants|train)\b[\w.]*)", node.value, re.M))
     whole = set()
     for name in found:
         while name and name not in MODULES:

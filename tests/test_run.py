@@ -1,9 +1,11 @@
 """train.py as a whole, in processes of its own: a short training to its end, and every way it can end otherwise."""
 
+import ast
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,30 +13,34 @@ import time
 
 import pytest
 import torch
-from conftest import Result, assert_refused, clean_environment, kill_group
+from conftest import Result, assert_refused, clean_environment, kill_group, left_out
 
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"""
-TINY = """
-SMALL = dict(
-    DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, WINDOW_PATTERN="SL",
-    DEVICE_BATCH_SIZE=8, TOTAL_BATCH_SIZE=16 * MAX_SEQ_LEN,
-)
-COMPILE = False
-"""
+TINY = {  # on any machine: of the two dtypes, with and without a compiler, the one that needs least of it
+    "DEPTH": "2", "MODEL_DIM": "32", "HEAD_DIM": "16", "WINDOW_PATTERN": '"SL"', "DEVICE_BATCH_SIZE": "8",
+    "TOTAL_BATCH_SIZE": "16 * MAX_SEQ_LEN", "DTYPE": "torch.float32", "COMPILE": "False",
+}  # fmt: skip
 MAIN = 'if __name__ == "__main__":'
+
+
+def set_knob(repo, name, value):
+    """Replaces the whole right side, as an agent does."""
+    repo.edit("train.py", rf"^{name} = .*", f"{name} = {value}")
 
 
 @pytest.fixture
 def make_training(make_repo, prepared_climbmix):
-    """make_training(code, ...): a copy whose train.py has a tiny model and, before its last lines, this code."""
+    """make_training(code, ...): a copy with a tiny model, knobs of its own, and this code before its last lines."""
 
-    def make(code="", dataset="climbmix", time_budget=2, grace=250, **kwargs):
+    def make(code="", dataset="climbmix", time_budget=2, grace=250, knobs=None, **kwargs):
         repo = make_repo(dataset, time_budget=time_budget, grace=grace, **kwargs)
         if dataset == "climbmix":
             repo.copy_cache(prepared_climbmix)
+        for name, value in (TINY if knobs is None else knobs).items():
+            set_knob(repo, name, value)
         source = (repo.path / "train.py").read_text()
         assert source.count(f"\n{MAIN}\n") == 1
-        (repo.path / "train.py").write_text(source.replace(f"\n{MAIN}\n", f"{TINY}\n{code}\n\n{MAIN}\n"))
+        (repo.path / "train.py").write_text(source.replace(f"\n{MAIN}\n", f"{code}\n\n{MAIN}\n"))
         return repo
 
     return make
@@ -192,18 +198,128 @@ def test_a_training_needs_no_network_and_only_reads_the_data(make_training, no_n
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_compiled_training_on_the_standard_library_offline_and_read_only(
-    make_training, no_network, own_mounts, prepared_stdlib, tmp_path
+    make_training, no_network, own_mounts, prepared_stdlib, tmp_path, dtype
 ):
-    repo = make_training(dataset="stdlib", AUTORESEARCH_CACHE=tmp_path / "stdlib", TMPDIR=tmp_path)
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        left_out("no C++ compiler")
+    knobs = TINY | {"COMPILE": "True", "DTYPE": f"torch.{dtype}"}
+    repo = make_training(dataset="stdlib", knobs=knobs, AUTORESEARCH_CACHE=tmp_path / "stdlib", TMPDIR=tmp_path)
     repo.copy_cache(prepared_stdlib)
-    repo.edit("train.py", "^COMPILE = False", "COMPILE = True")
     result = offline_and_read_only(repo)
     # Where nvcc is installed and no GPU is, torch says so in a line of its log, on importing its compiler.
     told = [line for line in result.err.splitlines() if "No CUDA runtime is found" not in line]
     assert (result.rc, told) == (0, [])
     assert "\nval_bpb: " in result.out and "graphs compiled after the clock started: 0\n" in result.out
-    assert "\ntorch.compile: yes" in result.out or "\ntorch.compile: no, eager (no C++ compiler" in result.out
+    assert "\ntorch.compile: yes" in result.out and f"\ndtype: {dtype} (set by DTYPE)\n" in result.out
+
+
+CPU_WITH = """
+torch.cuda.is_available = lambda: False
+for name in ("avx512_bf16", "amx_tile"):
+    setattr(torch.cpu, f"_is_{{name}}_supported", lambda name=name: name == {feature!r})
+"""
+
+
+@pytest.mark.parametrize("feature, dtype", [("", "float32"), ("avx512_bf16", "bfloat16"), ("amx_tile", "bfloat16")])
+def test_a_training_on_a_cpu_with_and_without_fast_bfloat16_and_no_compiler(make_training, python, feature, dtype):
+    """Whatever this CPU has: the dtype that is chosen, a compiler that is missing, and a checkpoint that says so."""
+    knobs = {name: value for name, value in TINY.items() if name != "DTYPE"} | {"COMPILE": "True"}
+    repo = make_training(CPU_WITH.format(feature=feature), knobs=knobs, time_budget=1)
+    result = python.run(repo, "train.py", CXX="no-such-compiler")
+    assert (result.rc, result.err) == (0, "") and " ".join(summary(result.out)) == KEYS
+    assert re.search(rf"^dtype: {dtype} \(.*{feature}.*\)$", result.out, re.MULTILINE)
+    assert "\ntorch.compile: no, eager (no C++ compiler: no-such-compiler not found)\n" in result.out
+    assert torch.load(repo.path / "checkpoint.pt", weights_only=True)["config"]["dtype"] == dtype
+
+
+# --- Edits an agent makes -----------------------------------------------------
+
+
+def settings(out):
+    """(number of parameters, configuration) from the log's line about the model."""
+    count, config = re.search(r"^model: ([\d,]+) parameters, (\{.*\})$", out, re.MULTILINE).groups()
+    return int(count.replace(",", "")), ast.literal_eval(config)
+
+
+def trained(python, repo):
+    """The log of a run that ended with the whole summary and a checkpoint, and what it said of the model."""
+    result = python.run(repo, "train.py")
+    assert (result.rc, result.err) == (0, ""), result.err
+    values = summary(result.out)
+    assert " ".join(values) == KEYS and int(values["num_steps"]) > 1 and left_in(repo) == {"checkpoint.pt"}
+    return result.out, values, *settings(result.out)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_depth_of_three_is_three_and_the_width_follows(make_training, python, gpu):
+    """With the hyperparameters of a CPU and of a GPU: one line, nothing else."""
+    knobs = {"DEPTH": "3", "GPU": str(gpu)}
+    if gpu:  # small enough for a CPU; what follows from the depth stays as it is
+        knobs |= {name: TINY[name] for name in ("TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE", "COMPILE", "DTYPE")}
+    _, values, _, config = trained(python, make_training(knobs=knobs, time_budget=1))
+    assert values["depth"].strip() == "3" and len(config["windows"]) == 3
+    assert config["n_embd"] == (256 if gpu else 128)  # 3 * 64 and 3 * 32, rounded up to whole heads
+
+
+def test_the_width_need_not_follow_from_the_depth(make_training, python):
+    knobs = TINY | {"DEPTH": "3", "MODEL_DIM": "128"}
+    _, values, _, config = trained(python, make_training(knobs=knobs, time_budget=1))
+    assert values["depth"].strip() == "3" and config["n_embd"] == 128 and len(config["windows"]) == 3
+
+
+@pytest.mark.parametrize("rows, device_batch, micro_batches", [(4, 4, 1), (24, 8, 3), (12, 6, 2)])
+def test_the_total_batch_is_one_edit(make_training, python, rows, device_batch, micro_batches):
+    repo = make_training(knobs=TINY | {"TOTAL_BATCH_SIZE": f"{rows} * 32"}, time_budget=1)
+    out, _, _, _ = trained(python, repo)
+    assert f"\ndevice batch: {device_batch} x 32 tokens, {micro_batches} micro-batches a step\n" in out
+
+
+BLOCK = "        self.attn = CausalSelfAttention(config, gated)"
+EDITS = {  # what an agent tries: (text, its replacement) as often as it needs, and the parameters that it adds
+    "a vector in each block": (
+        [(BLOCK, BLOCK + "\n        self.gain = nn.Parameter(torch.ones(config.n_embd))"),
+         ("return x + self.c_proj(", "return x + self.gain * self.c_proj(")],
+        2 * 32),
+    "a scalar in each block": (
+        [(BLOCK, BLOCK + "\n        self.gain = nn.Parameter(torch.tensor(1.0))"),
+         ("return x + self.c_proj(", "return x + self.gain * self.c_proj(")],
+        2),
+    "a further embedding": (
+        [("        self.lm_head = ", "        self.bigrams = nn.Embedding(97, config.n_embd)\n        self.lm_head = "),
+         ("norm(self.wte(idx).to(self.dtype))", "norm((self.wte(idx) + self.bigrams((31 * idx.roll(1, 1).masked_fill("
+          "torch.arange(idx.size(1)) == 0, 0) + idx) % 97)).to(self.dtype))")],
+        97 * 32),
+    "a learning rate": ([("VECTOR_LR = 0.005", "VECTOR_LR = 0.01")], 0),
+    "a named back end": ([("ATTENTION = None", 'ATTENTION = "sdpa"')], 0),
+    "an attention variant": (
+        [("is_causal=mask is None, ", "is_causal=mask is None, scale=0.2, ")], 0),
+    "a cosine schedule": (
+        [("    return min(warmup, ", "    return 0.5 + 0.5 * __import__('math').cos(3.14159 * progress)\n    return min(warmup, ")],
+        0),
+    "a batch that grows": (
+        [("return TOTAL_BATCH_SIZE, MAX_SEQ_LEN", "return TOTAL_BATCH_SIZE * (1 if progress < 0.5 else 2), MAX_SEQ_LEN")], 0),
+    "rows that grow": (
+        [("return TOTAL_BATCH_SIZE, MAX_SEQ_LEN", "return TOTAL_BATCH_SIZE, MAX_SEQ_LEN // (4 if progress < 0.5 else 1)")], 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_at_one_place_trains_to_the_end(make_training, python, edit):
+    replacements, added = EDITS[edit]
+    plain = make_training(time_budget=1)
+    source = (plain.path / "train.py").read_text()
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    count_before, _ = settings(python.run(plain, "train.py").out)
+    repo = make_training(time_budget=1)
+    (repo.path / "train.py").write_text(source)
+    out, _, count, _ = trained(python, repo)
+    assert count - count_before == added
+    if edit == "a named back end":
+        assert "\nattention: sdpa (set by ATTENTION)\n" in out
 
 
 INJECTED = """
@@ -302,8 +418,8 @@ def test_an_unknown_dataset_is_one_line(make_training, python):
 
 def test_a_total_batch_that_does_not_divide_is_one_line_with_one_that_does(make_training, python):
     repo = make_training()
-    repo.edit("train.py", r"TOTAL_BATCH_SIZE=16 \* MAX_SEQ_LEN", "TOTAL_BATCH_SIZE=1000")
-    assert_refused(python.run(repo, "train.py"), "TOTAL_BATCH_SIZE 1000", "DEVICE_BATCH_SIZE", "set it to 1024")
+    set_knob(repo, "TOTAL_BATCH_SIZE", "1000")
+    assert_refused(python.run(repo, "train.py"), "TOTAL_BATCH_SIZE 1000", "MAX_SEQ_LEN 32", "set it to 1024")
 
 
 # --- Refused while or after it trains -----------------------------------------

@@ -95,7 +95,7 @@ def test_a_run_that_record_would_refuse_is_not_to_be_recorded(begun):
 def test_a_run_of_code_that_was_not_committed_is_committed_and_recorded(begun):
     begun.change_train()
     begun.run(0.9)
-    assert "of train.py as it stands, which is not committed: git commit" in status(begun)[1]
+    assert "of train.py as it is now, which is not committed: git commit" in status(begun)[1]
 
 
 def test_a_run_in_progress_is_shown_and_waited_for(begun):
@@ -108,7 +108,7 @@ def test_a_run_in_progress_is_shown_and_waited_for(begun):
         text, sentence = status(begun)
     finally:
         os.close(fd)
-    assert "run in progress: step 00123 (77.0%)" in text and sentence.startswith("a run is going on: wait")
+    assert "run in progress: step 00123 (77.0%)" in text and sentence.startswith("a run is still going on: wait")
 
 
 def test_a_screen_shows_the_best_the_noise_the_counts_and_the_dead_ends(begun):

@@ -5,6 +5,10 @@
 
 Lower val_bpb is better. A crash is missing data: its 0.000000 is never a value. Runs of the same train.py (`code`, its
 sha256) belong together, whatever commit they came in.
+
+The best is the kept experiment with the lowest estimated true val_bpb (lab.analysis.verdict), which is not always the
+one with the lowest number: a `--simpler` keep may be a little worse, and a low value that nothing came near was probably
+chosen for its noise. A table without records can only have its lowest kept value; by_estimate says which it is.
 """
 
 import re
@@ -16,6 +20,8 @@ from pathlib import Path
 
 from lab.analysis import verdict
 from lab.store import names, results_tsv, runs_jsonl
+
+LOWEST = "the lowest kept value, as runs.jsonl has no records to estimate it from"  # what a best is if not by_estimate
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,18 @@ class Night:
         self.by_code = {}
         for r in self.complete:
             self.by_code.setdefault(r["code"], []).append(r)
-        if experiments is None:
-            experiments = [
-                Experiment(r["row"], r["short"], r["mean"], None, r["verdict"], r["description"], (r,), None)
-                for r in self.rows
-            ]
-        self.experiments = tuple(experiments)
+        self.experiments = tuple(self.from_records() if experiments is None else experiments)
+
+    def from_records(self):
+        """The Experiments that the rows of the records are."""
+        by_commit = {}
+        for r in self.records:
+            by_commit.setdefault(r["commit"], []).append(r)
+        return [
+            Experiment(r["row"], r["short"], r["mean"], r["memory_gb"] or None, r["verdict"], r["description"],
+                       tuple(by_commit[r["commit"]]), None)
+            for r in self.rows
+        ]  # fmt: skip
 
     # --- runs ---
 
@@ -71,6 +83,17 @@ class Night:
 
     def values(self, code):
         return [r["summary"]["val_bpb"] for r in self.runs(code)]
+
+    def latest(self, code):
+        """The last record of this code, complete or not; None if it never ran."""
+        return next((r for r in reversed(self.records) if r["code"] == code), None)
+
+    def record_of(self, log):
+        """The record of the run that this run_log.RunLog is of; None if it was not recorded."""
+        return next((r for r in self.records if r["run_id"] == log.run_id or r["log"] == log.identity), None)
+
+    def is_kept(self, code):
+        return any(r["code"] == code for r in self.kept)
 
     def is_baseline(self, code):
         return self.baseline_record is not None and code == self.baseline_record["code"]
@@ -122,14 +145,8 @@ class Night:
     # --- the best: one definition ---
 
     @property
-    def best_record(self):
-        """The keep whose estimated true val_bpb is the lowest, the latest of equals; None before there is one."""
-        known = [r for r in reversed(self.kept) if r["row"] in self.estimates]
-        return min(known, key=lambda r: self.estimates[r["row"]], default=None)
-
-    @property
     def baseline(self):
-        """The first experiment that is not a crash; None before there is one."""
+        """The first experiment that is not a crash; None if there is no such one yet."""
         return next((e for e in self.experiments if e.val_bpb is not None), None)
 
     @property
@@ -144,37 +161,50 @@ class Night:
 
     @cached_property
     def worth(self):
-        """{experiment number: what it is compared by} of those that stand: the estimated true val_bpb. Without
-        records of all of them it is val_bpb as the table has it."""
-        own = {e.number: next((r["row"] for r in e.runs if r["row"] in self.estimates), None) for e in self.standing}
-        if own and None not in own.values():
-            return {number: self.estimates[row] for number, row in own.items()}
-        return {e.number: e.val_bpb for e in self.standing}
+        """{experiment number: the val_bpb that it is compared by} of those that stand: the estimated true one, or what
+        the table has if any of them is not in the records."""
+        return self.estimated if self.by_estimate else {e.number: e.val_bpb for e in self.standing}
+
+    @cached_property
+    def estimated(self):
+        """{experiment number: estimated true val_bpb} of those that stand and are in the records."""
+        rows = {e.number: kept_record(e) for e in self.standing}
+        return {number: self.estimates[r["row"]] for number, r in rows.items() if r and r["row"] in self.estimates}
 
     @property
     def by_estimate(self):
-        """Whether the best is found by estimates, and not by the lowest value in the table."""
-        return bool(self.estimates) and all(any(r["row"] in self.estimates for r in e.runs) for e in self.standing)
+        """Whether the best is the one with the lowest estimate, and not with the lowest value in the table."""
+        return bool(self.standing) and len(self.estimated) == len(self.standing)
 
-    @cached_property
-    def best(self):
-        """The standing experiment with the lowest worth: best_record's, if there are records; else the lowest kept
-        value, the first of equals. None before there is one."""
-        standing = self.standing[::-1] if self.by_estimate else self.standing
-        return min(standing, key=lambda e: self.worth[e.number], default=None)
-
-    def running_best(self):
-        """For each experiment val_bpb of the best of those up to it; None before there was one."""
-        standing, best, line = {e.number for e in self.standing}, None, []
-        for e in self.experiments:
-            if e.number in standing and (best is None or self.improves(e, best)):
-                best = e
-            line.append(best and best.val_bpb)
-        return line
-
-    def improves(self, e, best):
+    def is_better(self, e, best):
+        """Whether e, the later of the two, takes the place of the best. Of equal estimates the later one does, as the
+        branch went on from there; of equal values the first one stays."""
         new, old = self.worth[e.number], self.worth[best.number]
         return new <= old if self.by_estimate else new < old
+
+    @cached_property
+    def best_so_far(self):
+        """For each experiment the best of those up to it, as it is judged today; None before there was one."""
+        standing, best, found = {e.number for e in self.standing}, None, []
+        for e in self.experiments:
+            if e.number in standing and (best is None or self.is_better(e, best)):
+                best = e
+            found.append(best)
+        return found
+
+    @property
+    def best(self):
+        """The best Experiment; None before there is one."""
+        return self.best_so_far[-1] if self.best_so_far else None
+
+    @property
+    def best_record(self):
+        """The record by which the best was kept; None before there is one, or if it is not in the records."""
+        return kept_record(self.best) if self.best else None
+
+    def running_best(self):
+        """val_bpb of best_so_far."""
+        return [best and best.val_bpb for best in self.best_so_far]
 
     def gains(self):
         """(kept experiment, how far it is below the best before it) in order; below 0 for a simplification that
@@ -190,6 +220,11 @@ class Night:
         times = [datetime.fromisoformat(r[key]) for r in ends for key in ("start", "end") if r[key]]
         hours = (max(times) - min(times)).total_seconds() / 3600 if times else 0
         return len(self.records) / hours if len(self.records) > 1 and hours > 0 else None
+
+
+def kept_record(experiment):
+    """The record by which it was kept; None if runs.jsonl does not have it."""
+    return next((r for r in experiment.runs if r["verdict"] == "keep" and r["row"]), None)
 
 
 def speed(runs):
@@ -249,5 +284,4 @@ def read_night(tree, results=None):
             None if crash else results_tsv.number(row["memory_gb"]), status, row["description"], own,
             archive_of(tree, row["commit"], i),
         ))  # fmt: skip
-    night = Night(experiments, records, tree, (*notes, *more))
-    return night
+    return Night(experiments, records, tree, (*notes, *more))

@@ -1,5 +1,5 @@
 """What a record looks at before it changes anything, and what it refuses: each refusal is one sentence that says
-what to do instead."""
+what to do instead. lab.loop.next_step asks the same checks."""
 
 import hashlib
 import re
@@ -8,11 +8,39 @@ from typing import NamedTuple
 from lab.analysis.history import Night
 from lab.base import locks, text
 from lab.base.errors import Again, Refused
-from lab.store import archive, names, results_tsv, run_log
+from lab.store import archive, names, results_tsv, rules, run_log
+from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
 RUN = "uv run train.py > run.log 2>&1"
 COMMIT_RUN = 'git commit -m "..." -- train.py (no second run is needed), then: uv run -m lab record "what this tried"'
+TOUCHED = 3  # files that a refusal names, of those that an experiment may not touch
+
+
+class NothingToRecord(Refused):
+    """run.log has no run that is still to be recorded: what comes next depends on the branch alone."""
+
+
+class RunInProgress(Refused):
+    pass
+
+
+class NotAResult(Again):
+    """The machine ended the run. why: a clause; command: what runs it again."""
+
+    def __init__(self, ended, command):
+        self.why, self.command = f"the last run was {ended}, it is no result", command
+        super().__init__(f"{self.why}. Run it again: {command}; to give the idea up: record it with --discard")
+
+
+class Place(NamedTuple):
+    """Where HEAD's train.py is on the branch."""
+
+    commit: str  # the experiment's, or of the anchor if this is another run of the anchor
+    blob: str  # git's name for train.py
+    anchor: dict | None  # the record that the experiment is based on; None for the first run of a baseline
+    edits: list  # commits of the experiment, newest first; [] for the baseline and for another run of the anchor
+    baseline: bool  # whether this is a run of the baseline before it is kept
 
 
 class Case(NamedTuple):
@@ -24,11 +52,15 @@ class Case(NamedTuple):
     history: Night
     log: run_log.RunLog
     code: str  # sha256 of train.py
-    blob: str  # git's name for it
-    commit: str  # the experiment's, or of the anchor where this is another run of the anchor
-    anchor: dict | None  # the record that the experiment stands on; None for the first run of a baseline
-    edits: list  # commits of the experiment, newest first; [] for the baseline and for another run of the anchor
-    baseline: bool  # whether this is a run of the baseline before it is kept
+    commit: str  # these as in Place
+    blob: str
+    anchor: dict | None
+    edits: list
+    baseline: bool
+
+
+def night_of(repo):
+    return Night(records=archive.records_of(repo.top, repo.tag()))
 
 
 def run_command(top):
@@ -41,33 +73,30 @@ def run_command(top):
     return found[0] if found else RUN
 
 
-def repeat_command(top, history, code):
-    """A run of the same code under a seed that it has not run under."""
+def next_run(top, history, code):
+    """The command for the next run of this code: a repeat is under a seed that it has not run under."""
     seeds = [r["header"]["seed"] for r in history.runs(code)]
-    return f"AUTORESEARCH_SEED={max(seeds, default=41) + 1} {run_command(top)}"
+    return f"AUTORESEARCH_SEED={max(seeds) + 1} {run_command(top)}" if seeds else run_command(top)
 
 
-def examine(repo, description, discard, simpler):
-    """The Case of the run in run.log, or a refusal."""
-    tag, head = repo.tag(), repo.head()
+def examine(repo, description, discard=False, simpler=False):
+    """The Case of the run in run.log. Raises NothingToRecord, RunInProgress, NotAResult, or Refused with what to do
+    before this run can be recorded."""
+    history, head = night_of(repo), repo.head()
     if locks.run_in_progress(repo.top):
-        raise Refused("a run is still going: wait until it ends, then record it")
-    history = Night(records=archive.records_of(repo.top, tag))
+        raise RunInProgress("a run is still going on: wait until it ends, then record it")
+    log, train = run_log.read(repo.top / names.RUN_LOG), repo.top / names.TRAIN
     if not repo.train_is_committed():
-        if is_uncommitted_run(repo.top, history):
-            raise Refused("the run is of train.py as it stands, which is not committed: " + COMMIT_RUN)
-        raise Refused(
-            "train.py has changes that are not committed: run.log is of other code, or they are the next experiment "
-            "(git stash push -- train.py, record, git stash pop)"
-        )
-    log = read_log(repo, history, discard)
-    code = hashlib.sha256((repo.top / names.TRAIN).read_bytes()).hexdigest()
+        refuse_uncommitted(repo, history, log)
+    code = names.sha256(train)
+    check_new(repo, history, log, code, discard)
     check_identity(repo, history, log, head, code)
-    check_end(repo, log, discard)
-    case = place(repo, tag, history, log, code, head)
-    earlier = next((r for r in reversed(history.records) if r["code"] == code), None)
+    check_end(log, discard, next_run(repo.top, history, code))
+    found = place(repo, history)
+    earlier = history.latest(code)
     description = text.one_line(description or "", results_tsv.LONG_DESCRIPTION)
-    description = description or (earlier["description"] if earlier else "baseline" if case.baseline else "")
+    description = description or (earlier["description"] if earlier else "baseline" if found.baseline else "")
+    case = Case(repo, repo.tag(), description, history, log, code, *found)
     if not description:
         raise Refused('say in a few words what this tried: uv run -m lab record "..."')
     check_seed(repo, case)
@@ -75,50 +104,56 @@ def examine(repo, description, discard, simpler):
         check_simpler(repo, case)
     if discard and not case.edits:
         raise Refused("this is the code that others are measured against: it cannot be discarded")
-    return case._replace(description=description)
+    return case
 
 
-def read_log(repo, history, discard):
-    """What run.log says; a run that was recorded may only be given up while it waits for a repeat."""
-    log = run_log.read(repo.top / names.RUN_LOG)
+def refuse_uncommitted(repo, history, log):
+    """train.py has uncommitted changes: what to do depends on whose run is in run.log."""
+    train, ran = repo.top / names.TRAIN, log and log.header and log.header["train_sha256"]
+    is_new = log and log.ended in ("complete", "crash") and not history.record_of(log)
+    if is_new and train.is_file() and ran == names.sha256(train):
+        raise Refused(f"the last run is of train.py as it is now, which is not committed: {COMMIT_RUN}")
+    committed = repo.ask("show", f"HEAD:{names.TRAIN}", raw=True)
+    if is_new and committed is not None and ran == hashlib.sha256(committed).hexdigest():
+        raise Refused(
+            "the last run is of HEAD, and train.py has newer changes that are not committed: git stash push -- train.py, "
+            'then: uv run -m lab record "what this tried", then: git stash pop'
+        )
+    raise Refused(
+        "train.py has changes that are not committed, and run.log is not of them: commit them as the next experiment "
+        f"(or git checkout -- train.py), then: {run_command(repo.top)}"
+    )
+
+
+def check_new(repo, history, log, code, discard):
+    """There is a log, and not of a run that was recorded; that may only be given up while it waits for a repeat."""
     if log is None:
-        raise Refused(f"there is no run.log: {run_command(repo.top)}")
+        raise NothingToRecord(f"there is no run.log: {next_run(repo.top, history, code)}")
     if log.ended == "nothing":
-        raise Refused(f"run.log is empty, the run did not begin or was killed: {run_command(repo.top)}")
-    for r in history.records:
-        if r["run_id"] == log.run_id or r["log"] == log.identity:
-            if discard and r is history.waiting and not r["baseline"]:
-                break
-            row = f"row {r['row']:04d}, " if r["row"] else ""
-            raise Refused(f"this run is recorded already ({row}{r['verdict']}): go on as `uv run -m lab status` says")
-    return log
-
-
-def is_uncommitted_run(top, history):
-    """Whether run.log is a result of the very train.py that is there, which somebody forgot to commit."""
-    log, train = run_log.read(top / names.RUN_LOG), top / names.TRAIN
-    if not log or not log.header or log.ended not in ("complete", "crash") or not train.is_file():
-        return False
-    is_new = all(r["run_id"] != log.run_id for r in history.records)
-    return is_new and log.header["train_sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+        again = next_run(repo.top, history, code)
+        raise NothingToRecord(f"run.log is empty, the run did not begin or was killed: {again}")
+    r = history.record_of(log)
+    if r and not (discard and r is history.waiting and not r["baseline"]):
+        row = f"row {r['row']:04d}, " if r["row"] else ""
+        raise NothingToRecord(f"this run is recorded already ({row}{r['verdict']}): go on as `uv run -m lab status` says")
 
 
 def check_identity(repo, history, log, head, code):
     """The run is of HEAD's train.py, under the rules, data and device of the branch."""
-    again, header, first = run_command(repo.top), log.header, history.first
+    again, header, first = next_run(repo.top, history, code), log.header, history.first
     if header is None:
         committed = int(repo.git("log", "-1", "--format=%ct", head))
         if (repo.top / names.RUN_LOG).stat().st_mtime < committed:
-            raise Refused(f"run.log is older than HEAD: {again}")
+            raise NothingToRecord(f"run.log is older than HEAD: {again}")
         return
+    if header["train_sha256"] != code:
+        raise NothingToRecord(f"run.log is of another train.py than HEAD's: {again}")
     if header["clock"] != "monotonic":
         raise Refused(f"this run's clock was not the real one, which is for tests: {again}")
-    if header["train_sha256"] != code:
-        raise Refused(f"run.log is of another train.py than HEAD's: {again}")
     if not first:
         return
+    check_rules(repo, first, header)
     for key, name, remedy in [
-        ("rules_sha256", "constants.py or prepare.py", "put them back as they were (git log), or begin a new branch"),
         ("dataset", "the dataset", "set AUTORESEARCH_DATASET as before, or begin a new branch"),
         ("data_sha256", "the prepared data", "use the same cache as before, or begin a new branch"),
         ("device", "the device", "run on the same device, or begin a new branch"),
@@ -129,55 +164,71 @@ def check_identity(repo, history, log, head, code):
             raise Refused(f"{name} changed since this branch's first run{shown}, so nothing compares: {remedy}")
 
 
-def check_end(repo, log, discard):
+def check_rules(repo, first, header):
+    """The run had the rules of the branch's first run, whichever version of the frozen files that was."""
+    began = first["commit"]
+    read = rules.commit(repo, began)
+    others = rules.differing(first["header"], header, read, rules.tree(repo.top))
+    if not others:
+        return
+    if repo.exists(began) and not rules.changed(first["header"], read):
+        places = " ".join(rules.places_in(repo, began))
+        remedy = f"git checkout {first['short']} -- {places}, commit that without train.py and run again"
+    else:  # the first run was of files that were never committed, or the commit is gone
+        remedy = "restore them as they were (git log) and run again"
+    raise Refused(
+        f"{', '.join(others[:TOUCHED])} changed since this branch's first run, so nothing compares. To finish this night "
+        f"under its own rules: {remedy}. For a night under the new ones: git switch -c {PREFIX}ANOTHER-TAG"
+    )
+
+
+def check_end(log, discard, again):
     """The run came to an end that is a result or a crash. With --discard any end is given up as a crash."""
-    again = f"{run_command(repo.top)}; to give the idea up: record it with --discard"
     last = log.lines[-1][:300] if log.lines else ""
     if log.summary and (wrong := run_log.not_finite(log.summary)) and not discard:
-        raise Refused(f"{', '.join(wrong)} in the summary is no possible number: mend train.py; or --discard")
+        raise Refused(
+            f"{', '.join(wrong)} in the summary is not a possible number: fix train.py, or record it with --discard"
+        )
     if discard or log.ended in ("complete", "crash"):
         return
-    if log.ended in ("preempted", "interrupted"):
-        raise Again(f"the run was {log.ended}, which is neither a result nor a crash. Run it again: {again}")
-    if log.ended == "killed":
-        raise Again(f"the run was killed in the middle, which is no result. Run it again: {again}")
+    if log.ended in ("preempted", "interrupted", "killed"):
+        raise NotAResult(log.ended, again)
     if log.ended == "incomplete":
         raise Refused(f"the summary in run.log is not complete. Run it again: {again}")
     raise Refused(f"the run did not begin ({last}). Mend that, then: {again}")
 
 
-def place(repo, tag, history, log, code, head):
-    """Where the run stands on the branch: of the baseline, of what is kept, or an experiment on top of that."""
+def place(repo, history):
+    """The Place of HEAD; a refusal if no experiment can be recorded there."""
     edits = repo.edits()
-    blob = edits[0].blob if edits else repo.git("rev-parse", "HEAD:train.py").strip()
-    case = Case(repo, tag, "", history, log, code, blob, head, None, [], False)
+    blob = edits[0].blob if edits else repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
     if not history.anchors:
-        own = repo.own_edits(tag)
-        if own and not history.records:  # where the baseline itself crashed, mending it comes first
+        own = repo.own_edits(repo.tag())
+        if own and not history.records:  # if the baseline itself crashed, mending it comes first
             first = repo.short(own[-1])
             raise Refused(
                 f"the baseline comes first, and {first} changes train.py already: git reset --keep {first}^, run and "
                 f"record that three times, then git cherry-pick {repo.short(own[0])}"
             )
-        return case._replace(baseline=True)
+        return Place(repo.head(), blob, None, [], baseline=True)
     by_commit = {r["commit"]: r for r in reversed(history.anchors)}
     by_blob = {r["blob"]: r for r in reversed(history.anchors)}
     for depth, edit in enumerate(edits):  # noqa: B007 (it is used below)
         if anchor := by_commit.get(edit.commit) or by_blob.get(edit.blob):
             break
     else:
-        raise Refused(f"HEAD does not stand on anything kept: git reset --keep {history.anchors[0]['short']}, go on there")
+        raise Refused(f"HEAD is not based on anything kept: git reset --keep {history.anchors[0]['short']}, go on there")
     mine = [edit.commit for edit in edits[:depth]]
     if not mine:
-        return case._replace(commit=anchor["commit"], anchor=anchor, baseline=not history.kept)
+        return Place(anchor["commit"], blob, anchor, [], baseline=not history.kept)
     for commit, files in repo.files(mine).items():
         if others := [name for name in files if name != names.TRAIN]:
             short = repo.short(commit)
             raise Refused(
-                f"{short} touches {', '.join(others[:3])}, and an experiment may change train.py alone: "
+                f"{short} touches {', '.join(others[:TOUCHED])}, and an experiment may change train.py alone: "
                 f"git reset --soft {short}^, then git commit -m ... -- train.py, and leave the rest as it was"
             )
-    return case._replace(commit=mine[0], anchor=anchor, edits=mine)
+    return Place(mine[0], blob, anchor, mine, baseline=False)
 
 
 def check_seed(repo, case):
@@ -185,7 +236,7 @@ def check_seed(repo, case):
     runs = case.history.runs(case.code)
     crashed = next((r["row"] for r in case.history.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
     if case.edits and crashed and not case.log.summary:
-        raise Refused(
+        raise NothingToRecord(
             f"this very train.py crashed before (row {crashed:04d}): git reset --keep {case.anchor['short']} and make "
             "another experiment"
         )
@@ -195,15 +246,16 @@ def check_seed(repo, case):
         return
     seed, row = case.log.header["seed"], next((r["row"] for r in reversed(runs) if r["row"]), None)
     if case.edits and row:
-        raise Refused(
+        raise NothingToRecord(
             f"this very train.py was tried before under seed {seed} (row {row:04d}): git reset --keep "
             f"{case.anchor['short']} and make another experiment"
         )
     if row:
-        raise Refused(
+        raise NothingToRecord(
             f"HEAD's train.py is what is kept (row {row:04d}), and ran under seed {seed} before: make the next experiment"
         )
-    raise Refused(f"a repeat under seed {seed} says nothing new: {repeat_command(repo.top, case.history, case.code)}")
+    again = next_run(repo.top, case.history, case.code)
+    raise NothingToRecord(f"a repeat under seed {seed} says nothing new: {again}")
 
 
 def check_simpler(repo, case):

@@ -10,7 +10,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lab.analysis.history import Night, read_night
+from lab.analysis.history import LOWEST, Night, read_night
 from lab.base import locks
 from lab.base.errors import Refused, os_reason
 from lab.base.text import aligned
@@ -26,7 +26,7 @@ def read(path):
     present = set(os.listdir(path))
     tree = {
         "tree": str(path), "user": owner(path), "branch": "", "counts": {}, "rows": 0, "best": None, "baseline": None,
-        "sigma": None, "last": None, "state": state(path, present), "kind": None, "notes": [],
+        "sigma": None, "last": None, "state": state(path, present), "kind": None, "notes": [], "by_estimate": False,
     }  # fmt: skip
     tree["is_night"] = bool(present & {names.RUNS_JSONL, names.RESULTS_TSV}) or {names.TRAIN, names.PROGRAM} <= present
     records, tree["notes"] = runs_jsonl.read_sound(path / names.RUNS_JSONL) if names.RUNS_JSONL in present else ([], [])
@@ -44,7 +44,7 @@ def of_records(records):
         "branch": records[-1]["tag"], "counts": count(r["verdict"] for r in history.rows), "rows": len(history.rows),
         "best": best and {key: best[key] for key in ("mean", "n", "row", "short", "description")},
         "baseline": history.kept[0]["mean"] if history.kept else None, "sigma": history.noise().sigma,
-        "last": max(ends).timestamp() if ends else None, "kind": kind(header),
+        "last": max(ends).timestamp() if ends else None, "kind": kind(header), "by_estimate": history.by_estimate,
     }  # fmt: skip
 
 
@@ -175,7 +175,8 @@ def table(trees):
         lines += [f"{describe(k)}:", head, *own]
         if best := members[0]["best"]:
             where = f"{members[0]['tree']}, row {best['row']:04d} {best['short']}"
-            lines.append(f"best: {best['mean']:.6f} ({where}: {best['description'][:80]})")
+            lowest = "" if members[0]["by_estimate"] else f"; {LOWEST}"
+            lines.append(f"best: {best['mean']:.6f} ({where}: {best['description'][:80]}{lowest})")
         lines.append("")
     if len(started) > 1:
         lines.append("these are different hardware, data or rules (the time budget is one): values of one part are not to be compared with another's")  # fmt: skip

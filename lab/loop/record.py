@@ -14,6 +14,7 @@ from lab.analysis.history import Night
 from lab.base import locks
 from lab.base.errors import Refused, Stop, Unfinished, os_reason
 from lab.loop import checks, report
+from lab.loop.next_step import next_step
 from lab.store import archive, journal, names, results_tsv, run_log, runs_jsonl
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
@@ -124,7 +125,6 @@ def make_plan(case, args):
         "best": names.archive(best) if best else None,
         "drop": case.edits if undone else [],
         "say": report.lines(case, record, history, changed[:-1]),
-        "next": report.what_next(case, record, history),
     }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def complete(repo, plan):
     except OSError as error:
         reason = os_reason(error)
         raise Unfinished(f"{reason}; nothing is lost: run the same command again once that is mended") from None
-    return [*plan["say"], *(f"note: {note}" for note in notes), *plan["next"]]
+    return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(next_step(repo), plan)]
 
 
 def finish_interrupted(repo):

@@ -1,7 +1,7 @@
 """What record prints: the verdict first, then what it rests on, then exactly what to do next."""
 
 from lab.analysis.history import speed
-from lab.loop import checks
+from lab.loop.next_step import RECORD
 
 OFF = 0.01  # a repeat whose speed is further from its first run's was disturbed by the machine
 
@@ -58,11 +58,11 @@ def lines(case, record, history, closed):
     return said
 
 
-def what_next(case, record, history):
-    top, again = case.repo.top, checks.run_command(case.repo.top)
-    if record["verdict"] == "confirm":
-        return [f"next: {checks.repeat_command(top, history, case.code)}", "then: uv run -m lab record"]
-    if record["verdict"] == "crash" and not case.edits:
-        return [f"next: mend what stops the run, commit it if it is in train.py, then: {again}"]
-    undone = "" if record["verdict"] == "keep" else "train.py is as it was before this experiment. "
-    return [f"next: {undone}Make the next experiment, commit it, then: {again}"]
+def what_next(step, plan):
+    """The last lines: the Step that follows once the plan is carried out."""
+    if step.kind == "repeat":
+        return [f"next: {step.do}", f"then: {RECORD}"]
+    if step.kind != "edit":
+        return [f"next: {step.sentence}"]
+    undone = "train.py is as it was before this experiment. " if plan["drop"] else ""
+    return [f"next: {undone}{step.do[0].upper()}{step.do[1:]}"]

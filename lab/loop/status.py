@@ -4,17 +4,16 @@ Changes nothing, and imports neither train.py nor prepare.py nor torch. gather(p
 working tree, as plain data; text() is the screen made of it.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from lab.analysis.history import Night
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.loop import checks
-from lab.store import archive, journal, names, run_log
+from lab.loop.next_step import next_step
+from lab.store import names, run_log
 from lab.store.repository import Repo
 
 HELP = "where the night stands, and what to do next"
@@ -48,7 +47,7 @@ def gather(path):
         known["tag"] = repo.tag()
     except Refused as refused:
         return {**known, "next": f"{refused}"}
-    history = Night(records=archive.records_of(repo.top, known["tag"]))
+    history = checks.night_of(repo)
     noise, best, waiting = history.noise(), history.best_record, history.waiting
     return {
         **known,
@@ -61,7 +60,7 @@ def gather(path):
         "dead_ends": [row(r) for r in history.rows if r["verdict"] != "keep" and not near(r)],
         "near_misses": [row(r) for r in history.rows if near(r) and not combined(r, history.rows)],
         "waiting": waiting and waiting["short"],
-        "next": what_next(repo, history),
+        "next": next_step(repo).sentence,
     }  # fmt: skip
 
 
@@ -78,52 +77,6 @@ def combined(r, rows):
     """Whether a later description names the row, as in "0012 and 0015 together"."""
     named = re.compile(rf"(?<!\d){r['row']:04d}(?!\d)")
     return any(named.search(other["description"]) for other in rows if other["row"] > r["row"])
-
-
-def what_next(repo, history):
-    """One sentence: what an agent that knows nothing else does now."""
-    run, head = checks.run_command(repo.top), repo.short(repo.head())
-    if journal.pending(repo.top):
-        return "a record was interrupted: uv run -m lab record"
-    if locks.run_in_progress(repo.top):
-        return "a run is going on: wait until it ends, then record it"
-    if not repo.train_is_committed():
-        if checks.is_uncommitted_run(repo.top, history):
-            return f"the last run is of train.py as it stands, which is not committed: {checks.COMMIT_RUN}"
-        return f"train.py has changes that are not committed: commit them as the next experiment (or git checkout -- train.py), then: {run}"  # fmt: skip
-    code = hashlib.sha256((repo.top / names.TRAIN).read_bytes()).hexdigest()
-    waiting, log = history.waiting, run_log.read(repo.top / names.RUN_LOG)
-    if waiting and waiting["code"] == code:
-        run = checks.repeat_command(repo.top, history, code)
-    if log and is_news(repo, history, log, code):
-        if log.ended in ("complete", "crash"):
-            described = "" if waiting and waiting["code"] == code else ' "what this tried"'
-            described = described if history.anchors else ' "baseline"'
-            return f"the run of {head} is over and not recorded: uv run -m lab record{described}"
-        return f"the last run was {log.ended}, it is no result: {run}"
-    if waiting and waiting["code"] == code:
-        return f"{waiting['short']} waits for a repeat: {run}"
-    if not history.anchors:
-        return f"the baseline has not run: {run}"
-    recorded = next((r for r in reversed(history.records) if r["code"] == code), None)
-    if recorded and (recorded["verdict"] == "keep" or code in [r["code"] for r in history.anchors]):
-        return f"{head} is recorded: edit train.py, commit it as the next experiment, then: {run}"
-    if recorded:
-        return f"{head} was tried already (row {recorded['row'] or 0:04d}): git reset --keep {history.anchors[0]['short']}"
-    return f"{head} has not run yet: {run}"
-
-
-def is_news(repo, history, log, code):
-    """Whether run.log is of HEAD's train.py and may be recorded: not yet, nor as good as that (check_seed)."""
-    if log.ended == "nothing" or any(r["run_id"] == log.run_id or r["log"] == log.identity for r in history.records):
-        return False
-    if log.ended == "complete" and log.header["seed"] in [r["header"]["seed"] for r in history.runs(code)]:
-        return False
-    if log.ended == "crash" and any(r["code"] == code and r["verdict"] == "crash" for r in history.rows):
-        return False
-    if log.header:
-        return log.header["train_sha256"] == code
-    return log.ended == "crash" and (repo.top / names.RUN_LOG).stat().st_mtime >= int(repo.git("log", "-1", "--format=%ct"))
 
 
 # ---------------------------------------------------------------------------------------------------

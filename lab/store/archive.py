@@ -18,14 +18,10 @@ from lab.store import names, run_log, runs_jsonl
 LONG_LOG = 16 * 2**20  # bytes; of a longer run.log the beginning and the end are archived
 
 
-def name_of(record):
-    return f"{record['row']:04d}-{record['short']}"
-
-
 def make(repo, record, table):
     """Archives the record's run; what there is to say about it. Safe to repeat: it is built beside its place."""
     runs = repo.top / names.RUNS
-    place, building = runs / name_of(record), runs / f".{name_of(record)}.partial"
+    place, building = runs / names.archive(record), runs / f".{names.archive(record)}.partial"
     if place.exists():
         return None
     building.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def save_table(path, records, aside):
 LONGEST = 64 * 2**20  # bytes: no results.tsv is longer
 SMALLEST, LARGEST = 1e-6, 1e6  # bits per byte, or GB
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-STATUSES = {s: s for s in STATUSES} | {"kept": "keep", "discarded": "discard", "crashed": "crash"}
+SPELLINGS = {s: s for s in STATUSES} | {"kept": "keep", "discarded": "discard", "crashed": "crash"}
 
 
 def unquoted(field):
@@ -104,7 +104,7 @@ def number(text):
 
 def status(text):
     """keep, discard and crash however they are spelled; another harness's word as it is."""
-    return STATUSES.get(text.lower(), text)
+    return SPELLINGS.get(text.lower(), text)
 
 
 def text_of(path):

@@ -17,7 +17,7 @@ from lab.analysis.history import Night
 from lab.base import files, locks, text
 from lab.base.errors import Refused
 from lab.base.text import aligned
-from lab.store import archive, names, run_log
+from lab.store import archive, names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import scoring
 
@@ -70,18 +70,14 @@ def score(top, folder, args, known):
 
 
 def scoring_digest(top, folder, device):
-    """Hex digest of everything a score depends on: checkpoint, code, rules, the scoring code, device."""
+    """Hex digest of everything a score depends on: checkpoint, code, frozen files, the scoring code, device."""
     digest = hashlib.sha256(f"{device}".encode())
-    rules = [top / name for name in scoring.RULES]
-    for path in (folder / names.CHECKPOINT, folder / names.TRAIN, *rules, Path(scoring.__file__)):
+    frozen = [top / name for name in rules.files_in(top)]
+    for path in (folder / names.CHECKPOINT, folder / names.TRAIN, *frozen, Path(scoring.__file__)):
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def rules_of(top):
-    return hashlib.sha256(b"".join((top / name).read_bytes() for name in scoring.RULES)).hexdigest()
 
 
 def examine(top, record, args, known):
@@ -90,8 +86,8 @@ def examine(top, record, args, known):
     folder = top / names.RUNS / names.archive(record)
     try:
         header, found["val_logged"] = logged(folder)
-        if header["rules_sha256"] != rules_of(top):
-            raise Refused("it ran under other rules than constants.py and prepare.py here")
+        if others := rules.changed(header, rules.tree(top)):
+            raise Refused(f"it ran under other rules than there are here: {', '.join(others[:3])} differs")
         scores = score(top, folder, args, known)
     except Refused as refused:
         found["flags"].append(f"{refused}".removeprefix(f"{folder}: "))

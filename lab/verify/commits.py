@@ -1,7 +1,8 @@
 """The commits that `lab prove` compares, each in its own folder with the files that a training needs.
 
 An arm is a commit. Its files are extracted from git into .lab/prove/ID/ARM/, so that branch, index and working tree do
-not change. Arms are comparable if their rules (constants.py, prepare.py, corpus/) are identical, byte for byte.
+not change. Arms are comparable if their rules are identical, byte for byte: the files listed in a recorded run of one of
+them, or otherwise constants.py, prepare.py and all of the frozen folders.
 """
 
 import hashlib
@@ -16,11 +17,10 @@ from typing import NamedTuple
 from lab.analysis.history import Night
 from lab.base import text
 from lab.base.errors import Refused
-from lab.base.git import GitError
-from lab.store import archive, names, runs_jsonl
+from lab.store import archive, names, rules, runs_jsonl
 from lab.store.repository import Repo
 
-FILES = ["constants.py", "prepare.py", "corpus", names.TRAIN]
+NEEDED = {*rules.FIRST_FILES, "corpus"}
 
 
 class Arm(NamedTuple):
@@ -28,7 +28,8 @@ class Arm(NamedTuple):
     commit: str
     top: Path  # a working tree of the repository that has the commit
     code: str  # sha256 of its train.py
-    rules: str  # sha256 over the other files
+    rules: dict  # {path: git's name for the contents} of its frozen files
+    listed: set  # paths of the rules in the header of a recorded run of it; empty if that has no list
     description: str
     seconds: float | None  # mean duration of its recorded runs; None if there are none
     dataset: dict  # {"AUTORESEARCH_DATASET": name} if a run of it is recorded, else {}
@@ -44,8 +45,12 @@ def find(given, tops):
         given = default(repos[0])
     arms = [find_one(name, repos, records) for name in given]
     for arm in arms[1:]:
-        if arm.rules != arms[0].rules:
-            raise Refused(f"{arms[0].short} and {arm.short} have different rules or data code: they cannot be compared")
+        paths = arm.listed | arms[0].listed or {*arm.rules, *arms[0].rules}
+        if others := sorted(path for path in paths if arm.rules.get(path) != arms[0].rules.get(path)):
+            raise Refused(
+                f"{arms[0].short} and {arm.short} have different rules or data code ({', '.join(others[:3])}): they cannot "
+                "be compared"
+            )
     if len({arm.code for arm in arms}) < len(arms):
         raise Refused("two of these commits have the same train.py: name each once")
     if len({arm.dataset["AUTORESEARCH_DATASET"] for arm in arms if arm.dataset}) > 1:
@@ -71,18 +76,18 @@ def find_one(name, repos, records):
             break
     else:
         raise Refused(f"there is no commit {name}: name one that `git log` shows, or its tree with --tree")
-    try:
-        objects = [repo.git("rev-parse", f"{commit}:{file}").strip() for file in FILES]
-    except GitError:
-        raise Refused(f"commit {name} lacks one of {', '.join(FILES)}: it is not an experiment of this project") from None
+    needed = sorted({*NEEDED, names.TRAIN})
+    if not NEEDED <= {*rules.places_in(repo, commit)} or repo.ask("cat-file", "-e", f"{commit}:{names.TRAIN}") is None:
+        raise Refused(f"commit {name} lacks one of {', '.join(needed)}: it is not an experiment of this project")
     code = hashlib.sha256(repo.git("show", f"{commit}:train.py", raw=True)).hexdigest()
     own = [r for r in records if r["code"] == code and r["summary"]]
     described = own[-1]["description"] if own else repo.git("log", "-1", "--format=%s", commit).strip()
     seconds = sum(r["summary"]["total_seconds"] for r in own) / len(own) if own else None
-    rules = hashlib.sha256("".join(objects[:-1]).encode()).hexdigest()
+    listed = {path for r in own[-1:] for path in rules.listed(r["header"]) or ()}
     dataset = {"AUTORESEARCH_DATASET": own[-1]["header"]["dataset"]} if own else {}
     described = text.one_line(described, 200)
-    return Arm(repo.short(commit), commit, repo.top, code, rules, described, seconds, dataset)
+    frozen = rules.objects_of(repo, commit)
+    return Arm(repo.short(commit), commit, repo.top, code, frozen, listed, described, seconds, dataset)
 
 
 def check_out(arm, place):
@@ -93,7 +98,9 @@ def check_out(arm, place):
     building = place / f".{arm.short}.partial"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    packed = Repo(arm.top).git("archive", "--format=tar", arm.commit, "--", *FILES, raw=True)
+    repo = Repo(arm.top)
+    places = [*rules.places_in(repo, arm.commit), names.TRAIN]
+    packed = repo.git("archive", "--format=tar", arm.commit, "--", *places, raw=True)
     with tarfile.open(fileobj=io.BytesIO(packed)) as files:
         files.extractall(building, filter="data")
     os.replace(building, folder)

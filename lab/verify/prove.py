@@ -21,7 +21,7 @@ from pathlib import Path
 from lab.analysis import intervals
 from lab.base import files, locks, processes
 from lab.base.errors import Again, Refused, Unfinished
-from lab.store import names, run_log
+from lab.store import names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import commits, comparison, scoring
 
@@ -48,7 +48,7 @@ class Proof:
 
     def __init__(self, top, found, used, seeds, clocks=("monotonic",)):
         self.top, self.arms, self.clocks = top, found, clocks
-        name = hashlib.sha256("".join(arm.code + arm.rules for arm in found).encode()).hexdigest()[:8]
+        name = hashlib.sha256("".join(f"{arm.code}{sorted(arm.rules.items())}" for arm in found).encode()).hexdigest()[:8]
         self.place = top / names.LAB / names.PROVE / name
         plan = self.read("plan.json")
         first = json.loads(plan)["first_seed"] if plan else max({FIRST_SEED - 1, *used}) + 1
@@ -135,9 +135,11 @@ class Proof:
         })  # fmt: skip
 
     def check(self, arm, seed, header, folder):
-        rules = hashlib.sha256(b"".join((folder / name).read_bytes() for name in scoring.RULES)).hexdigest()
-        if header["rules_sha256"] != rules:
-            raise Refused(f"{arm.short} ran under other rules than the commit has: its train.py changes the frozen files")
+        if others := rules.changed(header, rules.tree(folder)):
+            raise Refused(
+                f"{arm.short} ran under other rules than the commit has: its train.py changes the frozen files "
+                f"({', '.join(others[:3])})"
+            )
         if header["train_sha256"] != arm.code or header["seed"] != seed:
             raise Refused(f"the log of {arm.short} comes from other code or another seed than was started")
         if header["clock"] not in self.clocks:

@@ -18,10 +18,10 @@ from lab.base.errors import Refused
 from lab.store import names, run_log
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
-RULES = ("constants.py", "prepare.py")
 SAME = 1e-4  # val_bpb: largest difference of a second score in float32 on the same kind of device; docs/proof.md
 OTHER = 1e-3  # in bfloat16 or on another kind of device, where sums round differently
-# lab is the one running here; prepare.py and corpus/ are the tree's, whose own lab may be older or missing.
+# lab is the one running here; prepare.py, corpus/ and frozen/ are the tree's, whose own lab may be older or missing.
+# So nothing in lab that this process imports may import corpus or constants.
 CHILD = """
 import sys
 sys.path.insert(0, {lab!r})
@@ -74,13 +74,20 @@ def batch_size_of(folder):
     return int(found[-1]) if found else 8
 
 
-def fingerprint(prepare, cross_entropy):
-    """Identifies the frozen code in memory and on disk: if the value changes, part of the code was replaced."""
-    parts = {
-        name: (id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
-        for name, value in vars(prepare).items()
-    }
-    return parts, id(cross_entropy), [Path(name).read_bytes() for name in RULES]
+def frozen_modules():
+    """The loaded modules of the frozen code."""
+    rooms = ("constants", "prepare", "corpus", "frozen")
+    return [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in rooms]
+
+
+def fingerprint(modules, cross_entropy):
+    """Identifies these modules in memory and on disk: if the value changes, part of the code was replaced."""
+    parts = [
+        (module.__name__, name, id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
+        for module in modules
+        for name, value in vars(module).items()
+    ]
+    return parts, id(cross_entropy), [Path(module.__file__).read_bytes() for module in modules if module.__file__]
 
 
 def score_here(folder, device):
@@ -102,7 +109,8 @@ def score_here(folder, device):
         rows[split] = np.load(path)
     token_bytes, batch_size = prepare.load_tokenizer().token_bytes(), batch_size_of(folder)
     audit, score_rows = prepare.audit, prepare.score_rows
-    before = fingerprint(prepare, F.cross_entropy)
+    modules = frozen_modules()
+    before = fingerprint(modules, F.cross_entropy)
 
     result = {"device": device.type, "data_sha256": manifest["data_sha256"]}
     model = load_train(Path(folder) / names.TRAIN).load_model(Path(folder) / names.CHECKPOINT, device)
@@ -113,7 +121,7 @@ def score_here(folder, device):
         scores = {split: score_rows(model, rows[split], token_bytes, batch_size) for split in rows}
     except SystemExit as refusal:
         scores = {"refused": str(refusal)}
-    if fingerprint(prepare, F.cross_entropy) != before:
+    if fingerprint(modules, F.cross_entropy) != before:
         scores = {"refused": "its train.py replaces parts of the frozen code"}
     return result | scores
 

@@ -69,7 +69,7 @@ def create(trees, token=None, local_only=True):
         return {
             "tree": tree.name, "problem": problem, "notes": list(night.notes), "sigma": night.sigma,
             "runs_per_hour": night.runs_per_hour, "counts": Counter(b["status"] for b in briefs), "experiments": briefs,
-            "best": night.best and by_number[night.best.number],
+            "best": night.best and by_number[night.best.number], "best_by_estimate": night.by_estimate,
             "baseline": night.baseline and by_number[night.baseline.number],
         }  # fmt: skip
 

@@ -24,6 +24,7 @@ class Night(BaseModel):
     sigma: float | None
     runs_per_hour: float | None
     best: Experiment | None
+    best_by_estimate: bool  # false: the lowest kept value of a table, as there are no records to estimate from
     baseline: Experiment | None
     counts: dict[str, int]
     experiments: list[Experiment]

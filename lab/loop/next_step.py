@@ -1,0 +1,73 @@
+"""What comes next in a night: the one answer that `lab status`, `lab record` and whoever waits for a record give.
+
+A run that may be recorded is for `lab record`; what stops it is the sentence of checks.examine; with nothing to record,
+the branch decides. No check is made twice: this asks examine, and says what it says.
+"""
+
+from typing import NamedTuple
+
+from lab.base.errors import Stop
+from lab.loop import checks
+from lab.store import journal, names
+
+RECORD = "uv run -m lab record"
+ANYTHING = "what this tried"  # in place of the description that the agent will give
+
+
+class Step(NamedTuple):
+    kind: str  # record, wait, rerun, run, repeat, edit, undo, mend; "first" for what examine asks for before it records
+    why: str  # where the night is; "" if the instruction says it
+    do: str  # the command, or the instruction with its command last
+
+    @property
+    def sentence(self):
+        return f"{self.why}: {self.do}" if self.why else self.do
+
+
+def next_step(repo):
+    """The Step of this working tree, from what is on disk and in git; changes nothing."""
+    try:
+        if journal.pending(repo.top):
+            return Step("record", "a record was interrupted", RECORD)
+        return after_the_run(repo)
+    except checks.NotAResult as refused:
+        return Step("rerun", refused.why, refused.command)
+    except checks.RunInProgress as refused:
+        return Step("wait", "", str(refused))
+    except Stop as refused:
+        return Step("first", "", str(refused))
+
+
+def after_the_run(repo):
+    """The Step if nothing stands in the way of the run in run.log; raises what examine and place raise."""
+    try:
+        case = checks.examine(repo, ANYTHING)
+    except checks.NothingToRecord:
+        return on_the_branch(repo)
+    return Step("record", f"the run of {repo.short(repo.head())} is over and not recorded", RECORD + description_for(case))
+
+
+def description_for(case):
+    """What `lab record` must be told about the run: nothing if a record of this code tells it."""
+    if case.history.latest(case.code):
+        return ""
+    return ' "baseline"' if case.baseline else f' "{ANYTHING}"'
+
+
+def on_the_branch(repo):
+    """The Step if there is nothing to record."""
+    night, code = checks.night_of(repo), names.sha256(repo.top / names.TRAIN)
+    head, run, latest = repo.short(repo.head()), checks.next_run(repo.top, night, code), night.latest(code)
+    place = checks.place(repo, night)  # it refuses before a run is spent in vain
+    if latest and latest["verdict"] == "crash" and not latest["row"] and not night.is_kept(code):
+        return Step("mend", f"{head} crashed", f"mend what stops the run, commit it if it is in train.py, then: {run}")
+    if (waiting := night.waiting) and waiting["code"] == code:
+        return Step("repeat", f"{waiting['short']} waits for a repeat", run)
+    if not night.anchors:
+        return Step("run", "the baseline has not run", run)
+    if not place.edits or (latest and latest["verdict"] == "keep"):
+        return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {run}")
+    if latest:
+        where = f"git reset --keep {night.anchors[0]['short']}"
+        return Step("undo", f"{head} was tried already (row {latest['row'] or 0:04d})", where)
+    return Step("run", f"{head} has not run yet", run)
