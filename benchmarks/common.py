@@ -1,4 +1,4 @@
-"""What the benchmarks share: text of natural lengths, a copy of the code to run it through, a line in results.jsonl."""
+"""Shared by the benchmarks: text with natural document lengths, a copy of the code to run, a line in results.jsonl."""
 
 import json
 import os
@@ -28,10 +28,10 @@ MEDIAN_CHARACTERS = 2600  # of a document; lengths are log-normal, as on the web
 
 
 def natural_documents(seed, characters):
-    """Yields texts of about so many characters in all: half code, half prose, from the standard library's sources.
+    """Yields texts of about `characters` characters in all: half code, half prose, from the standard library's sources.
 
-    The sources are a few dozen MB and the benchmarks want hundreds, so each document gets some of its words
-    replaced by made-up ones: without that the same chunks would come back and both BPE and caches would look good.
+    The sources are a few dozen MB and the benchmarks need hundreds, so some words of each document are replaced by
+    made-up ones: otherwise the same chunks would repeat, and BPE and caches would look too good.
     """
     rng = random.Random(seed)
     code, prose = _sources()
@@ -57,7 +57,7 @@ def natural_documents(seed, characters):
 
 
 def _sources():
-    """(lines of code, lines of prose), in a fixed order: prose is what stands in docstrings and comments."""
+    """(lines of code, lines of prose), in a fixed order: the prose is the text of docstrings."""
     code, prose = [], []
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -71,13 +71,13 @@ def _sources():
 
 
 def write_shard(path, seed, characters):
-    """A parquet file in climbmix's layout: zstd, a column `text`, row groups of 1,024 documents."""
+    """Writes a parquet file in climbmix's layout: zstd, a column `text`, row groups of 1,024 documents."""
     texts = list(natural_documents(seed, characters))
     pq.write_table(pa.table({"text": texts}), path, row_group_size=1024, compression="zstd")
 
 
 def copy_code(folder, eval_tokens=None):
-    """A copy of the code in `folder`; with eval_tokens, one whose climbmix scores so many tokens."""
+    """Copies the code to `folder`; eval_tokens replaces the number of tokens that climbmix scores."""
     for name in ("constants.py", "prepare.py"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("corpus", "frozen"):
@@ -91,13 +91,13 @@ def copy_code(folder, eval_tokens=None):
 
 def core(folder=ROOT):
     """(prepare, train): the modules of a copy of the code."""
-    sys.path[0] = str(folder)  # not benchmarks/, where prepare.py is another
+    sys.path[0] = str(folder)  # not benchmarks/, which has another prepare.py
     return import_module("prepare"), import_module("train")
 
 
 @contextmanager
 def clock(prepare):
-    """A clock of prepare's that has started, without a model to look over: data are handed out."""
+    """A started clock of prepare, without a model to check, so that the loader hands out data."""
     watchdog = import_module("frozen.process").Watchdog(lambda: 0.0)
     clock = prepare._run = prepare.Run(time.monotonic, watchdog, prepare.pick_device(), 0, None, None)
     clock.begin()
@@ -109,7 +109,7 @@ def clock(prepare):
 
 @contextmanager
 def data(prepare, tokens=20_000_000):
-    """Sees that there are data: prepared ones, or random ones in a folder that is gone afterwards."""
+    """Provides data: the prepared ones, or random ones in a temporary folder. Yields which."""
     if import_module("corpus.layout").read_manifest(prepare.data_dir() / "manifest.json"):
         yield "prepared"
         return
@@ -126,7 +126,7 @@ def data(prepare, tokens=20_000_000):
 
 
 def write_random_tokens(prepare, tokens):
-    """One shard of random tokens in documents of natural lengths, a tokenizer that nobody trained, a manifest."""
+    """Writes one shard of random tokens in documents of natural lengths, an untrained tokenizer and a manifest."""
     layout = import_module("corpus.layout")
     root, rng = prepare.data_dir(), np.random.default_rng(0)
     root.mkdir(parents=True)
@@ -155,7 +155,7 @@ def write_random_tokens(prepare, tokens):
 
 
 def model(train, prepare, device):
-    """(model, optimizer) as train.main builds them."""
+    """(model, optimizer), built as train.main builds them."""
     import torch
 
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def model(train, prepare, device):
 
 
 def attention(name, train, device):
-    """A back end of train.py by its name, or one that train.py does not use: to know what it would bring."""
+    """A back end of train.py by its name, or one that train.py does not use, to measure its benefit."""
     if name == "varlen":
         return varlen(train)
     if name == "flash4":
@@ -177,7 +177,7 @@ def attention(name, train, device):
 
 
 def varlen(train):
-    """torch's own variable-length attention, FlashAttention inside, with one sequence a row."""
+    """torch's own variable-length attention (FlashAttention inside), with one sequence per row."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
@@ -191,7 +191,7 @@ def varlen(train):
 
 
 def flash4(train):
-    """FlashAttention-4 (the package flash-attn-4), where it is installed."""
+    """FlashAttention-4 (the package flash-attn-4), if it is installed."""
     from flash_attn.cute import flash_attn_func
 
     def attend(q, k, v, window, mask):

@@ -1,10 +1,10 @@
-"""Is the dashboard quick with 1,000 experiments, and how much memory does it take?
+"""How fast is the dashboard with 1,000 experiments, and how much memory does it take?
 
     uv run benchmarks/dashboard.py
 
-Makes a tree of 1,000 rows with their runs.jsonl, starts `lab dashboard` on it and asks over HTTP: the first page (cold: nothing
-read yet; then again, and again after a row was added), the strip of the run in progress, the chart, the whole night as
-JSON. Medians of REPEATS, spread beside. Prints a table, appends a line to benchmarks/results.jsonl.
+Makes a tree with 1,000 rows and their runs.jsonl, starts `lab dashboard` on it and requests over HTTP: the page (first
+with nothing cached, then a second time, then after a row was added), the strip of the run in progress, the chart, and the
+whole night as JSON. Prints a table (medians of REPEATS, with their range) and appends a line to benchmarks/results.jsonl.
 """
 
 import os
@@ -26,7 +26,7 @@ REPEATS = 20
 
 
 def write_tree(folder):
-    """results.tsv and runs.jsonl of ROWS experiments, as lab record writes them, and a run.log."""
+    """Writes results.tsv and runs.jsonl of ROWS experiments as lab record does, and a run.log."""
     sys.path[0] = str(common.ROOT)
     sys.path.append(str(common.ROOT / "tests"))
     from fakenight import PROGRESS

@@ -1,11 +1,11 @@
-"""How long does the evaluation take, and what of it is the model's own forward pass?
+"""How long does the evaluation take, and how much of that is the model's own forward pass?
 
-    uv run benchmarks/evaluate.py                     this device's defaults, compiled where train.py compiles
+    uv run benchmarks/evaluate.py                     this device's defaults, compiled if train.py compiles
     uv run benchmarks/evaluate.py --batch 64 --compile no
 
-The audit and the scoring of all val rows, with an untrained model of the default size, in turn with a bare forward
-pass over as many rows (`model(x)` alone, nothing computed from the logits). Medians of REPEATS. Prints a table, appends
-a line to benchmarks/results.jsonl.
+Times the audit and the scoring of all val rows with an untrained model of the default size, alternating with a bare
+forward pass over as many rows (`model(x)` alone, nothing computed from the logits). Prints a table of medians of REPEATS
+and appends a line to benchmarks/results.jsonl.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How fast is the dataloader on one core, beside the naive one that tokenises as it goes?
+"""How fast is the dataloader on one core, compared with a naive one that tokenises during training?
 
     uv run benchmarks/loader.py                                  made-up text of natural lengths (2 minutes)
     uv run benchmarks/loader.py --readers 1 2 8                  several trainings that read the same shards at once
-    AUTORESEARCH_DATASET=stdlib uv run benchmarks/loader.py      what prepare.py made of the standard library
+    AUTORESEARCH_DATASET=stdlib uv run benchmarks/loader.py      the prepared standard library
 
-Prints a table and appends a line to benchmarks/results.jsonl. The naive one is the tests' oracle, and the first rows
-of both are compared before anything is timed. Time is CPU time of this one thread: on an idle core, that of the wall.
-With --readers each reader is a process, on any core, and time is that of the wall over all of them.
+Prints a table and appends a line to benchmarks/results.jsonl. The naive loader is the tests' oracle, and the first rows
+of both are compared before anything is timed. Time is the CPU time of this one thread, which on an idle core equals
+wall-clock time. With --readers each reader is a process on any core, and time is wall-clock time over all of them.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main():
 
 
 def read(prepare, until):
-    """A reader: prints what it read, in tokens, from one moment of the clock to another."""
+    """One reader: prints the number of tokens that it read between a given start time and its end."""
     import torch
 
     torch.set_num_threads(1)
@@ -98,7 +98,7 @@ def measure_readers(prepare, counts, seconds=5):
 
 
 def measure(folder, data):
-    sys.path[0] = str(folder)  # not benchmarks/, where prepare.py is another
+    sys.path[0] = str(folder)  # not benchmarks/, which has another prepare.py
     sys.path.append(str(common.ROOT / "tests"))
     import oracle
     import torch

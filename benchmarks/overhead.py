@@ -1,13 +1,12 @@
-"""What does a run spend outside its training? From the start of the process to the summary, stage by stage.
+"""How much time does a run spend outside training? From process start to the summary, stage by stage.
 
     uv run benchmarks/overhead.py                              the defaults of this device, 3 runs
     uv run benchmarks/overhead.py --compile                    compiled: with an empty compile cache, then 3 with a warm one
     uv run benchmarks/overhead.py --budget 20 --repeats 5
 
-Each run is a real `train.py` in a copy of the code whose budget is shortened, in a process of its own; the functions
-that bound the stages are timed from outside. Data: the prepared ones of AUTORESEARCH_DATASET; where there are none,
-random tokens, with the real number of evaluation rows. Prints a table of medians, appends a line to
-benchmarks/results.jsonl.
+Each run is the real `train.py` in its own process, in a copy of the code with a shorter budget. Wrappers around the
+functions that begin and end the stages take the times. Data: those prepared for AUTORESEARCH_DATASET, otherwise random
+tokens with the real number of evaluation rows. Prints a table of medians and appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import common
 STAGES = ["imports", "begin_run", "model", "warm_up", "dry_run", "training", "audit", "scoring", "checkpoint", "exit"]
 
 TIMED = '''
-"""train.py, with the moments at which its stages end."""
+"""Runs train.py and records when its stages end."""
 import json, sys, time
 from frozen.process import process_age
 born = time.monotonic() - process_age()

@@ -4,8 +4,8 @@
     uv run benchmarks/prepare.py --cores 1                         the same on one core: how does it scale?
     uv run benchmarks/prepare.py --shards 10 --characters 250e6    ClimbMix's own size (half an hour, 8 GB of disk)
 
-A local server stands in for the hub and the text is made up; the rest, rules included, is as in real life. Prints a
-table and appends a line to benchmarks/results.jsonl.
+A local server replaces the hub and the text is made up; everything else, including the rules, is real. Prints a table
+and appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main():
 
 
 def measure(command, code, env, data):
-    """Runs prepare.py; its stages are told apart by when their files were moved in."""
+    """Runs prepare.py; the modification times of its files separate the stages."""
     start = time.time()
     process = subprocess.Popen(command, cwd=code, env=env)
     peak_tree = peak_process = 0

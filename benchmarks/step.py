@@ -1,16 +1,16 @@
-"""Where does the time of a training step go, by attention back end and compile mode?
+"""How is the time of a training step spent, by attention back end and compile mode?
 
     uv run benchmarks/step.py                                    every back end that this machine has, compiled and eager
     uv run benchmarks/step.py --attention flex --compile yes     one combination
     uv run benchmarks/step.py --attention flex --compile yes --set WINDOW_PATTERN=L     another hyperparameter
-    uv run benchmarks/step.py --attention sdpa --compile no --profile     and a profile of one step, by operator
+    uv run benchmarks/step.py --attention sdpa --compile no --profile     with a profile of one step, by operator
 
-Each combination gets a process of its own. In it, train.py's own `train` runs (data, schedules, late read-out of the
-loss, log lines) in turn with the bare forward + backward + optimizer on one batch that lies on the device, BLOCKS times
-each, so that the machine's drift hits both; `loop/bare` is the ratio of their speeds. The split into data, forward,
-backward and optimizer is measured with a synchronisation after each, on other steps: `gaps` is what the loop takes
-beyond the four (negative where the device overlaps them). Data: the prepared ones of AUTORESEARCH_DATASET, or, where
-there are none, random tokens in documents of natural lengths. Prints a table, appends a line to benchmarks/results.jsonl.
+Each combination runs in its own process. There, train.py's own `train` (data, schedules, deferred read-out of the loss,
+log lines) alternates with the bare forward + backward + optimizer on one batch that is already on the device, BLOCKS
+times each, so that drift of the machine affects both; `loop/bare` is the ratio of their speeds. The split into data,
+forward, backward and optimizer is measured on other steps, with a synchronisation after each part. `gaps` is the time of
+a step beyond the four parts (negative if the device overlaps them). Data: those prepared for AUTORESEARCH_DATASET,
+otherwise random tokens in documents of natural lengths. Prints a table and appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def show(rows, header):
 
 
 class CountingClock:
-    """Stands in for prepare's clock: progress is a count of steps, and seconds are real."""
+    """Replaces prepare's clock: progress counts steps, and seconds are real."""
 
     def __init__(self, clock, steps):
         self.clock, self.steps, self.done, self.began = clock, steps, -1, time.perf_counter()
@@ -165,7 +165,7 @@ def measure(args):
 
 
 def split(train, model, optimizer, loader, micro_batches, synchronize, steps):
-    """{part: median milliseconds a step}, each part closed by a synchronisation."""
+    """{part: median milliseconds per step}, with a synchronisation after each part."""
     seen = {name: [] for name in ("data", "forward", "backward", "optimizer")}
     for _ in range(steps):
         spent = dict.fromkeys(seen, 0.0)

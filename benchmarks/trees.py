@@ -2,8 +2,8 @@
 
     uv run benchmarks/trees.py [TREES ROWS]
 
-Makes up the trees (what `lab record` leaves: results.tsv, runs.jsonl with a third of the rows kept or repeated, and
-run.log) in a temporary folder, runs the command REPEATS times as a user would, prints the wall clock of each, and
+Makes up the trees in a temporary folder, with the files that `lab record` writes (results.tsv, runs.jsonl with a third of
+the rows kept or repeated, run.log). Runs the command REPEATS times as a user would, prints the wall-clock time of each, and
 appends a line to benchmarks/results.jsonl. Files come from the page cache: a shared file system adds its latency for
 each of the three files of a tree.
 """

@@ -1,8 +1,8 @@
-"""What does a general compressor make of the text that val_bpb is measured on?
+"""How well does a general compressor compress the text that val_bpb is measured on?
 
     AUTORESEARCH_DATASET=stdlib uv run benchmarks/xz.py
 
-Prints bits per byte of `xz -9e` on the bytes of all scored targets of val_rows.npy, in order: a yardstick for val_bpb.
+Prints bits per byte of `xz -9e` on the bytes of all scored targets of val_rows.npy, in order: a reference value for val_bpb.
 """
 
 import lzma

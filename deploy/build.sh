@@ -3,12 +3,12 @@
 #
 #   deploy/build.sh                             the training image, localhost/autoresearch
 #   deploy/build.sh --target dashboard          localhost/autoresearch-dashboard
-#   deploy/build.sh --debootstrap               on a Debian 12 made from its packages (root, debootstrap), not pulled
-#   deploy/build.sh --uv-cache ~/.cache/uv      packages come from, and go to, the host's uv cache: no second download
-#   deploy/build.sh --root DIR                  images are kept below DIR in place of buildah's own storage
+#   deploy/build.sh --debootstrap               on a Debian 12 built from packages (needs root, debootstrap), not pulled
+#   deploy/build.sh --uv-cache ~/.cache/uv      reads and writes packages in the host's uv cache: no second download
+#   deploy/build.sh --root DIR                  stores images below DIR instead of buildah's own storage
 #
-# Other options go to `buildah bud`, such as --build-arg UV_COMPILE_BYTECODE=0. Where SSL_CERT_FILE is set (a proxy with
-# certificates of its own), the build goes by that file too.
+# Other options go to `buildah bud`, such as --build-arg UV_COMPILE_BYTECODE=0. If SSL_CERT_FILE is set (a proxy with
+# certificates of its own), the build uses that file too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -38,7 +38,7 @@ buildah=(buildah)
 name=localhost/autoresearch
 [ "$target" = train ] || name+=-$target
 
-# One script run twice, or for two targets, makes the base once.
+# The base is made once, even if the script runs again or for another target.
 if [ -n "$base" ] && ! "${buildah[@]}" inspect --type image "$base" > /dev/null 2>&1; then
     made=$(mktemp -d)
     trap 'rm -rf "$made"' EXIT
@@ -50,7 +50,7 @@ if [ -n "$base" ] && ! "${buildah[@]}" inspect --type image "$base" > /dev/null 
 fi
 [ -z "$base" ] || options+=(--build-arg "BASE=$base")
 
-# docker: the format that has a HEALTHCHECK. chroot: it needs neither user namespaces nor a container runtime.
+# docker is the format that supports HEALTHCHECK. chroot isolation needs neither user namespaces nor a container runtime.
 "${buildah[@]}" bud --format docker --isolation chroot --network host --layers=false \
     --ignorefile deploy/Dockerfile.dockerignore --file deploy/Dockerfile --target "$target" --tag "$name" \
     "${options[@]}" .

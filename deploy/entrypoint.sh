@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs a command in a checkout on the volume /work. Where there is none yet, one is made of the image's code, beside
-# its place and moved in once it is whole. To work in a clone of your own, mount it at /work/autoresearch.
+# Runs a command in a checkout on the volume /work. If there is no checkout yet, it makes one from the image's code,
+# under a temporary name, and renames it once complete. To use your own clone, mount it at /work/autoresearch.
 set -eu
 
 code=$(dirname "$(dirname "$(readlink -f "$0")")")

@@ -221,7 +221,7 @@ def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     (learnt / "run.log").write_text(re.sub(r"(?m)^(val_bpb: +)\S+", rf"\g<1>{table[9]['val_again']}", text))
     result = night.audit("9")
     flags = night.table()[9]
-    assert result.rc == 4 and flags["flags"] == "the gain is on val alone: has it learnt the validation rows?"
+    assert result.rc == 4 and flags["flags"] == "the gain is on val alone: was it trained on the validation rows?"
     assert float(flags["val_gain"]) > 0.1 and float(flags["holdout_gain"]) < float(flags["val_gain"]) / 2
     assert list(night.table()) == [1, 9] and "FLAGGED: the gain is on val alone" in result.out
 
@@ -243,7 +243,7 @@ def test_a_tree_with_an_older_lab_is_audited_by_this_one(night, tmp_path):
     """Rules, data code and metric are the tree's, from wherever it is called; nothing of lab is."""
     night.keep()
     for name in ("audit.py", "scoring.py"):
-        (night.path / "lab" / name).unlink()
+        (night.path / "lab" / "verify" / name).unlink()
     result = night.repo.run("-m", "lab", "audit", "--tree", night.path, timeout=250, wrap=["env", "-C", str(ROOT)])
     assert (result.rc, result.err) == (0, "") and night.table()[1]["flags"] == "ok"
     with open(night.path / "prepare.py", "a") as f:
@@ -255,7 +255,7 @@ def test_a_tree_with_an_older_lab_is_audited_by_this_one(night, tmp_path):
 def test_refusals(night, tmp_path):
     assert_refused(night.audit(), "nothing was kept on this branch yet")
     folder = night.keep()
-    assert_refused(night.audit("7"), "row 7 is no kept run")
+    assert_refused(night.audit("7"), "row 7 is not a kept run")
     night.git("switch", "-q", "-c", "other")
     assert_refused(night.audit(), "on branch other")
     night.git("switch", "-q", "autoresearch/test")

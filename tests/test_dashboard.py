@@ -581,7 +581,7 @@ def test_what_cannot_be_served_is_one_line(start, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         for args, says in [(["--port", str(port)], "Address already in use"), (["--host", "0.0.0.0"], "give a --token"),
-                           (["--tree", str(tmp_path / "no")], "is no folder"), (["--port", "99999"], "no such port"),
+                           (["--tree", str(tmp_path / "no")], "is not a folder"), (["--port", "99999"], "no such port"),
                            (["--host", "no.such.host.invalid", "--token", TOKEN], "cannot listen on")]:  # fmt: skip
             process = start(*args)
             out, err = process.communicate(timeout=200)

@@ -183,8 +183,8 @@ def test_windows_are_opened_on_a_server_that_is_the_fleets_own(fleet):
         ("mkdir -p ../repo-nov21-gpu1/x", {}, "repo-nov21-gpu1 exists"),
         ("echo x >> train.py", {}, "train.py has uncommitted changes"),
         ("git switch -q --detach", {}, "HEAD is detached"),
-        ("true", {"tag": "no..name"}, "cannot be part of a branch's name"),
-        ("true", {"tag": "two words"}, "cannot be part of a branch's name"),
+        ("true", {"tag": "no..name"}, "cannot be part of a branch name"),
+        ("true", {"tag": "two words"}, "cannot be part of a branch name"),
         ("true", {"slots": 3}, "3 slots and 2 GPUs (CUDA_VISIBLE_DEVICES=0,1)"),
         ("true", {"slots": 0}, "--slots"),
         ("true", {"more": ["--programs", "programs/none.md"]}, "programs/none.md: No such file"),
@@ -207,7 +207,7 @@ def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_made(fleet, mo
     from lab.fleet import worktrees
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 15 * 10**8))
-    with pytest.raises(Refused, match=r"1\.5 GB free, and each slot wants 1 GB"):
+    with pytest.raises(Refused, match=r"1\.5 GB free, and each slot needs 1 GB"):
         worktrees.check_room(fleet.place / "not" / "there", 2)
     worktrees.check_room(fleet.place, 1)
 
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_while_a_tree_is_made_loses_nothing_and_is_completed_l
     fleet.commit("a large file", "large")
     fleet.no_tmux()
     (fleet.place / "elsewhere").mkdir()
-    code = "from lab import __main__; from lab.fleet import worktrees; worktrees.ROOM = 0; raise SystemExit(__main__.main())"
+    code = "from lab import __main__; from lab.fleet import worktrees; worktrees.FREE_PER_SLOT = 0; raise SystemExit(__main__.main())"
     launch = [sys.executable, "-c", code, "fleet", "launch", "nov21", "--slots", "2", "--agent", "true"]
     launch = f"PATH={fleet.env['PATH']} {shlex.join(launch)} --folder {fleet.place}/elsewhere"
     script = f"""
@@ -271,7 +271,7 @@ def test_launched_again_it_starts_the_dead_and_leaves_the_living_alone(launched)
         (command,) = commands_of(launched.fleet("launch", "nov21"))
         assert "CUDA_VISIBLE_DEVICES=1" in command and str(launched.tree(1)) in command
         with hold(launched.tree(1) / ".lab" / "night.lock"):
-            assert "all 2 slots are at work" in launched.fleet("launch", "nov21").out
+            assert "all 2 slots are running" in launched.fleet("launch", "nov21").out
     assert launched.everything() == before
 
 
@@ -396,7 +396,7 @@ def test_status_is_one_table_and_one_best(nights):
     with hold(nights.tree(0) / ".lab" / "night.lock"):
         out = nights.fleet("status", "nov21").out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("gpu")}
-    assert rows["gpu0"][1:6] == ["nov21-gpu0", "3", "2", "0.990000", "0.010000"] and "lives," in rows["gpu0"]
+    assert rows["gpu0"][1:6] == ["nov21-gpu0", "3", "2", "0.990000", "0.010000"] and "running," in rows["gpu0"]
     assert rows["gpu1"][1:6] == ["nov21-gpu1", "2", "2", "0.980000", "0.020000"] and "dead," in rows["gpu1"]
     (best,) = [line for line in out.splitlines() if line.startswith("best: ")]
     assert "0.980000" in best and "gpu1, row 0002" in best and "deeper" in best
@@ -448,7 +448,7 @@ def test_stop_ends_what_was_launched_and_nothing_else(fleet):
     until(lambda: all((fleet.tree(k) / "up").exists() for k in range(2)))
     try:
         assert "gpu0" in fleet.fleet("status", "nov21").out
-        one_line(fleet.fleet("clean", "nov21"), "slot 0 is at work")
+        one_line(fleet.fleet("clean", "nov21"), "slot 0 is running")
         result = fleet.fleet("stop", "nov21")
         assert result.rc == 0 and "2 slots stopped" in result.out and "killed" not in result.out
         assert all(process.wait(timeout=5) == 143 for process in started)
@@ -469,7 +469,7 @@ def test_a_night_that_somebody_else_started_in_a_slots_tree_goes_on(fleet):
     result = fleet.fleet("stop", "nov21")
     assert "repo-nov21-gpu0: the night there was not started by this fleet" in result.out
     assert foreign.poll() is None
-    one_line(fleet.fleet("clean", "nov21"), "slot 0 is at work")
+    one_line(fleet.fleet("clean", "nov21"), "slot 0 is running")
     foreign.terminate()
     foreign.wait(timeout=20)
 
@@ -483,7 +483,7 @@ def test_an_agent_that_outlived_its_keeper_is_ended_too(fleet):
     os.kill(keeper, signal.SIGKILL)
     started.wait(timeout=5)
     assert processes_in(fleet.tree(0))
-    one_line(fleet.fleet("clean", "nov21"), "slot 0 is at work")
+    one_line(fleet.fleet("clean", "nov21"), "slot 0 is running")
     assert "1 slots stopped" in fleet.fleet("stop", "nov21").out
     assert not processes_in(fleet.tree(0))
 
@@ -548,7 +548,7 @@ def test_clean_brings_every_file_home_and_removes_the_trees(nights):
 def test_the_table_of_a_fleet_that_is_half_cleaned_is_whole(nights, monkeypatch):
     state = nights.state_of_fleet()
     repo = Repo(nights.path)
-    bring_home.collect(repo, state, state["slots"][0])
+    bring_home.bring_home(repo, state, state["slots"][0])
     state["slots"][0]["cleaned"] = True
     (nights.path / ".lab" / "fleet" / "nov21.json").write_text(json.dumps(state))
     out = nights.fleet("status", "nov21").out
@@ -594,7 +594,7 @@ def test_clean_refuses_during_a_run(nights):
     fd = os.open(nights.tree(1), os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        one_line(nights.fleet("clean", "nov21"), "a run is going on in ")
+        one_line(nights.fleet("clean", "nov21"), "a run is in progress in ")
     finally:
         os.close(fd)
 
@@ -642,7 +642,7 @@ def test_a_clean_that_is_killed_again_and_again_loses_nothing(nights, how):
 def test_two_files_of_one_name_that_differ_are_both_kept(tmp_path):
     for name, text in [("source", "a result"), ("target", "another")]:
         (tmp_path / name).write_text(text)
-    with pytest.raises(Refused, match="is not what"):
+    with pytest.raises(Refused, match="differs from"):
         bring_home.move(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "source").read_text() == "a result" and (tmp_path / "target").read_text() == "another"
 
@@ -704,10 +704,10 @@ def test_without_a_gpu_the_cores_are_divided_and_none_is_shared(monkeypatch):
     monkeypatch.setattr(devices, "gpus", lambda: ("CUDA_VISIBLE_DEVICES", [], "nvidia-smi"))
     monkeypatch.setattr(devices, "cores", lambda: [0, 1, 4, 5, 6, 7, 9])
     parts, note = devices.shares(3)
-    assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores a slot" in note
+    assert [own for _, own in parts] == [[0, 1], [4, 5], [6, 7]] and "2 cores per slot" in note
     assert all(environment == {"OMP_NUM_THREADS": "2"} for environment, _ in parts)
     parts, note = devices.shares(8)
-    assert all(own == [] for _, own in parts) and "disturbs" in note
+    assert all(own == [] for _, own in parts) and "slows the others down" in note
     monkeypatch.setattr(slot_processes.shutil, "which", lambda name: f"/usr/bin/{name}")
     state = {"id": "x", "settings": {}, "python": None, "agent": "true"}
     slot = {"number": 0, "environment": {}, "cores": [4, 5], "folder": "/t"}
@@ -743,18 +743,18 @@ def test_two_agents_at_once_and_one_that_is_killed(real):
     subprocess.run(mine, env=fleet.env, check=True)  # the human's own, of the same names
     settings = {"agent": agent_command(fleet.place / "tools"), "FAKE_SECONDS": "0.5"}
     result = fleet.launch("--programs", "programs/wild.md", "programs/tame.md", timeout=120, **settings)
-    assert result.rc == 0 and "2 slots started, 0 were at work" in result.out, result
-    one_line(fleet.fleet("clean", "nov21"), "slot 0 is at work")
+    assert result.rc == 0 and "2 slots started, 0 were running" in result.out, result
+    one_line(fleet.fleet("clean", "nov21"), "slot 0 is running")
 
     # a slot dies in the middle of a run, with all that it started
     until(lambda: (fleet.tree(1) / "results.tsv").exists() and locks.run_in_progress(fleet.tree(1)), 120)
     kill_all(fleet.tree(1))
     out = fleet.fleet("status", "nov21").out
     states = {line.split()[0]: line for line in out.splitlines() if line.startswith("gpu")}
-    assert "lives" in states["gpu0"] and "dead" in states["gpu1"]
+    assert "running" in states["gpu0"] and "dead" in states["gpu1"]
     alive = (fleet.tree(0) / ".lab" / "night.lock").read_text()
     result = fleet.fleet("launch", "nov21", timeout=120, FAKE_SECONDS="0.5")
-    assert result.rc == 0 and "1 slots started, 1 were at work" in result.out, result
+    assert result.rc == 0 and "1 slots started, 1 were running" in result.out, result
     assert (fleet.tree(0) / ".lab" / "night.lock").read_text() == alive
     until(lambda: is_over(fleet, 0) and is_over(fleet, 1), 240)
 

@@ -114,7 +114,7 @@ def test_the_interval_of_a_known_gain_covers_it(night, gain, capsys):
 def test_a_gain_on_val_that_the_holdout_does_not_show_is_said(night, capsys):
     night.holdout_share = 0.0
     night.prove(night.commit(1.0), night.commit(0.95))
-    assert "does not show on the holdout" in capsys.readouterr().out
+    assert "does not appear on the holdout" in capsys.readouterr().out
 
 
 def test_one_commit_is_a_measurement_of_noise(night, capsys):
@@ -219,7 +219,7 @@ def test_a_preempted_training_is_run_again(night):
     flag = night.path.parent / "once"
     extra = f"if not os.path.exists({str(flag)!r}): open({str(flag)!r}, 'w'); print('preempted'); sys.exit(75)"
     a = night.commit(1.0, extra)
-    with pytest.raises(Again, match="preempted: the same command goes on"):
+    with pytest.raises(Again, match="preempted: the same command repeats it"):
         night.prove(a)
     assert night.prove(a) == 0
     assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
@@ -237,7 +237,7 @@ def test_refusals(night, monkeypatch):
     for commits, options, says in [
         ([a], {"seeds": 2}, "fewer than 3"),
         (["nothing"], {}, "there is no commit nothing"),
-        (["--help"], {}, "is no commit"),
+        (["--help"], {}, "is not a commit"),
         ([a, a], {}, "the same train.py"),
         ([], {}, "nothing was kept on this branch yet"),
         ([a], {"clocks": ("monotonic",)}, "injected clock"),
@@ -246,13 +246,13 @@ def test_refusals(night, monkeypatch):
             night.prove(*commits, **options)
     (night.path / "constants.py").write_text("TIME_BUDGET = 600\n")
     b = night.commit(0.9)
-    with pytest.raises(Refused, match="other rules"):
+    with pytest.raises(Refused, match="different rules"):
         night.prove(a, b)
     night.fake.git("rm", "-q", "-r", "corpus")
     with pytest.raises(Refused, match="lacks one of constants.py"):
         night.prove(a, night.commit(0.8))
     monkeypatch.setattr(prove.locks, "run_in_progress", lambda top: True)
-    with pytest.raises(Refused, match="a run is going on"):
+    with pytest.raises(Refused, match="a run is in progress"):
         night.prove(a)
 
 
@@ -287,7 +287,7 @@ def test_terminated_it_leaves_no_training_behind(night):
     assert second.returncode == 1 and "another proof is running" in second.stderr
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (75, "lab prove: terminated: the same command goes on\n")
+    assert (process.returncode, err) == (75, "lab prove: terminated: the same command resumes\n")
     left = subprocess.run(["pgrep", "-f", str(night.path / ".lab")], capture_output=True, text=True).stdout
     assert left == ""
 

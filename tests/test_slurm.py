@@ -189,7 +189,7 @@ def test_what_it_says_after_writing(cluster):
     elsewhere = cluster.scratch / "elsewhere.sh"
     assert cluster.lab("--output", str(elsewhere)).rc == 0 and elsewhere.read_text() == printed.out
     cluster.tree().mkdir(parents=True)
-    assert "1 of these nights have begun before" in cluster.lab().out
+    assert "1 of these nights have started before" in cluster.lab().out
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_it_says_after_writing(cluster):
         (["--programs", "program.md", "nowhere.md"], {}, "--programs: there is no"),
         (["--programs", "lab"], {}, "--programs: there is no"),
         (["--partition", "a\n#SBATCH --uid=0"], {}, "--partition is empty or holds a line break"),
-        (["--sbatch", "qos=long"], {}, "--sbatch 'qos=long' is no option"),
+        (["--sbatch", "qos=long"], {}, "--sbatch 'qos=long' is not an option"),
         (["--cpus", "0"], {}, "--cpus 0"),
         (["--limit", "0.1"], {}, "--limit 0.1: a job shorter than 9 minutes"),
         (["--limit", "-1"], {}, "--limit -1"),
@@ -233,7 +233,7 @@ def test_what_no_task_could_work_with_is_refused(cluster, args, kwargs, needle):
 
 def test_code_that_is_not_committed_is_refused_as_no_task_would_have_it(cluster):
     cluster.repo.edit("constants.py", r"^GRACE = \S+", "GRACE = 61")
-    assert_refused(cluster.lab(), "constants.py", "not committed")
+    assert_refused(cluster.lab(), "uncommitted changes in constants.py")
     assert not any(cluster.scratch.iterdir())
 
 
@@ -256,7 +256,7 @@ def test_submit_where_sbatch_refuses_is_one_line_and_the_script_stays(cluster):
     cluster.fake("sbatch", 'echo "sbatch: error: invalid account" >&2; echo "or partition" >&2; exit 1')
     result = cluster.lab("--submit")
     assert result.rc == 3
-    assert_refused(result, "array.sbatch is written", "sbatch: error: invalid account or partition")
+    assert_refused(result, "array.sbatch was written", "sbatch: error: invalid account or partition")
     assert (cluster.folder / "array.sbatch").exists()
 
 
@@ -351,7 +351,7 @@ def test_two_jobs_do_not_work_in_one_tree(cluster):
     (work / "job").write_text("77\n")
     (cluster.fakes / "state").write_text("77\n")
     out, _ = (process := cluster.start(script)).communicate(timeout=30)
-    assert process.returncode == 1 and "job 77 is at work in" in out and (work / "job").read_text() == "77\n"
+    assert process.returncode == 1 and "job 77 is running in" in out and (work / "job").read_text() == "77\n"
     (cluster.fakes / "state").unlink()  # the job is over
     process = cluster.start(script)
     cluster.until_at_work(process)

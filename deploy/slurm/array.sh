@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Step 2, where compute nodes reach the model of the agent (directly or by a proxy): an array of nights, one a program.
+# Step 2, if compute nodes reach the agent's model (directly or by a proxy): an array of nights, one per program.
 #
 #   deploy/slurm/array.sh TAG HOURS 'AGENT COMMAND' PROGRAM... [-- further options of `lab slurm`]
 #   deploy/slurm/array.sh nov21 8 'HOME=$REAL_HOME claude -p "Read program.md and follow it." ...' programs/*.md
 #
-# Without --submit among the further options it only writes the script, to be read first.
+# Without --submit among the further options it only writes the script, so that you can read it first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=deploy/slurm/site.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Step 2, where compute nodes have no internet: the agent works here, on the login node, and only the training runs on
-# a compute node, which is allocated once for the whole night. Start it in tmux. Again with the same TAG, it goes on.
+# Step 2, if compute nodes have no internet: the agent works here, on the login node, and only the training runs on a
+# compute node, which is allocated once for the whole night. Start it in tmux. The same TAG again resumes the night.
 #
 #   deploy/slurm/login-night.sh TAG HOURS 'AGENT COMMAND' [PROGRAM]
 #
-# It makes a clone in $SCRATCH/autoresearch/TAG/login/tree, in which every run command is train-under-srun.sh's.
+# It makes a clone in $SCRATCH/autoresearch/TAG/login/tree, in which every run command calls train-under-srun.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=deploy/slurm/site.sh
@@ -21,7 +21,7 @@ if [ ! -d "$work/tree" ]; then
     git clone --quiet "$source" "$new"
     git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
     cp "$program" "$new/program.md"
-    # The agents' permission files name the run command too, seed by seed.
+    # The agents' permission files contain the run command too, once for each seed.
     sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' \
         "$new"/program.md "$new"/agents/claude.json "$new"/agents/codex/rules/*.rules
     git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost \
@@ -31,7 +31,7 @@ if [ ! -d "$work/tree" ]; then
 fi
 cd "$work/tree"
 
-# One allocation for the night: a run that waited in the queue would outlast the patience of the agent's shell.
+# One allocation for the night: a run that waited in the queue would exceed the time limit of the agent's shell.
 options=(--partition "$PARTITION" --ntasks 1 --cpus-per-task "${CPUS:-8}" --mem "${MEM:-32G}")
 [ -z "$ACCOUNT" ] || options+=(--account "$ACCOUNT")
 [ "${GRES:-}" = none ] || options+=(--gres "${GRES:-gpu:1}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 1, on the login node, once: all that needs a network. Run it in a clone that compute nodes see.
+# Step 1, on the login node, once: everything that needs a network. Run it in a clone that compute nodes see.
 #
 #   deploy/slurm/stage.sh [options of prepare.py, such as --num-shards 4]
 set -euo pipefail
@@ -8,9 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . deploy/slurm/site.sh
 
 mkdir -p "$AUTORESEARCH_CACHE"
-uv sync --frozen --no-dev --compile-bytecode # the code of the packages too: nothing is written to them at night
+uv sync --frozen --no-dev --compile-bytecode # bytecode too, so that nothing is written to the packages at night
 uv run --no-sync prepare.py "$@"
 
-# Once more without a network: what fails here would fail at night.
+# Again without a network: whatever fails here would fail at night.
 UV_OFFLINE=1 HF_HUB_OFFLINE=1 uv run --no-sync prepare.py "$@"
 echo "staged: deploy/slurm/array.sh submits a night, or deploy/slurm/login-night.sh begins one here"

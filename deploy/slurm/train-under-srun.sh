@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One training on a compute node, for an agent that works on the login node. It stands in program.md in place of
-# train.py, and the rest of the loop stays as it is:
+# One training on a compute node, for an agent that works on the login node. It replaces train.py in program.md; the
+# rest of the loop is unchanged:
 #
 #   uv run deploy/slurm/train-under-srun.sh > run.log 2>&1
 #
-# SRUN_OPTIONS: options of srun; --jobid=N to run in an allocation that is there already (login-night.sh makes one).
-# A training locks the folder of train.py, so that `lab record` knows that it goes on; but such a lock holds on one
-# machine only, whatever file system the folder is on. So this script holds the lock here, unless this machine is a
-# compute node itself, where the training may find it.
+# SRUN_OPTIONS: options of srun; --jobid=N runs in an existing allocation (login-night.sh makes one).
+# A training locks the folder of train.py, so that `lab record` knows that it is running. Such a lock is visible on one
+# machine only, on any file system. So this script holds the lock here, unless this machine is a compute node: there the
+# training, which may run on this very machine, could not take it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -22,7 +22,7 @@ read -ra options <<< "${SRUN_OPTIONS:---gres=gpu:1 --cpus-per-task=8 --mem=32G}"
 minutes=$(python -c 'from constants import GRACE, TIME_BUDGET; print((TIME_BUDGET + 2 * GRACE) // 60 + 2)')
 export HF_HUB_OFFLINE=1
 
-# The training's own lines, stderr's too, go to stdout; what Slurm has to say of it is kept apart.
+# The training's output, stderr included, goes to stdout; Slurm's own messages go to a file.
 mkdir -p .lab
 srun --nodes=1 --ntasks=1 --time="$minutes" "${options[@]}" sh -c 'exec python train.py 2>&1' 2> .lab/srun.err &
 run=$!
@@ -32,8 +32,8 @@ rc=0
 wait "$run" || rc=$?
 while kill -0 "$run" 2> /dev/null; do wait "$run" || true; done # a signal ends a wait
 
-# Ended from outside (the night is over, the job cancelled, the node lost) a run is no result and no crash: it says so
-# as its last line, as train.py itself does. Memory beyond --mem is its own fault.
+# A run that was ended from outside (the night is over, the job cancelled, the node lost) is neither a result nor a
+# crash: `preempted` is its last line, as train.py prints it. Exceeding --mem counts as a crash.
 if [ "$rc" -ge 128 ] && ! grep -qi 'oom\|out of memory' .lab/srun.err; then ended=yes; fi
 if [ -n "$ended" ]; then
     printf '\npreempted\n'

@@ -1,8 +1,8 @@
-"""Brings a slot's night home: all that its working tree holds and git does not goes to runs/TAG-gpuK of the checkout,
-where `lab record` and `lab status` look for a branch's night that is not the tree's own. Only then the tree goes.
+"""Moves a slot's results from its working tree to runs/TAG-gpuK of the checkout, then removes the tree. `lab record`
+and `lab status` look there for the night of a branch that was recorded in another tree.
 
-Moved is everything that git does not track, but for what can be made again. It is put together beside its place,
-compared with what was there, and moved in; each step may be killed and is completed by the next call.
+Everything that git does not track is moved, except what can be regenerated. The files are collected under a temporary
+name, compared with the originals, and renamed into place. Every step can be killed; the next call completes it.
 """
 
 import errno
@@ -21,22 +21,23 @@ from lab.store import archive, journal, names, run_log
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
-TRASH = {".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}  # can be made again
-LAST_CHECKPOINT = {names.CHECKPOINT, f"{names.CHECKPOINT}.tmp"}  # of a run that was recorded: a keep's is in runs/
-NOTE = "fleet.json"  # in the collected folder: what the slot was, and the size of each file
+TRASH = {".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints"}  # can be regenerated
+LAST_CHECKPOINT = {names.CHECKPOINT, f"{names.CHECKPOINT}.tmp"}  # of a recorded run: that of a keep is in runs/
+NOTE = "fleet.json"  # in the target folder: the slot's state, and the size of each file
 
 
 def errors_of(slot):
-    """Where a keeper's own errors go, as a word for a shell."""
+    """The path of the file for a keeper's own errors, quoted for a shell."""
     return shlex.quote(str(Path(slot["folder"], names.LAB, names.FLEET_ERRORS)))
 
 
 def last_words(slot):
+    """The last line that the slot's keeper left behind."""
     for name in (Path(names.LAB, names.FLEET_ERRORS), names.NIGHT_LOG):
         path = Path(slot["folder"], name)
         if path.exists() and (lines := path.read_text(errors="replace").split("\n")) and any(lines):
             return [line for line in lines if line.strip()][-1][:300]
-    return "it said nothing"
+    return "it printed nothing"
 
 
 def tag_of(slot):
@@ -48,7 +49,7 @@ def home_of(repo, slot):
 
 
 def is_home(repo, slot):
-    """Whether the night of this very slot was brought home."""
+    """Whether the results of this very slot were moved already."""
     try:
         note = json.loads((home_of(repo, slot) / NOTE).read_text(encoding="utf-8"))
     except OSError:
@@ -57,7 +58,7 @@ def is_home(repo, slot):
 
 
 def check(repo, slot):
-    """A refusal where anything would be lost, or is not at its end."""
+    """Raises Refused if anything would be lost or is unfinished."""
     folder, home = Path(slot["folder"]), home_of(repo, slot)
     if not slot["made"] or (is_home(repo, slot) and not (folder / ".git").exists()):
         return
@@ -65,7 +66,7 @@ def check(repo, slot):
         raise Refused(f"{home} holds another night: move it away")
     worktrees.check_made(repo, slot)
     if locks.run_in_progress(folder):
-        raise Refused(f"a run is going on in {folder}: wait for it, or end it")
+        raise Refused(f"a run is in progress in {folder}: wait for it, or end it")
     if changed := Repo(folder).git("status", "--porcelain", "--untracked-files=no").split("\n")[0][3:]:
         raise Refused(f"{changed} in {folder} has uncommitted changes: commit them there, or git checkout -- {changed}")
     if journal.pending(folder):
@@ -77,8 +78,8 @@ def check(repo, slot):
 
 
 def untracked(folder):
-    """Relative paths of all that git does not track there; a folder of which it tracks nothing is one path. What
-    record keeps in runs/ is listed one by one."""
+    """Relative paths of everything that git does not track there. A folder without tracked files is one path, except
+    runs/, whose entries are listed one by one."""
     listed = Repo(folder).git("status", "--porcelain", "--ignored", "--untracked-files=normal", "-z")
     paths = [Path(entry[3:]) for entry in listed.split("\0") if entry[:2] in ("??", "!!")]
     paths = [path for path in paths if not TRASH & set(path.parts) and str(path) not in LAST_CHECKPOINT]
@@ -87,12 +88,12 @@ def untracked(folder):
 
 
 def target_of(path):
-    """Where a path of the tree lies at home: runs/0001-1a2b3c4 is 0001-1a2b3c4 there."""
+    """The path in the target folder of a path in the tree: runs/0001-1a2b3c4 becomes 0001-1a2b3c4."""
     return Path(*path.parts[1:]) if path.parts[0] == names.RUNS else path
 
 
 def digest(path):
-    """What a file, a link or a folder holds: {relative path: sha256 or target of the link}."""
+    """The content of a file, a link or a folder: {relative path: sha256 or target of the link}."""
     if path.is_dir() and not path.is_symlink():
         return {str(Path(child.name, k)): v for child in path.iterdir() for k, v in digest(child).items()}
     if path.is_symlink():
@@ -105,14 +106,14 @@ def digest(path):
 
 
 def sizes(path):
-    """{relative path: bytes} of the files and links below a folder; {"": bytes} of a file or a link."""
+    """Sizes in bytes: {relative path: size} of the files and links below a folder; {"": size} of a file or a link."""
     if path.is_symlink() or not path.is_dir():
         return {"": path.lstat().st_size}
     return {str(Path(child.name, name)): size for child in path.iterdir() for name, size in sizes(child).items()}
 
 
 def move(source, target):
-    """In one step; to another file system by copy, comparison and removal."""
+    """Renames, or, to another file system, copies, compares and removes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(target):
         try:
@@ -126,10 +127,10 @@ def move(source, target):
             shutil.copytree(source, partial, symlinks=True)
         else:
             shutil.copy2(source, partial, follow_symlinks=False)
-        os.sync()  # the copy is on the disk before the original goes
+        os.sync()  # the copy must be on disk before the original is removed
         os.rename(partial, target)
     if digest(source) != digest(target):
-        raise Refused(f"{target} is not what {source} is: move it away")
+        raise Refused(f"{target} differs from {source}: move it away")
     remove(source)
 
 
@@ -140,26 +141,26 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def collect(repo, state, slot):
-    """Moves the slot's night home and removes its working tree. What check() let through."""
+def bring_home(repo, state, slot):
+    """Moves the slot's results and removes its working tree. The slot must have passed check()."""
     folder, home = Path(slot["folder"]), home_of(repo, slot)
     if not slot["made"]:
         if worktrees.registered(repo, folder):
             worktrees.drop_half_made(repo, folder)
         return
     if not is_home(repo, slot):
-        bring(repo, state, slot, folder, home)
+        move_results(state, slot, folder, home)
     if (folder / ".git").exists():
         for path in [folder / ".venv", *(folder / name for name in LAST_CHECKPOINT)]:
             if path.is_symlink() or path.is_file():
                 path.unlink()
         try:
-            repo.git("worktree", "remove", str(folder))  # which refuses where anything is left
+            repo.git("worktree", "remove", str(folder))  # git refuses if any file is left
         except Stop as stop:
-            raise Unfinished(f"{folder}: {stop}; the results are in {home}: the same command goes on") from None
+            raise Unfinished(f"{folder}: {stop}; the results are in {home}: the same command resumes") from None
 
 
-def bring(repo, state, slot, folder, home):
+def move_results(state, slot, folder, home):
     building = home.parent / f".{home.name}.partial"
     building.mkdir(parents=True, exist_ok=True)
     for path in list(building.rglob("*.copying")):
@@ -171,7 +172,7 @@ def bring(repo, state, slot, folder, home):
         move(folder / path, building / target_of(path))
     there = sizes(building)
     if wrong := [name for name, size in expected.items() if there.get(name) != size]:
-        raise Unfinished(f"{building / wrong[0]} is not complete: the same command goes on")
+        raise Unfinished(f"{building / wrong[0]} is not complete: the same command resumes")
     about = {key: state[key] for key in ("tag", "agent", "settings")}
     write(building / NOTE, json.dumps({**about, **slot, "files": expected}, indent=1, ensure_ascii=False))
     os.rename(building, home)

@@ -1,7 +1,7 @@
-"""What each slot of a fleet trains on: a GPU (or a MIG slice of one), or a share of the cores of a machine without.
+"""What each slot of a fleet trains on: a GPU (or a MIG slice of one), or a part of the cores on a machine without GPUs.
 
-Torch is not imported: the count comes from the user's or the cluster's own setting, from nvidia-smi, or from the
-devices that the kernel shows.
+Torch is not imported. The GPUs are counted from the variable that the user or the cluster has set, from nvidia-smi, or
+from the kernel's device files.
 """
 
 import importlib.util
@@ -17,19 +17,20 @@ from lab.base.errors import Refused
 
 CUDA, ROCM = ["CUDA_VISIBLE_DEVICES"], ["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"]
 
+
 def for_rocm():
-    """Whether the installed torch is ROCm's build."""
-    found = importlib.util.find_spec("torch")  # finds it and does not import it
+    """Whether the installed torch is the ROCm build."""
+    found = importlib.util.find_spec("torch")  # locates torch without importing it
     version = found and found.origin and Path(found.origin).with_name("version.py")
     return bool(version and version.is_file() and re.search(r"(?m)^hip\b[^=]*=\s*['\"]", version.read_text()))
 
 
 def gpus():
-    """(the variable that makes GPUs visible, their names in it, where they were counted). The names are [] where
-    there is no GPU."""
+    """(the variable that selects visible GPUs, their names in it, where they were counted). Without a GPU the names
+    are []."""
     variables = ROCM if for_rocm() else CUDA
     variable = variables[0]
-    for name in variables:  # what the user or the cluster gave is divided further
+    for name in variables:  # a list set by the user or the cluster is divided further
         if name in os.environ:
             given = [part.strip() for part in os.environ[name].split(",") if part.strip()]
             return name, ([] if given == ["-1"] else given), f"{name}={os.environ[name]}"
@@ -45,7 +46,7 @@ def gpus():
 
 
 def listed(text):
-    """The names of what `nvidia-smi -L` lists: numbers of GPUs; where a GPU is cut into MIG slices, those."""
+    """The names of the devices in the output of `nvidia-smi -L`: the GPU's number, or the UUIDs of its MIG slices."""
     found = []
     for line in text.splitlines():
         if gpu := re.match(r"GPU (\d+): ", line):
@@ -60,8 +61,8 @@ def cores():
 
 
 def shares(slots):
-    """For each slot (environment, its own cores or []), and a sentence on what was divided; a refusal where there
-    are fewer GPUs."""
+    """[(environment, its own cores or []) of each slot], and a sentence that says what was divided. Raises Refused if
+    there are fewer GPUs than slots."""
     variable, visible, source = gpus()
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple:
@@ -69,14 +70,14 @@ def shares(slots):
     if visible:
         if slots > len(visible):
             one = "one GPU" if len(visible) == 1 else f"{len(visible)} GPUs"
-            raise Refused(f"{slots} slots and {one} ({source}): two trainings on one GPU measure each other. --slots {len(visible)}")  # fmt: skip
+            raise Refused(f"{slots} slots and {one} ({source}): two trainings on one GPU would slow each other down. --slots {len(visible)}")  # fmt: skip
         return [
             ({} if apple else {variable: name}, []) for name in visible[:slots]
         ], f"{slots} of {len(visible)} GPUs ({source})"
     own = cores()
     each = len(own) // slots
     if not each:
-        note = f"no GPU ({source}), and {slots} slots share {len(own)} cores: each disturbs the others' results"
+        note = f"no GPU ({source}), and {slots} slots share {len(own)} cores: each slows the others down"
         return [({"OMP_NUM_THREADS": "1"}, [])] * slots, note
     parts = [own[i * each : (i + 1) * each] for i in range(slots)]
-    return [({"OMP_NUM_THREADS": str(each)}, part) for part in parts], f"no GPU ({source}): {each} cores a slot"
+    return [({"OMP_NUM_THREADS": str(each)}, part) for part in parts], f"no GPU ({source}): {each} cores per slot"

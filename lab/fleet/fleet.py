@@ -1,9 +1,9 @@
-"""Several nights at once on one machine: one GPU, one working tree, one branch, one agent each.
+"""Several nights at once on one machine, each with its own GPU, working tree, branch and agent.
 
     uv run -m lab fleet launch nov21 --slots 4 --agent 'claude -p "Read program.md and follow it." --settings ...'
     uv run -m lab fleet status nov21        uv run -m lab fleet stop nov21        uv run -m lab fleet clean nov21
 
-.lab/fleet/TAG.json in the checkout that launched says what the fleet is; whether a slot lives, its night.lock says.
+.lab/fleet/TAG.json in the launching checkout describes the fleet; a slot's night.lock tells whether it is running.
 """
 
 import argparse
@@ -22,21 +22,21 @@ from lab.loop import many_trees
 from lab.store import names
 from lab.store.repository import Repo
 
-HELP = "one agent a GPU on this machine: launch, status, stop, clean"
+HELP = "one agent per GPU on this machine: launch, status, stop, clean"
 DESCRIPTION = """\
-launch   makes a working tree beside this checkout for every slot (a GPU, or a share of the cores where there is
-         none), on a branch autoresearch/TAG-gpuK from HEAD, and starts `lab night` with the agent's command in it,
-         in a tmux window; without tmux it prints the commands. The data, the compile cache and the Python
-         environment are shared. Once launched, `launch TAG` alone goes on: it starts the slots that are dead and
-         leaves the living ones alone
-status   one table of all slots, and the best of them
-stop     ends what launch started, trainings included, and nothing else; `launch TAG` goes on where it was
+launch   makes a working tree beside this checkout for every slot (a GPU, or a part of the cores if there is no
+         GPU), on a branch autoresearch/TAG-gpuK from HEAD, and starts `lab night` with the agent's command in it,
+         in a tmux window; without tmux it prints the commands. The slots share the data, the compile cache and the
+         Python environment. After the first launch, `launch TAG` alone resumes: it starts the slots that are dead
+         and does not touch the running ones
+status   prints one table of all slots, and the best of them
+stop     ends what launch started, trainings included, and nothing else; `launch TAG` resumes
 clean    moves every slot's results to runs/TAG-gpuK of this checkout, then removes its working tree; the branches
-         stay. It refuses where anything would be lost
+         stay. It refuses if anything would be lost
 
-Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command goes on."""
+Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command resumes."""
 FOLDER = Path(names.LAB, names.FLEET)
-UP = 60  # seconds that a slot's keeper may take to be up
+START_LIMIT = 60  # seconds that a keeper may take to lock its tree: `uv run` and imports on a busy machine
 
 
 def add_arguments(parser):
@@ -48,7 +48,7 @@ def add_arguments(parser):
     launch = parsers["launch"]
     launch.add_argument("--slots", type=int, metavar="N", help="how many trainings at once")
     launch.add_argument("--agent", metavar="COMMAND", help="shell command that starts an agent, as for lab night")
-    launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of slot 0, 1, ...; dealt round")
+    launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of slot 0, 1, ...; repeated if fewer than slots")
     launch.add_argument("--hours", type=float, help="how long each night is, from its start (8)")
     launch.add_argument("--folder", metavar="DIR", help="where the working trees go (beside this checkout)")
 
@@ -62,7 +62,7 @@ def file_of(top, tag):
 
 
 def load(top, tag):
-    """The fleet's state; None where there is no such fleet."""
+    """The fleet's state; None if there is no such fleet."""
     try:
         return json.loads(file_of(top, tag).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def known(top, tag):
     state = load(top, tag)
     if state is None:
         there = sorted(path.relative_to(top / FOLDER).with_suffix("") for path in (top / FOLDER).rglob("*.json"))
-        others = f"; there are: {', '.join(map(str, there))}" if there else ""
+        others = f"; known fleets: {', '.join(map(str, there))}" if there else ""
         raise Refused(f"there is no fleet {tag} in this checkout{others}")
     return state
 
@@ -85,7 +85,7 @@ def save(top, state):
 
 
 def plan(repo, args):
-    """The state of a new fleet, before any of it exists."""
+    """The state of a new fleet, before anything is created."""
     if not args.slots or not args.agent:
         raise Refused(f"there is no fleet {args.tag} yet: --slots N and --agent 'COMMAND' are needed")
     if args.slots < 1:
@@ -118,7 +118,7 @@ def plan(repo, args):
 
 
 def check_same(state, args):
-    """A fleet that was launched goes on as it was."""
+    """Refuses options that differ from those that the fleet was launched with."""
     given = {"--slots": args.slots, "--agent": args.agent, "--programs": args.programs}
     given["--folder"] = args.folder and str(Path(args.folder).expanduser().absolute())
     was = {"--slots": len(state["slots"]), "--agent": state["agent"], "--programs": state["programs"]}
@@ -128,8 +128,8 @@ def check_same(state, args):
     for name, value in given.items():
         if value is not None and value != was[name]:
             raise Refused(
-                f"the fleet {state['tag']} was launched with {name} {was[name]}: `lab fleet launch {state['tag']}` goes "
-                "on with that; other settings want another TAG"
+                f"the fleet {state['tag']} was launched with {name} {was[name]}: `lab fleet launch {state['tag']}` resumes "
+                "with that; for other settings choose another TAG"
             )
     if any(slot["cleaned"] for slot in state["slots"]):
         raise Refused(f"the fleet {state['tag']} is being cleaned: uv run -m lab fleet clean {state['tag']}")
@@ -155,10 +155,10 @@ def launch(repo, args):
         worktrees.make(repo, state, slot)
         slot["made"] = True
         save(repo.top, state)
-    dead = [slot for slot in state["slots"] if not slot_processes.lives(slot)]
+    dead = [slot for slot in state["slots"] if not slot_processes.is_running(slot)]
     commands = [slot_processes.command(state, slot, args.hours or state["hours"]) for slot in dead]
     if not dead:
-        print(f"all {len(state['slots'])} slots are at work")
+        print(f"all {len(state['slots'])} slots are running")
     elif not tmux.is_there():
         print("tmux is not installed: start each of these in a terminal of its own\n")
         print("\n\n".join(commands))
@@ -168,19 +168,19 @@ def launch(repo, args):
         for slot, command in zip(dead, commands, strict=True):
             tmux.start(server, f"gpu{slot['number']}", f"({command}) 2> {bring_home.errors_of(slot)}")
         await_up(server, dead)
-        print(f"{len(dead)} slots started, {len(state['slots']) - len(dead)} were at work; {tmux.attach(server)}")
+        print(f"{len(dead)} slots started, {len(state['slots']) - len(dead)} were running; {tmux.attach(server)}")
     print(f"uv run -m lab fleet status {args.tag}")
     return 0
 
 
 def await_up(server, started):
-    """Until each slot's keeper holds its lock; what a dead one said, where one is dead."""
-    deadline, waiting = time.monotonic() + UP, list(started)
+    """Waits until each slot's keeper holds its lock. Raises Unfinished, with its last message, for one that died."""
+    deadline, waiting = time.monotonic() + START_LIMIT, list(started)
     while waiting:
         windows = tmux.windows(server)
-        for slot in [slot for slot in waiting if slot_processes.lives(slot)]:
+        for slot in [slot for slot in waiting if slot_processes.is_running(slot)]:
             waiting.remove(slot)
-        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.lives(slot)]
+        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.is_running(slot)]
         if gone or time.monotonic() > deadline:
             slot = (gone or waiting)[0]
             raise Unfinished(f"slot {slot['number']} did not start: {bring_home.last_words(slot)}; the same command tries again")  # fmt: skip
@@ -194,10 +194,10 @@ def status(repo, args):
         place = bring_home.home_of(repo, slot) if slot["cleaned"] else Path(slot["folder"])
         tree = many_trees.read(place)
         tree["tree"] = f"gpu{slot['number']}"
-        tree["state"] = "cleaned" if slot["cleaned"] else ("lives" if slot_processes.lives(slot) else "dead") + (
+        tree["state"] = "cleaned" if slot["cleaned"] else ("running" if slot_processes.is_running(slot) else "dead") + (
             f", {tree['state']}" if tree["state"] not in ("", "night") else "")  # fmt: skip
         found.append(tree)
-    print(f"fleet {args.tag}: " + (f"{state['folder']}/*, " * True) + f"branches {worktrees.branch_of(args.tag, 'K')}")
+    print(f"fleet {args.tag}: " + f"{state['folder']}/*, branches {worktrees.branch_of(args.tag, 'K')}")
     print(many_trees.table(found))
     return 0
 
@@ -207,7 +207,7 @@ def stop(repo, args):
     stopped, killed, foreign = slot_processes.stop(state)
     print(f"{stopped} slots stopped" + (f", {killed} processes had to be killed" if killed else ""))
     for slot in foreign:
-        print(f"{slot['folder']}: the night there was not started by this fleet, and goes on")
+        print(f"{slot['folder']}: the night there was not started by this fleet and is still running")
     return 0
 
 
@@ -215,12 +215,12 @@ def clean(repo, args):
     state = known(repo.top, args.tag)
     for slot in state["slots"]:
         if not slot["cleaned"]:
-            if slot_processes.lives(slot) or slot_processes.processes_of(state, slot) or cleanup.orphans(slot["folder"]):
-                raise Refused(f"slot {slot['number']} is at work: uv run -m lab fleet stop {args.tag}")
+            if slot_processes.is_running(slot) or slot_processes.processes_of(state, slot) or cleanup.orphans(slot["folder"]):
+                raise Refused(f"slot {slot['number']} is running: uv run -m lab fleet stop {args.tag}")
             bring_home.check(repo, slot)
     for slot in state["slots"]:
         if not slot["cleaned"]:
-            bring_home.collect(repo, state, slot)
+            bring_home.bring_home(repo, state, slot)
             slot["cleaned"] = True
             save(repo.top, state)
         print(f"{slot['branch']}: results in {bring_home.home_of(repo, slot).relative_to(repo.top)}, working tree removed")

@@ -1,4 +1,4 @@
-"""The processes of a fleet's slots: the command that starts one, whether it runs, how all of it is ended."""
+"""The processes of a fleet's slots: the command that starts a slot, whether it is running, how it is stopped."""
 
 import os
 import shlex
@@ -11,9 +11,9 @@ from pathlib import Path
 from lab.base import locks, processes
 from lab.store import names
 
-SETTINGS = ["AUTORESEARCH_CACHE", "AUTORESEARCH_DATASET"]  # of the shell that launches: the same in every slot
-MARK = "AUTORESEARCH_FLEET"  # environment variable of all that a slot starts
-PATIENCE = processes.PATIENCE + 15  # seconds that a keeper has to end its agent, before it is killed
+SETTINGS = ["AUTORESEARCH_CACHE", "AUTORESEARCH_DATASET"]  # taken from the launching shell: the same in every slot
+MARK = "AUTORESEARCH_FLEET"  # environment variable of every process that a slot starts
+STOP_LIMIT = processes.PATIENCE + 15  # seconds that a keeper has to end its agent before it is killed
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -21,13 +21,13 @@ PATIENCE = processes.PATIENCE + 15  # seconds that a keeper has to end its agent
 
 
 def environment_folder():
-    """The folder of the Python environment that all slots share; None where this Python has none of its own."""
+    """The folder of the Python environment that all slots share; None outside a virtual environment."""
     given = os.environ.get("UV_PROJECT_ENVIRONMENT")
     return os.path.abspath(given) if given else sys.prefix if sys.prefix != sys.base_prefix else None
 
 
 def settings():
-    """What of the launching shell's environment all slots must share, as absolute as it can be."""
+    """The variables of the launching shell that all slots must share; the cache folder as an absolute path."""
     found = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
     if "AUTORESEARCH_CACHE" in found:
         found["AUTORESEARCH_CACHE"] = os.path.abspath(os.path.expanduser(found["AUTORESEARCH_CACHE"]))
@@ -35,13 +35,13 @@ def settings():
 
 
 def mark(state, slot):
-    """The value of MARK: names one slot of one fleet."""
+    """The value of MARK, which identifies one slot of one fleet."""
     return f"{state['id']}:{slot['number']}"
 
 
 def command(state, slot, hours):
-    """The shell command of a slot's night. The environment is the checkout's own and nothing is synchronised:
-    no slot may change a package under another's training."""
+    """The shell command of a slot's night. It uses the checkout's Python environment without synchronising it, because
+    no slot may change a package that another slot's training uses."""
     values = {**state["settings"], **slot["environment"], MARK: mark(state, slot)}
     if state["python"]:
         values |= {"UV_PROJECT_ENVIRONMENT": state["python"], "UV_NO_SYNC": "1"}
@@ -52,21 +52,21 @@ def command(state, slot, hours):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What lives
+# What is running
 
 
 def lock_of(slot):
     return Path(slot["folder"], names.LAB, names.NIGHT_LOCK)
 
 
-def lives(slot):
-    """Whether a night goes on in the slot's tree, whoever started it."""
+def is_running(slot):
+    """Whether a night is running in the slot's tree, started by this fleet or not."""
     return locks.is_held(lock_of(slot))
 
 
 def keeper(slot):
-    """The process of the night that goes on there; None where there is none."""
-    said = lock_of(slot).read_text() if lives(slot) else ""
+    """The process id of the night that is running there; None if there is no such night."""
+    said = lock_of(slot).read_text() if is_running(slot) else ""
     return int(said) if said.isdecimal() else None
 
 
@@ -76,14 +76,14 @@ def processes_of(state, slot):
 
 
 def stop(state):
-    """Ends what launch started. The keepers are asked, and end what they started; what is left is ended here.
-    Returns (slots that were stopped, processes that had to be killed, slots whose night somebody else started)."""
+    """Ends what launch started: keepers get SIGTERM and end their agents; whatever is left after that is killed.
+    Returns (number of slots stopped, number of processes killed, slots whose night this fleet did not start)."""
     ours = {slot["number"]: processes_of(state, slot) for slot in state["slots"]}
-    alive = [slot for slot in state["slots"] if lives(slot)]
+    alive = [slot for slot in state["slots"] if is_running(slot)]
     asked = [slot for slot in alive if keeper(slot) in ours[slot["number"]]]
     processes.send(signal.SIGTERM, [pid for slot in asked if (pid := keeper(slot))])
-    deadline = time.monotonic() + PATIENCE
-    while any(map(lives, asked)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + STOP_LIMIT
+    while any(map(is_running, asked)) and time.monotonic() < deadline:
         time.sleep(0.1)
     killed = processes.end(lambda: [pid for slot in state["slots"] for pid in processes_of(state, slot)], patience=5)
     return sum(map(bool, ours.values())), killed, [slot for slot in alive if slot not in asked]

@@ -1,9 +1,10 @@
-"""Writes a job array for Slurm: each task is a night of its own, with a program, a working tree and a branch.
+"""Writes a job array for Slurm: each task is a separate night with its own program, working tree and branch.
 
     uv run -m lab slurm --tag nov21 --hours 8 --programs programs/*.md --agent 'COMMAND' --partition gpu --submit
 
-Writes the script, and the folders $SCRATCH/autoresearch/TAG and .../TAG/logs. What a task does is lab/fleet/slurm_task.sh,
-which the script holds whole; deploy/slurm/ has a worked example for compute nodes without internet.
+Writes the script and makes the folders $SCRATCH/autoresearch/TAG and .../TAG/logs. The script contains all of
+lab/fleet/slurm_task.sh, the part that every task runs. deploy/slurm/ has a worked example for compute nodes without
+internet.
 """
 
 import argparse
@@ -23,46 +24,46 @@ from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
-HELP = "write (and submit) a Slurm job array: one night a program, each on a GPU and a branch of its own"
+HELP = "write (and submit) a Slurm job array: one night per program, each on its own GPU and branch"
 DESCRIPTION = """\
-Writes an sbatch script: an array with one task a program. Each task clones this checkout's HEAD into
-SCRATCH/autoresearch/TAG/TASK/tree, on the branch autoresearch/TAG-TASK, and keeps the agent at work there with
-`lab night`. Preempted, requeued or stopped by its time limit, a task goes on where it was, until the hours since its
+Writes an sbatch script: an array with one task per program. Each task clones this checkout's HEAD into
+SCRATCH/autoresearch/TAG/TASK/tree, on the branch autoresearch/TAG-TASK, and keeps the agent running there with
+`lab night`. A task that was preempted, requeued or stopped by its time limit resumes, until the hours since its
 first start are over.
 
-A task writes nothing outside its work directory ($HOME is SCRATCH/autoresearch/TAG/TASK/home; an agent that needs
-your own is started as 'HOME=$REAL_HOME agent ...'), and trains without a network: prepare the data and `uv sync`
-before. The environment is this one, read by all tasks; or an Apptainer image, which must hold the agent too.
+A task writes nothing outside its work directory ($HOME is SCRATCH/autoresearch/TAG/TASK/home; start an agent that
+needs your own as 'HOME=$REAL_HOME agent ...'), and trains without a network: prepare the data and `uv sync` first.
+All tasks read this Python environment, or an Apptainer image, which must then contain the agent too.
 
-The morning: uv run -m lab status --trees 'SCRATCH/autoresearch/TAG/*/tree'. A task's best model is in
+In the morning: uv run -m lab status --trees 'SCRATCH/autoresearch/TAG/*/tree'. A task's best model is in
 tree/runs/best, and --from TREE starts the next array from there.
 
 Exit status: 0 written (and submitted); 1 refused, nothing was changed; 2 wrong usage; 3 written, not submitted."""
 
 BODY = Path(__file__).with_name("slurm_task.sh")
-WARNING = 90  # seconds before the time limit that a task is told; a night ends within 25 of its TERM
-COARSE = 60  # seconds by which Slurm may be early
+WARNING = 90  # seconds before the time limit at which Slurm sends TERM; a night ends within 25 seconds of it
+COARSE = 60  # seconds: Slurm checks time limits about once a minute and may be early by as much
 
 
 def add_arguments(parser):
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--tag", required=True, help="name of the nights; task K works on autoresearch/TAG-K")
+    add("--tag", required=True, help="name of the nights; task K uses the branch autoresearch/TAG-K")
     add("--hours", required=True, type=float, help="how long each night is, from its first start")
     add("--agent", required=True, metavar="COMMAND", help="shell command that starts the agent")
-    add("--programs", nargs="+", default=[names.PROGRAM], metavar="FILE", help="one task each (program.md)")
-    add("--from", dest="origin", metavar="TREE", help="begin from the best train.py of an earlier night")
-    add("--scratch", help="folder that all nodes see, for the work directories ($SCRATCH)")
+    add("--programs", nargs="+", default=[names.PROGRAM], metavar="FILE", help="one task for each (program.md)")
+    add("--from", dest="origin", metavar="TREE", help="start from the best train.py of an earlier night")
+    add("--scratch", help="folder that all nodes share, for the work directories ($SCRATCH)")
     add("--data", help="folder that prepare.py filled ($AUTORESEARCH_CACHE, or ~/.cache/autoresearch)")
     add("--copy-data", action="store_true", help="copy the data to the node's own disk first")
-    add("--container", metavar="IMAGE", help="Apptainer image that the task runs in (deploy/apptainer.def)")
+    add("--container", metavar="IMAGE", help="Apptainer image to run the tasks in (deploy/apptainer.def)")
     add("--group-readable", action="store_true", help="let your group read results, logs and models")
-    add("--limit", type=float, metavar="HOURS", help="longest job of the partition: a longer night takes several")
+    add("--limit", type=float, metavar="HOURS", help="longest job of the partition: a longer night takes several jobs")
     add("--partition")
     add("--account")
     gpu = parser.add_mutually_exclusive_group()
     gpu.add_argument("--gres", default="gpu:1", help="generic resources of a task (gpu:1); none: no GPU")
-    gpu.add_argument("--gpus", help="the same as Slurm's --gpus, such as h100:1; in place of --gres")
+    gpu.add_argument("--gpus", help="Slurm's --gpus, such as h100:1; replaces --gres")
     add("--cpus", type=int, default=8, help="cores of a task (8)")
     add("--mem", default="32G", help="memory of a task (32G)")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="a further option, as --sbatch=--qos=long")
@@ -82,30 +83,30 @@ def existing(path, what, test):
 
 
 def check(args):
-    """Refuses what no task could work with; the folder of the nights."""
+    """Raises Refused for options that no task could work with. Returns the folder for the work directories."""
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]|\.(?=[A-Za-z0-9_-]))*(?<!\.lock)", args.tag):
-        raise Refused(f"--tag {args.tag!r}: letters, digits, and - _ . between them are a tag")
+        raise Refused(f"--tag {args.tag!r}: use letters and digits, with - _ . between them")
     for name in ("hours", "limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise Refused(f"--{name} {value}: a number of hours above 0")
+            raise Refused(f"--{name} {value} must be a number of hours above 0")
     if args.cpus < 1:
-        raise Refused(f"--cpus {args.cpus}: at least 1")
+        raise Refused(f"--cpus {args.cpus} must be at least 1")
     for name, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and (re.search(r"[\x00-\x1f\x7f]", text) or not text.strip()):
                 raise Refused(f"--{name.replace('origin', 'from').replace('_', '-')} is empty or holds a line break")
     for option in args.sbatch:
         if not option.startswith("-"):
-            raise Refused(f"--sbatch {option!r} is no option: write it as --sbatch=--qos=long")
+            raise Refused(f"--sbatch {option!r} is not an option: write it as --sbatch=--qos=long")
     if args.submit and not shutil.which("sbatch"):
         raise Refused("there is no sbatch here: leave --submit out, and submit the script on the cluster's login node")
     scratch = args.scratch or os.environ.get("SCRATCH")
     if not scratch:
-        raise Refused("name a folder that all nodes see: --scratch DIR, or set $SCRATCH")
+        raise Refused("name a folder that all nodes share: --scratch DIR, or set $SCRATCH")
     scratch = existing(scratch, "--scratch", Path.is_dir)
     if args.container and (bad := next((p for p in (scratch, args.data or "") if re.search("[:,]", str(p))), None)):
-        raise Refused(f"{bad}: Apptainer binds no path that holds a colon or a comma")
+        raise Refused(f"{bad}: Apptainer cannot bind a path with a colon or a comma")
     return scratch
 
 
@@ -114,7 +115,7 @@ def check_checkout(repo):
     commit = repo.head()
     if changed := repo.git("diff", "--name-only", "HEAD").split("\n")[:-1]:
         raise Refused(
-            f"{', '.join(changed[:3])} changed and not committed: tasks clone HEAD, so commit or undo that first"
+            f"uncommitted changes in {', '.join(changed[:3])}: tasks clone HEAD, so commit or undo them first"
         )
     return commit
 
@@ -123,10 +124,10 @@ def check_data(args):
     """(root of the data, dataset, folder of the prepared data below the root)"""
     if args.data:
         os.environ["AUTORESEARCH_CACHE"] = str(Path(args.data).absolute())
-    import prepare  # only here: it needs no torch, but half a second
+    import prepare  # imported here because it takes half a second (without torch)
 
     try:
-        if not (args.container and prepare.DATASET == "stdlib"):  # whose data depend on the container's Python
+        if not (args.container and prepare.DATASET == "stdlib"):  # whose data depend on Python's version
             prepare.load_manifest()
     except SystemExit as refusal:
         raise Refused(str(refusal)) from None
@@ -138,8 +139,8 @@ def check_data(args):
 
 
 def minutes(args):
-    """(time limit of a job in minutes, whether the night may need several jobs): the hours, then the last run and its
-    record (lab night), and Slurm's warning."""
+    """The time limit of a job in minutes: the hours, plus the last run and its record (lab night), plus Slurm's
+    warning."""
     from lab.base.processes import PATIENCE
     from lab.keeper.night import LONGEST_RUN, TIME_TO_RECORD
 
@@ -149,13 +150,13 @@ def minutes(args):
         return whole
     if args.limit * 3600 < after:
         raise Refused(
-            f"--limit {args.limit:g}: a job shorter than {after / 60:.0f} minutes may not finish a single run"
+            f"--limit {args.limit:g}: a job shorter than {after / 60:.0f} minutes may not complete a single run"
         )
     return min(whole, math.floor(args.limit * 60))
 
 
 def header(args, folder):
-    """The #SBATCH lines. Slurm takes off quotes as a shell does, and reads %A and %a in the log's name alone."""
+    """The #SBATCH lines. Slurm removes quotes like a shell, and expands %A and %a in the log's name only."""
     log = str(folder / "logs").replace("%", "%%") + "/%A_%a.log"
     options = {
         "--job-name": f"autoresearch-{args.tag}", "--array": f"0-{len(args.programs) - 1}", "--time": str(minutes(args)),
@@ -182,8 +183,8 @@ def script(args, repo, folder, commit, data, dataset, prepared):
     programs = [quote(str(existing(name, "--programs", Path.is_file))) for name in args.programs]
     return "\n".join([
         "#!/bin/bash", *header(args, folder),
-        f"# Written by `uv run -m lab slurm`: {len(programs)} nights of {args.hours:g} hours. What differs between arrays:",
-        "# shellcheck disable=SC2016 # what stands in single quotes is not for this shell",
+        f"# Written by `uv run -m lab slurm`: {len(programs)} nights of {args.hours:g} hours. These differ between arrays:",
+        "# shellcheck disable=SC2016 # single-quoted text must not be expanded here",
         *(f"{name}={quote(str(value))}" for name, value in values.items()), f"programs=({' '.join(programs)})",
         BODY.read_text(encoding="utf-8"),
     ])  # fmt: skip
@@ -194,7 +195,7 @@ def is_night(tree):
 
 
 def container(image):
-    """An image's name for a task: a path made absolute, a name such as docker://... or library://... as it is."""
+    """The image as a task gets it: a path made absolute; a name such as docker://... or library://... unchanged."""
     if not image or "://" in image:
         return image or ""
     return existing(image, "--container", Path.exists)
@@ -204,7 +205,7 @@ def submit(path):
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise Unfinished(f"{path} is written, and sbatch refused it: {reason}")
+        raise Unfinished(f"{path} was written, but sbatch refused it: {reason}")
     return done.stdout.strip().split(";")[0]
 
 
@@ -213,7 +214,7 @@ def run(args):
     folder, commit = scratch / "autoresearch" / args.tag, check_checkout(repo)
     text = script(args, repo, folder, commit, *check_data(args))
     mode = 0o750 if args.group_readable else 0o700
-    for path in (folder, folder / "logs"):  # Slurm makes no folder for a log
+    for path in (folder, folder / "logs"):  # Slurm does not create a log's folder
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
     if args.output == "-" and not args.submit:
@@ -224,7 +225,7 @@ def run(args):
     again = sum((folder / str(task) / "tree").is_dir() for task in range(len(args.programs)))
     print(f"{path}: {len(args.programs)} nights on {PREFIX}{args.tag}-0 and so on, logs in {folder / 'logs'}")
     if again:
-        print(f"note: {again} of these nights have begun before, and go on with their own program and code")
+        print(f"note: {again} of these nights have started before and continue with their own program and code")
     job = submit(path) if args.submit else None
     print(f"submitted: job {job}; scancel {job} ends it" if job else f"next: sbatch {shlex.quote(str(path))}")
     print(f"later: uv run -m lab status --trees {shlex.quote(str(folder / '*' / 'tree'))}")

@@ -1,10 +1,10 @@
 
-# --- From here on the script is the same for every array (lab/fleet/slurm_task.sh). One task is one night in a work
-# directory of its own, $scratch/autoresearch/TAG/TASK, which holds
+# --- From here on the script is the same for every array (lab/fleet/slurm_task.sh). One task is one night in its own
+# work directory, $scratch/autoresearch/TAG/TASK, which holds
 #   tree/    a clone on the branch autoresearch/TAG-TASK: results.tsv, runs.jsonl, runs/, run.log, night.log
-#   home/    HOME of the task, private; cache/: compiled graphs and what else is cached
-#   deadline-JOB    when the hours are over, in seconds since 1970; job: the Slurm job that is at work here
-# A second start, after preemption, a lost node or a time limit, finds all that and goes on.
+#   home/    HOME of the task, private; cache/: compiled graphs and other caches
+#   deadline-JOB    when the hours are over, in seconds since 1970; job: the Slurm job that is running here
+# A second start, after preemption, a lost node or a time limit, finds all of this and resumes.
 
 set -euo pipefail
 umask "$mask"
@@ -21,11 +21,11 @@ chmod 700 "$work"/home
 owner=$(cat "$work/job" 2> /dev/null || true)
 if [ -n "$owner" ] && [ "$owner" != "$SLURM_JOB_ID" ] &&
     [ -n "$(squeue --noheader --jobs="$owner" --states=running,suspended,completing --format=%i 2> /dev/null)" ]; then
-    fail "job $owner is at work in $work: wait for its end, or scancel it"
+    fail "job $owner is running in $work: wait for its end, or scancel it"
 fi
 echo "$SLURM_JOB_ID" > "$work/job"
 
-# --- The hours count from the first start, so that starting again does not make the night longer.
+# --- The hours count from the first start, so that a restart does not lengthen the night.
 
 deadline=$work/deadline-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 if [ ! -s "$deadline" ]; then
@@ -38,8 +38,8 @@ if [ "$(left)" -le 0 ]; then
     exit 0
 fi
 
-# --- Slurm's TERM: the time limit is near, or the node is wanted elsewhere. The training says "preempted", and where
-# Slurm will not start this task again by itself though hours are left, the task asks for it.
+# --- Slurm's TERM: the time limit is near, or the task is preempted. The training prints "preempted". If hours are left
+# and Slurm will not start this task again by itself, the task requeues itself.
 
 night=
 # shellcheck disable=SC2329 # the trap calls it
@@ -47,22 +47,22 @@ stop() {
     trap '' TERM
     say "TERM: the night ends here"
     if [ -n "$night" ]; then
-        for _ in {1..15}; do # Slurm may have told it already; a second TERM would end it less gently
+        for _ in {1..15}; do # Slurm may have signalled it already; a second TERM would cut its shutdown short
             if kill -0 "$night" 2> /dev/null; then sleep 0.2; fi
         done
         kill -TERM "$night" 2> /dev/null || true
         wait "$night" || true
     fi
-    # A task that is being requeued or cancelled is not RUNNING any more.
+    # A task that is being requeued or cancelled is no longer RUNNING.
     if [ "$(left)" -gt 0 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2> /dev/null)" = RUNNING ]; then
         say "$(left) s of the night are left: back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" || say "not requeued: submit the script again to go on"
+        scontrol requeue "$SLURM_JOB_ID" || say "not requeued: submit the script again to resume"
     fi
     exit 143
 }
 trap stop TERM
 
-# --- The working tree: made beside its place and moved in once it is whole.
+# --- The working tree: made under a temporary name and renamed once it is complete.
 
 if [ ! -d "$tree" ]; then
     program=${programs[task]:?there is no program for this task}
@@ -84,8 +84,8 @@ cd "$tree"
 branch=$(git symbolic-ref --short HEAD)
 [ "$branch" = "autoresearch/$tag-$task" ] || fail "$tree is on $branch: git switch autoresearch/$tag-$task"
 
-# --- Nothing is written to the user's own home, and no network is needed. An agent whose login lies in that home is
-# started as `HOME=$REAL_HOME agent ...`.
+# --- Nothing is written to the user's own home, and no network is needed. If the agent's login is stored in that home,
+# start it as `HOME=$REAL_HOME agent ...`.
 
 export REAL_HOME=$HOME HOME=$work/home
 export XDG_CACHE_HOME=$work/cache XDG_CONFIG_HOME=$HOME/.config XDG_DATA_HOME=$HOME/.local/share
@@ -103,7 +103,7 @@ if [ -n "$copy" ]; then
         AUTORESEARCH_CACHE=$local_data
     else
         rm -rf "$local_data"
-        say "the data do not fit into $local_data: they are read from $data"
+        say "the data do not fit into $local_data: reading them from $data"
     fi
 fi
 

@@ -1,5 +1,5 @@
-"""Windows that outlive the terminal, by tmux: one server of its own for each fleet, so that nobody's other sessions
-and no configuration come into it. The server ends with its last window, a window with its command."""
+"""tmux windows, which outlive the terminal. Each fleet has its own tmux server, separate from the user's sessions and
+configuration. A window closes when its command ends; the server ends with its last window."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ def is_there():
 
 
 def server(top, tag):
-    """The name of the fleet's server, the same each time."""
+    """The name of the fleet's server: the same for every call with this checkout and tag."""
     where = hashlib.sha256(f"{os.path.realpath(top)} {tag}".encode()).hexdigest()[:8]
     return f"autoresearch-{re.sub(r'[^A-Za-z0-9_-]', '-', tag)[:40]}-{where}"
 
@@ -27,7 +27,7 @@ def tmux(name, *args):
 
 
 def windows(name):
-    """The names of the server's windows; [] where it does not run."""
+    """The names of the server's windows; [] if it is not running."""
     return tmux(name, "list-windows", "-a", "-F", "#{window_name}").stdout.split()
 
 
@@ -38,9 +38,9 @@ def start(name, window, command):
         new = ["new-window", "-d", "-t", f"{SESSION}:"]
     done = tmux(name, *new, "-n", window, command)
     if done.returncode:
-        raise Unfinished(f"tmux: {' '.join(done.stderr.split())}; the same command goes on")
+        raise Unfinished(f"tmux: {' '.join(done.stderr.split())}; the same command resumes")
 
 
 def attach(name):
-    """The command that shows the windows to a person."""
+    """The command that attaches a terminal to the windows."""
     return f"tmux -L {name} attach"

@@ -1,8 +1,8 @@
-"""The working trees of a fleet: planned whole, written down, then made one after the other, so that a launch which
-was killed, or found no room, is completed by the next one.
+"""The working trees of a fleet. The whole plan is saved first, then the trees are made one after the other, so that the
+next launch completes one that was killed or ran out of disk space.
 
-A slot's branch begins at the commit that HEAD was, or at one on top of it that puts another program.md in place. (A
-commit of its own, as uncommitted edits would not outlive the tree, and an experiment's commit may hold nothing else.)
+A slot's branch begins at the commit of HEAD, or at a commit on top of it that replaces program.md. (It is a separate
+commit because uncommitted edits would be lost with the tree, and an experiment's commit may contain only train.py.)
 """
 
 import os
@@ -14,8 +14,8 @@ from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
-ROOM = 1e9  # bytes that a slot should find free: a night archives some twenty checkpoints
-NOWHERE = "0" * 40
+FREE_PER_SLOT = 1e9  # bytes: the first few checkpoints of a night, of 0.2 GB each with the default model
+NO_COMMIT = "0" * 40  # as git update-ref writes "the ref must not exist yet"
 
 
 def branch_of(tag, number):
@@ -24,56 +24,57 @@ def branch_of(tag, number):
 
 def check_name(repo, tag):
     if repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 0)}") is None or tag.startswith("-"):
-        raise Refused(f"{tag!r} cannot be part of a branch's name: take letters, digits and hyphens")
+        raise Refused(f"{tag!r} cannot be part of a branch name: use letters, digits and hyphens")
 
 
 def check_checkout(repo):
     if repo.ask("symbolic-ref", "--quiet", "HEAD") is None:
-        raise Refused("HEAD is detached: git switch BRANCH, the one that the slots shall begin from")
+        raise Refused("HEAD is detached: git switch to the branch that the slots should start from")
     repo.head()
     if changed := repo.git("status", "--porcelain", "--untracked-files=no").split("\n")[0][3:]:
-        raise Refused(f"{changed} has uncommitted changes, which the slots would not have: commit them, or git stash")
+        raise Refused(f"{changed} has uncommitted changes, which the slots would not get: commit them, or git stash")
 
 
 def check_free(repo, tag, folders):
-    """Nothing of these names is there: no branch, no recorded experiment, no folder."""
+    """Raises Refused if a branch, a recorded experiment or a folder of these names exists."""
     for number, folder in enumerate(folders):
         branch = branch_of(tag, number)
         if repo.exists(f"refs/heads/{branch}"):
-            raise Refused(f"the branch {branch} exists and is no part of a fleet: take another TAG")
+            raise Refused(f"the branch {branch} exists and does not belong to a fleet: choose another TAG")
         if repo.numbers(f"{tag}-gpu{number}"):
-            raise Refused(f"refs/{branch}/ holds experiments of an earlier night: take another TAG")
+            raise Refused(f"refs/{branch}/ holds experiments of an earlier night: choose another TAG")
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise Refused(f"{folder} exists: take another TAG, or another --folder")
+            raise Refused(f"{folder} exists: choose another TAG, or another --folder")
 
 
 def check_room(folder, slots):
-    """Before anything is made: there is room for the nights, not only for their beginning."""
+    """Raises Refused if the disk has too little space for the slots. Called before anything is made."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < slots * ROOM:
-        raise Refused(f"{folder} has {free / 1e9:.1f} GB free, and each slot wants {ROOM / 1e9:.0f} GB: make room, or give a --folder elsewhere")  # fmt: skip
+    if free < slots * FREE_PER_SLOT:
+        needed = f"each slot needs {FREE_PER_SLOT / 1e9:.0f} GB"
+        raise Refused(f"{folder} has {free / 1e9:.1f} GB free, and {needed}: free some, or choose another --folder")
 
 
 def programs_of(paths, slots):
-    """The bytes of each slot's program.md; None for the checkout's own. Fewer programs than slots are dealt again
-    from the first one on."""
+    """The bytes of each slot's program.md; None for the checkout's own. If there are fewer programs than slots, they
+    repeat from the first."""
     texts = []
     for path in paths or []:
         try:
             texts.append(Path(path).read_bytes())
         except OSError as error:
-            raise Refused(f"{path}: {error.strerror}: no program for a slot") from None
+            raise Refused(f"{path}: {error.strerror}: a slot needs this program") from None
         if not texts[-1].strip():
-            raise Refused(f"{path} is empty: no program for a slot")
+            raise Refused(f"{path} is empty: a slot needs a program")
     if len(texts) > slots:
-        raise Refused(f"{len(texts)} programs for {slots} slots: more slots, or fewer programs")
+        raise Refused(f"{len(texts)} programs for {slots} slots: use more slots or fewer programs")
     return [texts[i % len(texts)] if texts else None for i in range(slots)]
 
 
 def beginning(repo, program, name):
-    """The commit that a slot's branch begins with."""
+    """The commit that a slot's branch begins at: HEAD, or a new commit on top of it with the slot's program.md."""
     head = repo.head()
     if program is None or repo.ask("cat-file", "blob", "HEAD:program.md", raw=True) == program.strip():
         return head
@@ -93,7 +94,7 @@ def beginning(repo, program, name):
 
 
 def registered(repo, folder):
-    """Whether git knows a working tree of that place, be it there or not."""
+    """Whether git lists a working tree at that path, even if the folder does not exist."""
     lines = repo.git("worktree", "list", "--porcelain").split("\n")
     return f"worktree {os.path.realpath(folder)}" in lines
 
@@ -103,14 +104,14 @@ def make(repo, state, slot):
     branch, folder = slot["branch"], Path(slot["folder"])
     there = repo.ask("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}")
     if there is None:
-        repo.git("update-ref", f"refs/heads/{branch}", slot["start"], NOWHERE)
+        repo.git("update-ref", f"refs/heads/{branch}", slot["start"], NO_COMMIT)
     elif there != slot["start"]:
-        raise Refused(f"the branch {branch} was made by somebody else meanwhile: take another TAG")
+        raise Refused(f"the branch {branch} was made by somebody else in the meantime: choose another TAG")
     try:
         if registered(repo, folder):
             drop_half_made(repo, folder)
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise Refused(f"{folder} was made by somebody else meanwhile: move it away")
+            raise Refused(f"{folder} was made by somebody else in the meantime: move it away")
         folder.parent.mkdir(parents=True, exist_ok=True)
         repo.git("worktree", "add", "--quiet", str(folder), branch)
         (folder / names.LAB).mkdir(exist_ok=True)
@@ -124,22 +125,22 @@ def make(repo, state, slot):
 
 
 def drop_half_made(repo, folder):
-    """Takes away a working tree in which no night can have begun, as its launch was killed."""
+    """Removes a working tree whose launch was killed before a night could start in it. Refused if it holds a night."""
     if any((folder / name).exists() for name in (names.RESULTS_TSV, names.RUNS_JSONL, names.RUN_LOG, names.NIGHT_LOG)):
         raise Refused(f"{folder} holds a night, though its launch was not completed: move it away")
     repo.ask("worktree", "unlock", str(folder))
     if (folder / ".git").exists():
         repo.git("worktree", "remove", "--force", "--force", str(folder))
-    elif folder.is_dir():  # killed before git had written anything into it but its name
+    elif folder.is_dir():  # git was killed before it had written anything into the folder
         shutil.rmtree(folder)
     repo.git("worktree", "prune")
 
 
 def check_made(repo, slot):
-    """A tree that was made is still there, on its branch."""
+    """Raises Refused if a tree that was made is gone or is on another branch."""
     folder = Path(slot["folder"])
     if not (folder / ".git").exists():
-        raise Refused(f"{folder} is gone, and the results in it: bring it back, or git worktree prune and take another TAG")  # fmt: skip
+        raise Refused(f"{folder} is gone with its results: restore it, or git worktree prune and choose another TAG")
     there = Repo(folder).ask("symbolic-ref", "--quiet", "--short", "HEAD")
     if there != slot["branch"]:
         raise Refused(f"{folder} is on {there or 'no branch'}: there, git switch {slot['branch']}")

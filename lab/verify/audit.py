@@ -1,11 +1,11 @@
-"""A second opinion on every kept run: the frozen metric on val again, and on the holdout that nothing was tuned on.
+"""Scores every kept run again with the frozen metric: on val, and on the holdout that nothing was tuned on.
 
     uv run -m lab audit                 the baseline and all kept runs of this branch
     uv run -m lab audit --best          the baseline and the best
-    uv run -m lab audit 7 12            runs by their numbers (the baseline comes along, for the gains)
+    uv run -m lab audit 7 12            runs by number (and the baseline, to compute gains)
 
-Each is scored in a process of its own, by the train.py and the checkpoint that are archived in runs/. Prints a table
-and writes it to audit.tsv; what was scored once is remembered in .lab/audit.json. docs/proof.md says how to read it.
+Each run is scored in a separate process, from the train.py and the checkpoint archived in runs/. Prints a table and
+writes it to audit.tsv; scores are cached in .lab/audit.json. docs/proof.md says how to read the table.
 """
 
 import hashlib
@@ -21,17 +21,18 @@ from lab.store import archive, names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import scoring
 
-HELP = "score the kept runs again, and on the holdout"
-FLAGGED = 4  # exit status where a row is flagged
-SURE = 3  # σ: a val gain above it ...
-SHARE = 0.5  # ... must show at least this share of itself on the holdout
+HELP = "score the kept runs again, also on the holdout"
+FLAGGED = 4  # exit status if a row is flagged
+# A val gain above SURE σ is hardly noise. If less than FRACTION of it appears on the holdout, the rest is too much for a
+# night's selection bias (in docs/night it is 1 % of the gain).
+SURE, FRACTION = 3, 0.5
 COLUMNS = ["row", "commit", "val_logged", "val_again", "holdout", "val_gain", "holdout_gain", "flags", "description"]
 
 
 def add_arguments(parser):
     parser.description = (
-        "Scores archived runs again with the frozen metric, each in a process of its own: on the validation rows, "
-        "which must give what the run logged, and on the holdout. Prints a table, writes audit.tsv."
+        "Scores archived runs again with the frozen metric, each in a separate process: on the validation rows, where "
+        "the value must equal the one that the run logged, and on the holdout. Prints a table, writes audit.tsv."
     )
     parser.epilog = f"exit status: 0 nothing is flagged; {FLAGGED} a row is flagged; 1 nothing could be audited"
     parser.add_argument("numbers", metavar="NUMBER", nargs="*", type=int, help="rows of results.tsv (all kept ones)")
@@ -49,7 +50,7 @@ def add_arguments(parser):
 
 
 def logged(folder):
-    """(header, val_bpb) of an archived run; a refusal where its log is no complete run's."""
+    """(header, val_bpb) of an archived run. Raises Refused if its log is not that of a complete run."""
     log = run_log.read(folder / names.RUN_LOG)
     if not log or log.ended != "complete":
         raise Refused("its run.log is missing or incomplete")
@@ -57,7 +58,7 @@ def logged(folder):
 
 
 def score(top, folder, args, known):
-    """The scores of the archive, from memory where they are known, and remembered."""
+    """The scores of the archive, from the cache if they are in it; new scores are added to the cache."""
     missing = [name for name in (names.TRAIN, names.CHECKPOINT) if not (folder / name).is_file()]
     if missing:
         raise Refused(f"its {' and '.join(missing)} is gone")
@@ -69,7 +70,7 @@ def score(top, folder, args, known):
 
 
 def scoring_digest(top, folder, device):
-    """What a score depends on: checkpoint, code, frozen files, how it is scored, device."""
+    """Hex digest of everything a score depends on: checkpoint, code, frozen files, the scoring code, device."""
     digest = hashlib.sha256(f"{device}".encode())
     frozen = [top / name for name in rules.files_in(top)]
     for path in (folder / names.CHECKPOINT, folder / names.TRAIN, *frozen, Path(scoring.__file__)):
@@ -80,7 +81,7 @@ def scoring_digest(top, folder, device):
 
 
 def examine(top, record, args, known):
-    """{column: value} of a record's row: what was logged, what was found, and the flags so far."""
+    """{column: value} of a record's row: the logged value, the new scores, and the flags so far."""
     found = {"row": record["row"], "commit": record["short"], "description": record["description"], "flags": []}
     folder = top / names.RUNS / names.archive(record)
     try:
@@ -108,16 +109,16 @@ def examine(top, record, args, known):
 
 
 def compare(rows, sigma):
-    """Adds to each row its gains over the baseline, the first row, on val and on holdout, and the flag for a gain
-    that is on val alone. Where the baseline has no scores there is nothing to compare with."""
+    """Adds to each row its gains over the baseline (the first row) on val and holdout, and the flag for a gain on val
+    alone. Adds nothing if the baseline has no scores."""
     base = rows[0]
     for row in rows[1:]:
         if "holdout" not in row or "holdout" not in base:
             continue
         row["val_gain"] = base["val_again"] - row["val_again"]
         row["holdout_gain"] = base["holdout"] - row["holdout"]
-        if sigma is not None and row["val_gain"] > SURE * sigma and row["holdout_gain"] < SHARE * row["val_gain"]:
-            row["flags"].append("the gain is on val alone: has it learnt the validation rows?")
+        if sigma is not None and row["val_gain"] > SURE * sigma and row["holdout_gain"] < FRACTION * row["val_gain"]:
+            row["flags"].append("the gain is on val alone: was it trained on the validation rows?")
 
 
 def cells(row):
@@ -129,18 +130,18 @@ def cells(row):
 
 
 def table(rows):
-    """The table as it is printed, its columns aligned."""
+    """The printed table, with aligned columns."""
     head = ["row", "commit", "val logged", "val again", "holdout", "val gain", "holdout gain"]
     lines = [[*head, "", ""], *map(cells, rows)]
     shown = []
     for *line, flags, description in lines:
-        said = description[:60] if flags in ("", "ok") else f"{description[:60]}\n      FLAGGED: {flags}"
-        shown.append([*line, said])
+        last = description[:60] if flags in ("", "ok") else f"{description[:60]}\n      FLAGGED: {flags}"
+        shown.append([*line, last])
     return "\n".join(aligned(shown))
 
 
 def chosen(history, args):
-    """The records to look at, the baseline's first."""
+    """The records to audit, the baseline's first."""
     kept = sorted(history.kept, key=lambda r: r["row"])
     if not kept:
         raise Refused("nothing was kept on this branch yet: `lab record` archives what it keeps")
@@ -148,7 +149,7 @@ def chosen(history, args):
         return [kept[0]] + [r for r in [history.best_record] if r is not kept[0]]
     unknown = sorted(set(args.numbers) - {r["row"] for r in kept})
     if unknown:
-        raise Refused(f"row {unknown[0]} is no kept run: only those are archived; `lab status --all` lists them")
+        raise Refused(f"row {unknown[0]} is not a kept run: only those are archived; `lab status --all` lists them")
     return [kept[0]] + [r for r in kept[1:] if not args.numbers or r["row"] in args.numbers]
 
 
@@ -157,7 +158,7 @@ def run(args):
     history = Night(records=archive.records_of(top, Repo(top).tag()))
     records = chosen(history, args)
     if locks.run_in_progress(top):
-        raise Refused("a run is going on in this tree, and both would be slowed down: wait for its end")
+        raise Refused("a run is in progress in this tree, and each would slow the other down: wait for its end")
     (top / names.LAB).mkdir(exist_ok=True)
     try:
         known = json.loads((top / names.LAB / names.AUDIT_MEMORY).read_text())
@@ -174,11 +175,11 @@ def run(args):
     compare(rows, sigma)
     print(table(rows))
     flagged = [row for row in rows if row["flags"]]
-    known_sigma = "σ is not known, so gains on val alone are not looked for" if sigma is None else f"σ {sigma:.6f}"
+    known_sigma = "σ is not known, so gains on val alone are not checked" if sigma is None else f"σ {sigma:.6f}"
     if "holdout" not in rows[0] and len(rows) > 1:
         known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
     print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
     files.write(top / names.AUDIT_TSV, "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
     if not any("holdout" in row for row in rows):
-        raise Refused("none of these runs could be scored: the reasons stand in the table")
+        raise Refused("none of these runs could be scored: the table has the reasons")
     return FLAGGED if flagged else 0

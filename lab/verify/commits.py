@@ -1,8 +1,8 @@
-"""What `lab prove` compares: commits, each as a folder of its own with the files that a training needs.
+"""The commits that `lab prove` compares, each in its own folder with the files that a training needs.
 
-An arm is a commit. Its files come out of git into .lab/prove/ID/ARM/, so that branch, index and working tree stay as
-they are. Arms are comparable if their rules are the same, byte for byte: the files that a recorded run of one of them
-names, or else constants.py, prepare.py and all of the frozen folders.
+An arm is a commit. Its files are extracted from git into .lab/prove/ID/ARM/, so that branch, index and working tree do
+not change. Arms are comparable if their rules are identical, byte for byte: the files listed in a recorded run of one of
+them, or otherwise constants.py, prepare.py and all of the frozen folders.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ class Arm(NamedTuple):
     rules: dict  # {path: git's name for the contents} of its frozen files
     listed: set  # paths of the rules in the header of a recorded run of it; empty if that has no list
     description: str
-    seconds: float | None  # that a run of it took in all, where one is recorded
-    dataset: dict  # {"AUTORESEARCH_DATASET": name}, where a run of it is recorded
+    seconds: float | None  # mean duration of its recorded runs; None if there are none
+    dataset: dict  # {"AUTORESEARCH_DATASET": name} if a run of it is recorded, else {}
 
 
 def find(given, tops):
-    """(arms, seeds used so far): what the given names mean in these working trees; the first tree's baseline and best
-    if there are none."""
+    """(arms, seeds used so far): the commits with the given names in these working trees; without names, the first
+    tree's baseline and best."""
     repos = [Repo.find(top) for top in tops]
     nights = [path for repo in repos for path in (repo.top / names.RUNS_JSONL, *repo.top.glob("runs/**/runs.jsonl"))]
     records = [record for path in nights for record in runs_jsonl.read_runs(path)[0]]
@@ -48,7 +48,7 @@ def find(given, tops):
         paths = arm.listed | arms[0].listed or {*arm.rules, *arms[0].rules}
         if others := sorted(path for path in paths if arm.rules.get(path) != arms[0].rules.get(path)):
             raise Refused(
-                f"{arms[0].short} and {arm.short} have other rules or data code ({', '.join(others[:3])}): they cannot "
+                f"{arms[0].short} and {arm.short} have different rules or data code ({', '.join(others[:3])}): they cannot "
                 "be compared"
             )
     if len({arm.code for arm in arms}) < len(arms):
@@ -69,7 +69,7 @@ def default(repo):
 
 def find_one(name, repos, records):
     if not re.fullmatch(r"[\w./@^~-]+", name) or name.startswith("-"):
-        raise Refused(f"{name!r} is no commit")
+        raise Refused(f"{name!r} is not a commit")
     for repo in repos:
         commit = repo.ask("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
         if commit:
@@ -91,8 +91,8 @@ def find_one(name, repos, records):
 
 
 def check_out(arm, place):
-    """The arm's files, and nothing else, in a folder of `place`: built beside it and moved in. Every time anew, as the
-    code that was trained there last may have changed them."""
+    """Extracts the arm's files, and nothing else, into a folder of `place`, which it returns. An existing folder is
+    replaced, because the code that was trained there last may have changed its files."""
     folder = place / arm.short
     shutil.rmtree(folder, ignore_errors=True)
     building = place / f".{arm.short}.partial"

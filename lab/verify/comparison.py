@@ -1,4 +1,4 @@
-"""What the runs of a proof say: a table, and a sentence a comparison. Pure functions of what `lab prove` measured."""
+"""The report of a proof: a table, and a sentence for each comparison. Pure functions of the runs of `lab prove`."""
 
 from lab.analysis import intervals
 from lab.analysis.verdict import mean
@@ -8,12 +8,12 @@ SPLITS = ("val", "holdout")
 
 
 def values(arm, runs, split):
-    """Of the arm's runs that came to an end and were not refused."""
+    """The arm's values on a split, from the runs that completed and were not refused."""
     return [r[split] for r in runs if r["code"] == arm.code and r[split] is not None and not r.get("refused")]
 
 
 def report(arms, runs, seeds):
-    """The text of proof.txt: the arms' table, then what it means."""
+    """The text of proof.txt: the table of the arms, then one sentence per comparison."""
     runs = [r for r in runs if r["seed"] in seeds]
     lines = [table(arms, runs), ""]
     for arm in arms:
@@ -43,12 +43,12 @@ def table(arms, runs):
 
 
 def noise(arm, runs):
-    """What one commit alone tells: how far two runs of it are apart."""
+    """The noise of a single commit: the standard deviation of its runs, with a 95 % interval."""
     lines = []
     for split in SPLITS:
         own = values(arm, runs, split)
         if len(own) < 2:
-            lines.append(f"{split}: {len(own)} values are too few to tell the noise")
+            lines.append(f"{split}: {len(own)} values are too few to estimate the noise")
             continue
         low, high = intervals.spread_interval(own)
         lines.append(f"{split}: σ of one run {intervals.spread(own):.6f} [{low:.6f}, {high:.6f}] with 95 %, n = {len(own)}")
@@ -56,7 +56,7 @@ def noise(arm, runs):
 
 
 def gain(base, arm, runs):
-    """What the arm gains over the base on each split, and the sentence that may be said of it."""
+    """A sentence for each split: the arm's gain over the base, its interval, and the conclusion."""
     lines, real = [], {}
     for split in SPLITS:
         before, after = values(base, runs, split), values(arm, runs, split)
@@ -71,5 +71,5 @@ def gain(base, arm, runs):
             + {1: "real", -1: "really worse", 0: "cannot be told from noise"}[real[split]]
         )
     if real.get("val") == 1 and real.get("holdout", 1) < 1:
-        lines.append(f"{arm.short}: what it gains on val does not show on the holdout: do not believe it yet")
+        lines.append(f"{arm.short}: its gain on val does not appear on the holdout: do not trust it yet")
     return lines

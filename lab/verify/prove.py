@@ -1,13 +1,13 @@
-"""The night's headline, made true: the baseline and the best trained anew under fresh seeds, in turn, then compared.
+"""Checks the night's result: retrains the baseline and the best under fresh seeds, in turn, and compares them.
 
     uv run -m lab prove                          baseline and best of this branch, three seeds each
     uv run -m lab prove 1a2b3c4 5d6e7f8 --seeds 5
     uv run -m lab prove 1a2b3c4                  one commit: how noisy is it?
     uv run -m lab prove A B --tree ../other      commits of several working trees
 
-Every round trains each commit once under the same new seed, in an order that turns round each time, so that a machine
-that slows down hits all alike. Writes .lab/prove/ID/ and comparison.txt; branch, results.tsv and runs.jsonl stay as they
-are. Stopped in the middle, the same command goes on. docs/proof.md says how to read the table.
+Every round trains each commit once under the same new seed. Every other round reverses the order, so that a machine
+that slows down affects all commits equally. Writes .lab/prove/ID/ and proof.txt; branch, results.tsv and runs.jsonl do
+not change. If it is stopped, the same command resumes. docs/proof.md says how to read the table.
 """
 
 import hashlib
@@ -25,26 +25,26 @@ from lab.store import names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import commits, comparison, scoring
 
-HELP = "train baseline and best anew under fresh seeds, and compare them"
-FEWEST = 3  # seeds
-FIRST_SEED = 1000  # far from those that a night uses
-MARK = "AUTORESEARCH_PROOF"  # environment variable of all that a proof starts: its folder
+HELP = "retrain baseline and best under fresh seeds, and compare them"
+FEWEST = 3  # seeds: with two, Welch's 95 % interval of a gain is at least 1.9 times as wide (t is 4.3, not 2.8)
+FIRST_SEED = 1000  # far above the seeds that a night uses
+MARK = "AUTORESEARCH_PROOF"  # environment variable of every process that a proof starts: the proof's folder
 
 
 def add_arguments(parser):
     parser.description = (
-        "Trains the named commits (the baseline and the best of this branch) under seeds that were never used, in "
-        "turn, scores them on val and on the holdout, and prints means, noise and gains with 95 % intervals."
+        "Trains the named commits (by default the baseline and the best of this branch) in turn, under seeds that were "
+        "never used, scores them on val and on the holdout, and prints means, noise and gains with 95 % intervals."
     )
-    parser.epilog = "exit status: 0 done; 1 refused; 3 stopped half-way, the same command goes on; 75 it was terminated"
-    parser.add_argument("commits", metavar="COMMIT", nargs="*", help="the first is what the others are compared with")
+    parser.epilog = "exit status: 0 done; 1 refused; 3 stopped half-way, the same command resumes; 75 it was terminated"
+    parser.add_argument("commits", metavar="COMMIT", nargs="*", help="the others are compared with the first")
     parser.add_argument("--seeds", type=int, default=FEWEST, help=f"runs of each commit, at least {FEWEST} ({FEWEST})")
     parser.add_argument("--tree", action="append", default=[], metavar="PATH", help="another tree to find commits in")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run and how long it takes")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run and how long it takes")
 
 
 class Proof:
-    """One comparison: its folder, its seeds, the runs that it has so far."""
+    """One comparison: its folder, its seeds, its runs so far."""
 
     def __init__(self, top, found, used, seeds, clocks=("monotonic",)):
         self.top, self.arms, self.clocks = top, found, clocks
@@ -64,12 +64,12 @@ class Proof:
         return any(r["code"] == arm.code and r["seed"] == seed for r in self.runs)
 
     def todo(self):
-        """[(arm, seed)] that is left, round by round; every other round from the last arm to the first."""
+        """The remaining [(arm, seed)], round by round; every other round goes from the last arm to the first."""
         rounds = [(self.arms if i % 2 == 0 else self.arms[::-1], seed) for i, seed in enumerate(self.seeds)]
         return [(arm, seed) for order, seed in rounds for arm in order if not self.done(arm, seed)]
 
     def minutes(self):
-        """Reckoned from what runs of these commits took; None where none is recorded."""
+        """Estimated from recorded runs of these commits; None if there are none."""
         known = [arm.seconds for arm in self.arms if arm.seconds]
         usual = sum(known) / len(known) if known else None
         return usual and sum(arm.seconds or usual for arm, _ in self.todo()) / 60
@@ -80,7 +80,7 @@ class Proof:
         files.write(self.place / names.RUNS_JSONL, "".join(f"{line}\n" for line in lines))
 
     def train(self, arm, seed):
-        """One training and its scores, added to the runs; a crash is a run without values."""
+        """Trains once, scores the result and adds it to the runs; a crash is a run without values."""
         folder = commits.check_out(arm, self.place)
         with open(folder / names.RUN_LOG, "w") as log:
             training = subprocess.Popen(
@@ -97,7 +97,7 @@ class Proof:
         left = [name for name in (names.RUN_LOG, names.CHECKPOINT) if (folder / name).is_file()]
         for name in left:
             os.replace(folder / name, self.place / name)
-        commits.check_out(arm, self.place)  # it is scored by the commit's prepare.py, whatever the training did to its own
+        commits.check_out(arm, self.place)  # scored by the commit's prepare.py, even if the training changed its copy
         for name in left:
             os.replace(self.place / name, folder / name)
         try:
@@ -107,17 +107,17 @@ class Proof:
             (folder / names.CHECKPOINT).unlink(missing_ok=True)
 
     def end_orphans(self):
-        """Ends what a proof that was killed left running: it would slow these trainings down."""
+        """Ends processes that a killed proof left running: they would slow these trainings down."""
         processes.end(lambda: processes.marked(MARK, str(self.place)))
 
     def judge(self, arm, seed, folder):
-        """Adds what the training in `folder` came to."""
+        """Adds the result of the training in `folder` to the runs. Raises Refused or Again if it has none."""
         log = run_log.read(folder / names.RUN_LOG)
         run = {"code": arm.code, "commit": arm.short, "seed": seed, "val": None, "holdout": None, "end": log.end}
         if log.ended == "refused":
             raise Refused(f"{arm.short} was not trained: {log.trace(300)}")
         if log.ended in ("killed", "preempted", "interrupted", "nothing"):
-            raise Again(f"the training of {arm.short} was {log.ended}: the same command goes on with it")
+            raise Again(f"the training of {arm.short} was {log.ended}: the same command repeats it")
         if log.ended != "complete":
             return self.add(run | {"crash": log.trace(300)})
         self.check(arm, seed, log.header, folder)
@@ -141,9 +141,9 @@ class Proof:
                 f"({', '.join(others[:3])})"
             )
         if header["train_sha256"] != arm.code or header["seed"] != seed:
-            raise Refused(f"the log of {arm.short} is of other code or another seed than was started")
+            raise Refused(f"the log of {arm.short} comes from other code or another seed than was started")
         if header["clock"] not in self.clocks:
-            raise Refused(f"{arm.short} ran with an injected clock: such runs are for tests, and prove nothing")
+            raise Refused(f"{arm.short} ran with an injected clock: such runs are for tests and prove nothing")
         for name, value in (("device", header["device"]), ("data", header["data_sha256"])):
             others = {r[name] for r in self.runs if r.get(name)} - {value}
             if others:
@@ -152,18 +152,18 @@ class Proof:
 
 def run(args, clocks=("monotonic",)):
     if args.seeds < FEWEST:
-        raise Refused(f"--seeds {args.seeds}: fewer than {FEWEST} say nothing about noise")
+        raise Refused(f"--seeds {args.seeds}: fewer than {FEWEST} are too few to estimate the noise")
     intervals.distributions()
     top = Repo.find(Path.cwd()).top
     trees = [top, *map(Path, args.tree)]
     found, used = commits.find(args.commits, trees)
     for tree in trees:
         if tree.is_dir() and locks.run_in_progress(tree):
-            raise Refused(f"a run is going on in {tree}, and would slow these down: wait for its end")
+            raise Refused(f"a run is in progress in {tree}, which would slow these down: wait for its end")
     with locks.one_at_a_time(top / names.LAB / names.PROVE, "proof", patience=0.5):
         it = Proof(top, found, used, args.seeds, clocks)
         todo, minutes = it.todo(), it.minutes()
-        cost = f"about {minutes:.0f} minutes" if minutes else "how long is not known, as none of them was recorded"
+        cost = f"about {minutes:.0f} minutes" if minutes else "duration unknown, because none of these commits has a recorded run"
         print(f"{len(todo)} runs to do, {len(found) * args.seeds - len(todo)} done: {cost}", flush=True)
         if args.dry_run:
             return 0
@@ -180,7 +180,7 @@ def run(args, clocks=("monotonic",)):
 def work(it, todo):
     def stop(number, _frame):
         signal.signal(number, signal.SIG_IGN)
-        raise Again("terminated: the same command goes on")
+        raise Again("terminated: the same command resumes")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -191,6 +191,6 @@ def work(it, todo):
             value = "crashed" if last["val"] is None else f"val {last['val']:.6f}"
             print(value + ("" if last["holdout"] is None else f", holdout {last['holdout']:.6f}"), flush=True)
     except KeyboardInterrupt:
-        raise Unfinished("interrupted: the same command goes on") from None
+        raise Unfinished("interrupted: the same command resumes") from None
     finally:
         signal.signal(signal.SIGTERM, before)

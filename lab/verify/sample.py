@@ -1,10 +1,10 @@
-"""Text from an archived checkpoint, by the train.py that is archived beside it.
+"""Generates text from an archived checkpoint, with the train.py that is archived beside it.
 
     uv run -m lab sample                                    the best run: "Once upon a time", 100 tokens
     uv run -m lab sample runs/0007-1a2b3c4 --prompt "def main(" --temperature 0.5
     uv run -m lab sample 7 --output sample.txt              run 7; writes the text to a file
 
-The model's code is whatever it was when the run was kept, so no later change of the architecture breaks this.
+The model's code is the code of that run, so later changes of the architecture cannot break this.
 """
 
 import importlib.util
@@ -24,24 +24,24 @@ HELP = "text from an archived checkpoint"
 
 def add_arguments(parser):
     parser.description = (
-        "Loads RUN/checkpoint.pt with the load_model of RUN/train.py and prints the prompt and what the model "
-        "makes of it, up to --max-tokens or the end of the document."
+        "Loads RUN/checkpoint.pt with the load_model of RUN/train.py and prints the prompt and the model's "
+        "continuation, up to --max-tokens or the end of the document."
     )
     parser.add_argument("archive", metavar="RUN", nargs="?", default="runs/best", help="folder, its name or its number (runs/best)")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--max-tokens", type=int, default=100, help="tokens after the prompt, at most (100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the K likeliest tokens; 0: among all (0)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0: from all (0)")
     parser.add_argument("--seed", type=int, default=42, help="(42)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps: the GPU is usually the next run's (cpu)")
-    parser.add_argument("--output", metavar="FILE", help="write the text there, whole or not at all, and print nothing")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (cpu, because the GPU is usually busy with the next run)")
+    parser.add_argument("--output", metavar="FILE", help="write the text to FILE, complete or not at all, and print nothing")
 
 
 def find_run(name, root):
     """The folder of an archived run: a path, a folder's name in runs/, or its number."""
     numbered = sorted((root / names.RUNS).glob(f"{int(name):04d}-*")) if name.isdecimal() else []
     for path in (root / name, root / names.RUNS / name, *numbered):
-        if path.is_file():  # runs/best where the system has no links: it holds a name
+        if path.is_file():  # runs/best on a system without symbolic links: the file holds a folder's name
             path = path.with_name(path.read_text().strip())
         if path.is_dir():
             missing = [file for file in (names.TRAIN, names.CHECKPOINT) if not (path / file).is_file()]
@@ -52,7 +52,7 @@ def find_run(name, root):
 
 
 def dataset_of(folder):
-    """The dataset that the run was trained on, from the header in its log; None where there is no such line."""
+    """The dataset that the run was trained on, from the header in its log; None without that line."""
     log = folder / names.RUN_LOG
     text = log.read_text(errors="replace")[:100_000] if log.is_file() else ""
     header = re.search(r"^run: (\{.*\})$", text, re.MULTILINE)
@@ -60,8 +60,8 @@ def dataset_of(folder):
 
 
 def load_train(path):
-    """The archived train.py as a module of its own. Its `import prepare` finds the working tree's."""
-    sys.dont_write_bytecode = True  # an archive stays as it is
+    """The archived train.py as a separate module. Its `import prepare` finds the working tree's."""
+    sys.dont_write_bytecode = True  # do not add __pycache__ to the archive
     spec = importlib.util.spec_from_file_location("archived_train", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -70,7 +70,7 @@ def load_train(path):
 
 
 def next_token(logits, temperature, top_k, generator):
-    """One token id drawn from softmax(logits / temperature), among the top_k likeliest (0: all). logits: (V,)"""
+    """Samples one token id from softmax(logits / temperature) over the top_k likeliest (0: all). logits: (V,)"""
     import torch
 
     if temperature <= 0:
@@ -82,8 +82,8 @@ def next_token(logits, temperature, top_k, generator):
 
 
 def generate(model, tokenizer, prompt, max_tokens, temperature, top_k, seed, context, device):
-    """The prompt and up to max_tokens after it; ends early where the model begins another document. No cache of
-    keys and values, which would be the model's business: each token is a forward pass over the last `context`."""
+    """The prompt and up to max_tokens after it; stops early if the model begins another document. There is no KV cache,
+    because the architecture is unknown here: each token takes a forward pass over the last `context` tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def generate(model, tokenizer, prompt, max_tokens, temperature, top_k, seed, con
         x = torch.tensor([ids[-context:]], device=device)  # (1, T)
         with torch.no_grad():
             logits = model(x)[0, -1].float().cpu()  # (V,)
-        logits[tokenizer.bos_id + 1 :] = -math.inf  # the other special tokens are not in any text
+        logits[tokenizer.bos_id + 1 :] = -math.inf  # the other special tokens never occur in text
         token = next_token(logits, temperature, top_k, generator)
         if token == tokenizer.bos_id:
             break
@@ -107,7 +107,7 @@ def sample(folder, args):
     import prepare
 
     if dataset and constants.DATASET != dataset:
-        raise Refused(f"it was trained on {dataset}, this process is set to {constants.DATASET}")
+        raise Refused(f"it was trained on {dataset}, but this process uses {constants.DATASET}")
     model = load_train(folder / names.TRAIN).load_model(folder / names.CHECKPOINT, args.device)
     return generate(
         model, prepare.load_tokenizer(), args.prompt, args.max_tokens, args.temperature, args.top_k, args.seed,

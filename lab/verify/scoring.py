@@ -1,8 +1,8 @@
-"""Scores a checkpoint with the frozen metric, in a process of its own: val rows again, and the holdout's.
+"""Scores a checkpoint with the frozen metric, in a separate process: on the val rows and on the holdout rows.
 
-The train.py beside the checkpoint is an agent's: it is imported to build the model, after everything that counts
-has been bound. It could still do anything that a Python program can; what this process sees through is a train.py
-that replaces anything in prepare.py, torch's cross-entropy, or the files of the rules, and leaves it replaced.
+An agent wrote the train.py beside the checkpoint. It is imported to build the model, after this process has bound the
+functions that score. It could still do anything that a Python program can. What this process detects is a train.py that
+replaces anything in prepare.py, torch's cross-entropy, or the files of the rules, and does not restore it.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from lab.base.errors import Refused
 from lab.store import names, run_log
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
-SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
-OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
-# lab is the one that runs here; prepare.py, corpus/ and frozen/ are the tree's, which may have an older lab, or none.
+SAME = 1e-4  # val_bpb: largest difference of a second score in float32 on the same kind of device; docs/proof.md
+OTHER = 1e-3  # in bfloat16 or on another kind of device, where sums round differently
+# lab is the one running here; prepare.py, corpus/ and frozen/ are the tree's, whose own lab may be older or missing.
 # So nothing in lab that this process imports may import corpus or constants.
 CHILD = """
 import sys
@@ -32,9 +32,9 @@ scoring.main()
 
 
 def score(tree, folder, device=None, time_limit=TIME_LIMIT):
-    """What the frozen code of `tree` makes of the checkpoint in `folder`: {"val", "holdout"} in bits per byte, or
-    {"refused": sentence} where the causality audit or the metric refuses it. Raises Refused where it could not be
-    scored at all (no data, no memory, a train.py that cannot be imported)."""
+    """The scores of the checkpoint in `folder` by the frozen code of `tree`: {"val", "holdout"} in bits per byte, or
+    {"refused": sentence} if the causality audit or the metric refuses it. Raises Refused if it cannot be scored at
+    all (no data, no memory, a train.py that cannot be imported)."""
     log = run_log.read(Path(folder) / names.RUN_LOG)
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     if log and log.header:
@@ -57,17 +57,17 @@ def score(tree, folder, device=None, time_limit=TIME_LIMIT):
 
 
 def off(folder, header, val, scores):
-    """A sentence where the second score of val is further from the first than rounding explains; None where not."""
+    """A sentence if the second score of val differs from the first by more than rounding explains, else None."""
     text = (Path(folder) / names.RUN_LOG).read_text(errors="replace")
     same = "\ndtype: float32" in text and header["device"].partition(" ")[0] == scores["device"]
     limit = SAME if same else OTHER
     if abs(scores["val"] - val) <= limit:
         return None
-    return f"does not reproduce: {scores['val'] - val:+.6f} from what was logged (limit {limit})"
+    return f"does not reproduce: {scores['val'] - val:+.6f} from the logged value (limit {limit})"
 
 
 def batch_size_of(folder):
-    """The rows a batch that the run itself was evaluated with, from its log; 8 where it does not tell."""
+    """The batch size in rows of the run's own evaluation, from its log; 8 if the log does not have it."""
     log = Path(folder) / names.RUN_LOG
     text = log.read_text(errors="replace")[:200_000] if log.is_file() else ""
     found = re.findall(r"^device batch: (\d+) x ", text, re.MULTILINE)
@@ -75,13 +75,13 @@ def batch_size_of(folder):
 
 
 def frozen_modules():
-    """The modules of the frozen code that are loaded."""
+    """The loaded modules of the frozen code."""
     rooms = ("constants", "prepare", "corpus", "frozen")
     return [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in rooms]
 
 
 def fingerprint(modules, cross_entropy):
-    """What these modules are made of, in memory and on disk: another value means that somebody replaced some."""
+    """Identifies these modules in memory and on disk: if the value changes, part of the code was replaced."""
     parts = [
         (module.__name__, name, id(value), id(getattr(value, "__code__", None)), repr(getattr(value, "__defaults__", None)))
         for module in modules
@@ -91,7 +91,7 @@ def fingerprint(modules, cross_entropy):
 
 
 def score_here(folder, device):
-    """As `score`, in this process. The working directory is the tree whose prepare.py counts."""
+    """Like `score`, but in this process. The working directory must be the tree whose prepare.py scores."""
     import numpy as np
     import torch
     import torch.nn.functional as F

@@ -1,1 +1,1 @@
-"""The dashboard: a read-only web page and API over the nights of one or several working trees."""
+"""The dashboard: a read-only web page and API for the nights of one or several working trees."""

@@ -1,4 +1,4 @@
-"""The application: pages and API over {name: Tree}. No request writes, and no part of a URL becomes a path."""
+"""The application: pages and API for {name: Tree}. No request writes, and no part of a URL becomes a path."""
 
 import importlib.util
 from collections import Counter
@@ -19,7 +19,7 @@ from lab.web.guard import Guard
 
 HERE = Path(__file__).parent
 Commit = Annotated[str, InPath(pattern="^[0-9a-f]{4,40}$", max_length=40, description="hex, 4 to 40 digits")]
-TreeName = Annotated[str | None, Query(max_length=300, description="name of a working tree; the first without it")]
+TreeName = Annotated[str | None, Query(max_length=300, description="name of a working tree (default: the first)")]
 MISSING = {404: {"model": models.Problem, "description": "no such tree or experiment"}}
 
 
@@ -51,7 +51,7 @@ def create(trees, token=None, local_only=True):
         tree, night, _ = night_of(name)
         experiment = content.lookup(night, commit)
         if experiment is None:
-            raise HTTPException(404, "no experiment of this tree, or more than one, has such a commit")
+            raise HTTPException(404, "no experiment of this tree, or more than one, has this commit")
         return tree, night, experiment
 
     def detail(tree, night, experiment):
@@ -85,9 +85,9 @@ def create(trees, token=None, local_only=True):
     def experiment_page(commit: Commit, tree: TreeName = None):
         found = experiment_of(tree, commit)
         text, reason = content.sample(found[2])
-        told = detail(*found)
-        columns = dict.fromkeys(key for facts in told["run_facts"] for key in facts)
-        return page("experiment.html", **told, columns=columns, sample=text, sample_reason=reason)
+        values = detail(*found)
+        columns = dict.fromkeys(key for facts in values["run_facts"] for key in facts)
+        return page("experiment.html", **values, columns=columns, sample=text, sample_reason=reason)
 
     @app.get("/docs", include_in_schema=False)
     def docs_page():
@@ -97,8 +97,8 @@ def create(trees, token=None, local_only=True):
     def static_file(name: str):
         if name not in static:
             raise HTTPException(404, "no such file")
-        kept = "public, max-age=86400" if name.startswith("plotly") else "no-cache"
-        return FileResponse(static[name], headers={"cache-control": kept})
+        caching = "public, max-age=86400" if name.startswith("plotly") else "no-cache"  # plotly has 5 MB
+        return FileResponse(static[name], headers={"cache-control": caching})
 
     @app.get("/api/experiments", responses=MISSING)
     def experiments(tree: TreeName = None) -> models.Night:
@@ -143,15 +143,15 @@ def create(trees, token=None, local_only=True):
     @app.exception_handler(StarletteException)
     def refused(request: Request, error):
         if "text/html" in request.headers.get("accept", ""):
-            said = {"title": str(error.status_code), "text": str(error.detail)}
-            return page("message.html", error.status_code, error.headers, **said)
+            values = {"title": str(error.status_code), "text": str(error.detail)}
+            return page("message.html", error.status_code, error.headers, **values)
         return JSONResponse({"detail": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error):
         if "text/html" in request.headers.get("accept", ""):
             return page("message.html", 422, title="422", text="A commit is 4 to 40 hexadecimal digits.")
-        places = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]  # not what was sent
+        places = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]  # without the rejected input
         return JSONResponse({"detail": jsonable_encoder(places)}, 422)
 
     def login_page(wrong, query):

@@ -1,4 +1,4 @@
-"""What the dashboard tells of an experiment. Commits come from the table, never from a request; texts are cut short."""
+"""What the dashboard shows of an experiment. Commits come from the table, never from a request; texts are truncated."""
 
 import difflib
 import os
@@ -9,16 +9,16 @@ from lab.base import git
 from lab.base.text import printable
 from lab.store import names, run_log
 
-LONGEST = 200_000  # characters of a diff
-TAIL, SAMPLE = 16_000, 20_000  # of a log, of a sample
+# Limits in characters, so that no text an agent writes makes a page too large for a browser.
+LONGEST_DIFF, LOG_TAIL, LONGEST_SAMPLE = 200_000, 16_000, 20_000
 HEX = re.compile(r"[0-9a-f]{4,40}")
 FACTS = ["seed", "val_bpb", "training_seconds", "total_seconds", "total_tokens_M", "num_steps", "num_params_M", "depth",
          "mfu_percent", "peak_vram_mb"]  # fmt: skip
 
 
 def lookup(night, commit):
-    """The experiment whose commit this is, or begins with it; the last where it stands in several rows; None for none
-    or several commits. The whole commit is known where runs.jsonl has it."""
+    """The experiment with this commit or prefix of a commit; the last row if it has several rows. None if no commit
+    matches, or more than one. results.tsv has short commits; the full ones come from runs.jsonl."""
     rows = [(e, {e.commit, *(run["commit"] for run in e.runs)}) for e in night.experiments if HEX.fullmatch(e.commit)]
     found = [e for e, known in rows if commit in known] or [
         e for e, known in rows if any(n.startswith(commit) for n in known)
@@ -27,14 +27,14 @@ def lookup(night, commit):
 
 
 def plain(text, limit):
-    """The text as printable() leaves it, its beginning where it is too long."""
+    """The text without control characters, cut after `limit` characters."""
     text = printable(text, keep="\n\t")
     return text if len(text) <= limit else f"{text[:limit]}\n… cut here"
 
 
 def own_file(folder, name):
-    """The path of a file that lies in this folder itself; None for none, and for what an agent might put there to have
-    another file shown or a reader wait: a link, a pipe."""
+    """The path of a regular file directly in this folder, or None. A link or a pipe gives None: an agent could use a
+    link to show another file, and a pipe would block the reader."""
     try:
         ours = not folder.is_symlink() and stat.S_ISREG(os.lstat(folder / name).st_mode)
     except OSError:
@@ -43,7 +43,7 @@ def own_file(folder, name):
 
 
 def text_of(folder, name, limit):
-    """The beginning of such a file; None where there is none that can be read."""
+    """The first `limit` characters of such a file; None if it cannot be read."""
     path = own_file(folder, name)
     try:
         with open(path, encoding="utf-8", errors="replace") if path else open(os.devnull) as f:
@@ -61,7 +61,7 @@ def log_of(folder):
 
 
 def brief(experiment, gains, best):
-    """The fields of models.Experiment. gains: {number: gain} of the kept ones; best: the night's best."""
+    """The fields of models.Experiment. gains: {number: gain} of the kept experiments; best: the night's best."""
     return {
         "number": experiment.number, "commit": experiment.commit, "val_bpb": experiment.val_bpb,
         "memory_gb": experiment.memory_gb, "status": experiment.status, "description": experiment.description,
@@ -72,7 +72,7 @@ def brief(experiment, gains, best):
 
 def all_briefs(night):
     gains = {e.number: gain for e, gain in night.gains()}
-    best = night.best  # reckoned anew at every call
+    best = night.best  # a property that computes it at every access
     return [brief(e, gains, best) for e in night.experiments]
 
 
@@ -85,28 +85,28 @@ def run_facts(record):
 
 
 def diff(tree, night, experiment):
-    """(text, what it compares): the change of this experiment, from git; from the archives where git has it not."""
+    """(text, what it compares): the change of this experiment from git, or from the archives if git lacks the commit."""
     commit, parent = experiment.commit, None
     if experiment.runs:
         commit, parent = experiment.runs[-1]["commit"], experiment.runs[-1]["parent"]
     if not HEX.fullmatch(commit):
-        return None, "its commit is no git commit"
+        return None, "its commit is not a git commit"
     options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--end-of-options"]
     if isinstance(parent, str) and HEX.fullmatch(parent):
-        text = git.read_only(tree.path, "diff", *options, parent, commit, "--", names.TRAIN, limit=4 * LONGEST)
+        text = git.read_only(tree.path, "diff", *options, parent, commit, "--", names.TRAIN, limit=4 * LONGEST_DIFF)
         against = f"train.py against {parent[:7]}"
     else:
-        text = git.read_only(tree.path, "show", "--format=", *options, commit, "--", names.TRAIN, limit=4 * LONGEST)
+        text = git.read_only(tree.path, "show", "--format=", *options, commit, "--", names.TRAIN, limit=4 * LONGEST_DIFF)
         against = "train.py against the commit before it"
     if text is None:
         text, against = diff_of_archives(night, experiment)
-    return (None if text is None else plain(text, LONGEST)), against
+    return (None if text is None else plain(text, LONGEST_DIFF)), against
 
 
 def diff_of_archives(night, experiment):
     before = [e for e in night.experiments[: experiment.number - 1] if e.archive]
     if experiment.archive and before:
-        new, old = (text_of(e.archive, names.TRAIN, LONGEST) for e in (experiment, before[-1]))
+        new, old = (text_of(e.archive, names.TRAIN, LONGEST_DIFF) for e in (experiment, before[-1]))
         if new is not None and old is not None:
             lines = difflib.unified_diff(old.split("\n"), new.split("\n"), "a/train.py", "b/train.py", lineterm="")
             return "\n".join(lines), f"the archived train.py against row {before[-1].number}'s"
@@ -114,22 +114,22 @@ def diff_of_archives(night, experiment):
 
 
 def log_tail(tree, experiment):
-    """(text, where it is from): the end of the experiment's log without its progress lines."""
+    """(text, source): the end of the experiment's log without its progress lines."""
     log, where = experiment.archive and log_of(experiment.archive), "runs/ of this experiment"
     if not log and experiment.runs:
         log, where = log_of(tree.path), "the latest run.log"
         if log and log.run_id != experiment.runs[-1]["run_id"]:
             log = None
     if not log:
-        return None, "only the logs of kept runs are archived, and the latest one stays"
-    return plain("\n".join(log.lines)[-TAIL:], TAIL), where
+        return None, "there is no log: only those of kept runs and of the latest run are stored"
+    return plain("\n".join(log.lines)[-LOG_TAIL:], LOG_TAIL), where
 
 
 def sample(experiment):
-    """(text, why there is none)"""
+    """(text, None) or (None, reason)."""
     if not experiment.archive:
         return None, "only kept runs are sampled"
-    text = text_of(experiment.archive, names.SAMPLE, SAMPLE + 1)
+    text = text_of(experiment.archive, names.SAMPLE, LONGEST_SAMPLE + 1)
     if text is None:
         return None, f"no sample yet: uv run -m lab sample {experiment.number}"
-    return plain(text, SAMPLE).rstrip(), None
+    return plain(text, LONGEST_SAMPLE).rstrip(), None

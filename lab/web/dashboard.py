@@ -1,10 +1,10 @@
-"""A web page of the night: chart, table, what a run is doing right now; and the same as an API. Read-only.
+"""A read-only web page of the night (chart, table, the run in progress), and the same as an API.
 
     uv run -m lab dashboard                              this tree and its worktrees, http://127.0.0.1:8000
     uv run -m lab dashboard --tree ../a --tree ../b      these trees
     AUTORESEARCH_TOKEN=... uv run -m lab dashboard --host 0.0.0.0
 
-It writes nothing anywhere, and fetches nothing from anywhere. docs/dashboard.md has the rest.
+It writes nothing and downloads nothing. docs/dashboard.md has the rest.
 """
 
 import importlib.util
@@ -19,18 +19,18 @@ from lab.base.errors import Refused, os_reason
 HELP = "a read-only web page and API of the night"
 PORT = 8000
 TOKEN = "AUTORESEARCH_TOKEN"
-SHORTEST_TOKEN = 16  # characters
+SHORTEST_TOKEN = 16  # characters: 64 bits even if they are hexadecimal, too many to guess over a network
 
 
 def add_arguments(parser):
     parser.description = (
-        "Serves a page with the night's chart and table, a page for each experiment, and the run in progress, of this "
-        "working tree and its worktrees. Changes nothing. Listens on 127.0.0.1 unless told otherwise."
+        "Serves a page with the night's chart and table, a page for each experiment, and the run in progress, for this "
+        "working tree and its worktrees. Changes nothing. Listens on 127.0.0.1 unless --host says otherwise."
     )
     parser.add_argument("--tree", action="append", default=[], metavar="PATH", help="a working tree; may be repeated")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this one need a token")
-    parser.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one ({PORT})")
-    parser.add_argument("--token", help=f"what visitors must show, {SHORTEST_TOKEN} characters or more (${TOKEN})")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1); one that others can reach needs a token")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port to listen on ({PORT}); 0 picks a free one")
+    parser.add_argument("--token", help=f"secret that visitors must present, {SHORTEST_TOKEN} characters or more (${TOKEN})")
 
 
 def is_loopback(host):
@@ -41,7 +41,7 @@ def is_loopback(host):
 
 
 def check_token(token, host):
-    """The token, or None where none is needed."""
+    """The token, or None if none is needed. Raises Refused for a missing or weak one."""
     if token is None or token == "":
         if not is_loopback(host):
             raise Refused(f"--host {host} is open to others: give a --token, or set {TOKEN}")
@@ -57,11 +57,11 @@ def listen(host, port):
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(128)  # who reads the address that is printed next can call it at once
+        listening.listen(128)  # the address printed next accepts connections at once
         return listening
     except (OSError, OverflowError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else "no such port"
-        raise Refused(f"cannot listen on {host}:{port}: {reason}; another --port, or 0 for a free one") from None
+        raise Refused(f"cannot listen on {host}:{port}: {reason}; choose another --port, or 0 for a free one") from None
 
 
 def ended(*_):
@@ -70,7 +70,7 @@ def ended(*_):
 
 def run(args):
     token = check_token(os.environ.get(TOKEN) if args.token is None else args.token, args.host)
-    signal.signal(signal.SIGTERM, ended)  # uvicorn puts its own in place, and raises what it caught again at its end
+    signal.signal(signal.SIGTERM, ended)  # uvicorn installs its own handler and, when it ends, raises the signal again
     try:
         serve(args, token)
     except KeyboardInterrupt:

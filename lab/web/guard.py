@@ -1,4 +1,4 @@
-"""What stands in front of every request: the token, the host's name, the methods, and the headers of every answer."""
+"""Middleware that checks each request's token and host name, and sets the security headers of each response."""
 
 import hashlib
 import hmac
@@ -10,10 +10,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 COOKIE = "autoresearch"
-OPEN = ("/health", "/static/style.css")  # without a token
+OPEN = ("/health", "/static/style.css")  # no token needed
 LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-# plotly sets style attributes, makes an empty style element that it fills rule by rule, and one for its maps. These are
-# the hashes of the two; another plotly may have another second one: it is then blocked, which no chart here minds.
+# plotly sets style attributes and adds two style elements: an empty one, which it fills rule by rule, and one for its
+# maps. These are their hashes. Another version of plotly may have a different second one; it is then blocked, which does
+# not matter because no chart here has a map.
 STYLES = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
 POLICY = (
     f"default-src 'none'; script-src 'self'; style-src 'self'; style-src-elem 'self' {STYLES}; "
@@ -33,8 +34,8 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. token: None lets everybody in. local_only: only requests that name this machine as loopback
-    are answered, so that no page of another site can read the dashboard under a name that it points here."""
+    """ASGI middleware. token: None lets everybody in. local_only: answers only requests whose Host is loopback, so that
+    no other site can read the dashboard through a domain name of its own that resolves to this machine."""
 
     def __init__(self, app, token, local_only, login_page):
         self.app, self.token, self.local_only, self.login_page = app, token, local_only, login_page
@@ -60,10 +61,10 @@ class Guard:
         await (refusal or self.app)(scope, receive, send_guarded)
 
     def refusal(self, scope):
-        """The response that ends the request here; None lets it through."""
+        """The response that refuses the request; None lets it through."""
         headers = Headers(scope=scope)
         if self.local_only and not LOCAL.fullmatch(headers.get("host", "")):
-            return JSONResponse({"detail": "this dashboard answers to localhost and 127.0.0.1 only"}, 400)
+            return JSONResponse({"detail": "this dashboard only answers requests to localhost and 127.0.0.1"}, 400)
         if self.token is None or scope["path"] in OPEN:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -79,14 +80,14 @@ class Guard:
         wrong = bool(shown) or "authorization" in headers
         if "text/html" in headers.get("accept", ""):
             return HTMLResponse(self.login_page(wrong, others), 401)
-        said = "this is not the token" if wrong else "a token is needed: Authorization: Bearer TOKEN"
-        return JSONResponse({"detail": said}, 401, {"www-authenticate": "Bearer"})
+        detail = "this is not the token" if wrong else "a token is needed: Authorization: Bearer TOKEN"
+        return JSONResponse({"detail": detail}, 401, {"www-authenticate": "Bearer"})
 
     def admits(self, shown):
         return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), self.token.encode())
 
     def cookie(self):
-        """Made from the token, which itself is not left lying in a browser."""
+        """The cookie's value, derived from the token so that the browser does not store the token itself."""
         return hmac.new(self.token.encode(), b"cookie", hashlib.sha256).hexdigest()
 
     def has_cookie(self, headers):

@@ -1,25 +1,25 @@
-"""What the API answers with. Numbers that are not known are null, never 0 or NaN."""
+"""The API's responses. Unknown numbers are null, never 0 or NaN."""
 
 from pydantic import BaseModel
 
 
 class Experiment(BaseModel):
-    number: int  # of its row in results.tsv
+    number: int  # row in results.tsv
     commit: str
     val_bpb: float | None  # null for a crash
     memory_gb: float | None
     status: str
     description: str
-    gain: float | None  # of a kept one over the best before it
-    runs: int  # that runs.jsonl has of it
+    gain: float | None  # of a kept experiment over the best before it
+    runs: int  # how many runs.jsonl has
     archived: bool
     best: bool
-    linked: bool  # whether its commit is one that the other routes take
+    linked: bool  # whether the other routes accept its commit
 
 
 class Night(BaseModel):
     tree: str
-    problem: str | None  # why there is nothing to see
+    problem: str | None  # why nothing can be shown
     notes: list[str]  # lines that could not be read
     sigma: float | None
     runs_per_hour: float | None
@@ -32,7 +32,7 @@ class Night(BaseModel):
 
 class Detail(Experiment):
     tree: str
-    run_facts: list[dict[str, float | str | None]]  # one object a run
+    run_facts: list[dict[str, float | str | None]]  # one object per run
     diff: str | None
     diff_of: str
     log: str | None
@@ -48,7 +48,7 @@ class Sample(BaseModel):
 class Live(BaseModel):
     tree: str
     running: bool
-    version: str  # another one whenever the night on disk is
+    version: str  # changes whenever the night's files change
     experiments: int
     stage: str | None = None  # set-up, training, evaluation
     step: int | None = None

@@ -1,4 +1,4 @@
-"""The working trees that the dashboard shows, each read again only when its files have changed."""
+"""The working trees that the dashboard shows. Each is read again only when its files have changed."""
 
 import threading
 import zlib
@@ -11,11 +11,11 @@ from lab.store import names, run_log
 
 
 def find(paths, alone=False):
-    """{name: Tree} of the working trees at these paths, and, unless alone, of the worktrees that git knows of."""
+    """{name: Tree} of the working trees at these paths and, unless `alone`, of the worktrees that git lists."""
     places = []
     for path in paths:
         if not path.is_dir():
-            raise Refused(f"{path} is no folder: --tree takes a working tree")
+            raise Refused(f"{path} is not a folder: --tree takes a working tree")
         places += [path.resolve(), *([] if alone else [place.resolve() for place in git.worktrees(path) if place.is_dir()])]
     found = {}
     for place in dict.fromkeys(places):
@@ -33,7 +33,7 @@ def branch_of(path):
 
 
 def stamp(path):
-    """What changes when the file does."""
+    """A value that changes when the file does; None if there is no such file."""
     try:
         stat = path.stat()
     except OSError:
@@ -42,13 +42,15 @@ def stamp(path):
 
 
 class Tree:
+    """A working tree and its night, as last read. Safe to use from several threads."""
+
     def __init__(self, name, path):
         self.name, self.path = name, path
         self.lock, self.seen, self.known = threading.Lock(), object(), None
-        self.version = ""  # another one whenever the night on disk is
+        self.version = ""  # changes whenever the night's files change
 
     def night(self):
-        """(Night, sentence): the sentence says why there is nothing to see, or is None."""
+        """(Night, problem): the problem is a sentence that says why nothing can be shown, or None."""
         with self.lock:
             now = [self.path.is_dir(), *(stamp(self.path / name) for name in (names.RESULTS_TSV, names.RUNS_JSONL, names.RUNS))]
             if now != self.seen:
@@ -66,14 +68,14 @@ class Tree:
             return Night((), tree=self.path), f"results.tsv cannot be read: {os_reason(error)}"
 
     def live(self):
-        """What the run in progress says of itself; {"running": False} where none goes on."""
+        """The run in progress as its log reports it; {"running": False} if there is no run."""
         try:
             if not locks.run_in_progress(self.path):
                 return {"running": False}
         except OSError:  # the tree is gone
             return {"running": False}
         found, log = {"running": True, "stage": "set-up"}, self.path / names.RUN_LOG
-        told = run_log.progress_of(run_log.progress(log)) if log.is_file() else None
-        if not told:
+        progress = run_log.progress_of(run_log.progress(log)) if log.is_file() else None
+        if not progress:
             return found
-        return found | told | {"stage": "evaluation" if told["percent"] >= 100 else "training"}
+        return found | progress | {"stage": "evaluation" if progress["percent"] >= 100 else "training"}

@@ -1,7 +1,7 @@
 // The night's page: chart, filter and sort of the table, and the strip of the run in progress.
 "use strict";
 
-const PERIOD = 2000; // milliseconds between two looks at the run in progress
+const PERIOD = 2000; // milliseconds between two requests for the run in progress
 const night = document.getElementById("night");
 const query = "?tree=" + encodeURIComponent(night.dataset.tree);
 const rows = () => [...document.querySelectorAll("#table tbody tr")];
@@ -24,7 +24,7 @@ async function draw() {
     responsive: true,
     displaylogo: false,
     displayModeBar: !narrow,
-    showSendToCloud: false, // plotly's own default offers to upload the night
+    showSendToCloud: false, // plotly's default offers to upload the chart
     plotlyServerURL: "",
     modeBarButtonsToRemove: ["lasso2d", "select2d"],
   });
@@ -53,7 +53,7 @@ function sort() {
   const { key, ascending } = sorted;
   const text = ["commit", "status", "description"].includes(key);
   const keyed = rows().map((row) => [text ? cell(row, key).toLowerCase() : parseFloat(cell(row, key)), row]);
-  const missing = (value) => !text && Number.isNaN(value); // a crash is last, whichever way
+  const missing = (value) => !text && Number.isNaN(value); // crashes come last in either order
   keyed.sort(([a], [b]) => {
     if (missing(a) || missing(b)) return missing(a) - missing(b);
     return (a < b ? -1 : a > b ? 1 : 0) * (ascending ? 1 : -1);
@@ -66,7 +66,7 @@ function sort() {
   }
 }
 
-// --- what changes while one looks
+// --- live updates
 
 function show(live) {
   document.getElementById("live").dataset.running = live.running ? "yes" : "no";
