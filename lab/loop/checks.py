@@ -3,12 +3,13 @@ what to do instead."""
 
 import hashlib
 import re
+import shlex
 from typing import NamedTuple
 
 from lab.analysis.history import Night
 from lab.base import locks, text
 from lab.base.errors import Again, Refused
-from lab.store import archive, names, results_tsv, run_log
+from lab.store import archive, names, records_in_git, results_tsv, run_log
 from lab.store.repository import Repo
 
 RUN = "uv run train.py > run.log 2>&1"
@@ -53,6 +54,7 @@ def examine(repo, description, discard, simpler):
     if locks.run_in_progress(repo.top):
         raise Refused("a run is still going: wait until it ends, then record it")
     history = Night(records=archive.records_of(repo.top, tag))
+    records_in_git.check_not_lost(repo, tag, history.records, own=[head])
     if not repo.train_is_committed():
         if is_uncommitted_run(repo.top, history):
             raise Refused("the run is of train.py as it stands, which is not committed: " + COMMIT_RUN)
@@ -135,6 +137,8 @@ def check_end(repo, log, discard):
     last = log.lines[-1][:300] if log.lines else ""
     if log.summary and (wrong := run_log.not_finite(log.summary)) and not discard:
         raise Refused(f"{', '.join(wrong)} in the summary is no possible number: mend train.py; or --discard")
+    if log.ended == "contradictory" and not discard:
+        raise Refused(f"run.log {log.wrong}. Mend train.py and run it again: {again}")
     if discard or log.ended in ("complete", "crash"):
         return
     if log.ended in ("preempted", "interrupted"):
@@ -175,9 +179,19 @@ def place(repo, tag, history, log, code, head):
             short = repo.short(commit)
             raise Refused(
                 f"{short} touches {', '.join(others[:3])}, and an experiment may change train.py alone: "
-                f"git reset --soft {short}^, then git commit -m ... -- train.py, and leave the rest as it was"
+                f"git reset --soft {short}^; git commit -m ... -- train.py; {undo_of(repo, commit, others)}. "
+                f"What train.py needs of them, put into train.py. Then: {run_command(repo.top)}"
             )
     return case._replace(commit=mine[0], anchor=anchor, edits=mine)
+
+
+def undo_of(repo, commit, others):
+    """The commands that make the files other than train.py as they were before the commit, so that nothing is left
+    that a run could load and git does not hold."""
+    old = [name for name in others if repo.ask("cat-file", "-e", f"{commit}^:{name}") is not None]
+    new = [name for name in others if name not in old]
+    commands = [f"git checkout {repo.short(commit)}^ -- {shlex.join(old)}"] * bool(old)
+    return " && ".join(commands + [f"git rm -f -- {shlex.join(new)}"] * bool(new))
 
 
 def check_seed(repo, case):

@@ -14,7 +14,7 @@ from lab.analysis.history import Night
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.loop import checks
-from lab.store import archive, journal, names, run_log
+from lab.store import archive, journal, names, records_in_git, run_log
 from lab.store.repository import Repo
 
 HELP = "where the night stands, and what to do next"
@@ -48,7 +48,8 @@ def gather(path):
         known["tag"] = repo.tag()
     except Refused as refused:
         return {**known, "next": f"{refused}"}
-    history = Night(records=archive.records_of(repo.top, known["tag"]))
+    records = archive.records_of(repo.top, known["tag"])
+    history, note = Night(records=records), records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), records)
     noise, best, waiting = history.noise(), history.best_record, history.waiting
     return {
         **known,
@@ -61,6 +62,7 @@ def gather(path):
         "dead_ends": [row(r) for r in history.rows if r["verdict"] != "keep" and not near(r)],
         "near_misses": [row(r) for r in history.rows if near(r) and not combined(r, history.rows)],
         "waiting": waiting and waiting["short"],
+        "notes": [note] * bool(note),
         "next": what_next(repo, history),
     }  # fmt: skip
 
@@ -87,6 +89,10 @@ def what_next(repo, history):
         return "a record was interrupted: uv run -m lab record"
     if locks.run_in_progress(repo.top):
         return "a run is going on: wait until it ends, then record it"
+    try:
+        records_in_git.check_not_lost(repo, repo.tag(), history.records, own=[repo.head()])
+    except Refused as refused:
+        return f"{refused}"
     if not repo.train_is_committed():
         if checks.is_uncommitted_run(repo.top, history):
             return f"the last run is of train.py as it stands, which is not committed: {checks.COMMIT_RUN}"
@@ -167,7 +173,7 @@ def text(known, everything=False):
     lines += listed(near, known["near_misses"], limit(LAST_NEAR_MISSES))
     if known["in_progress"]:
         lines.append(f"run in progress: {known['progress'] or 'setting up'}")
-    return "\n".join([*lines, f"next: {known['next']}"])
+    return "\n".join([*lines, *(f"note: {note}" for note in known["notes"]), f"next: {known['next']}"])
 
 
 def run(args):

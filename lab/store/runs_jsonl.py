@@ -1,34 +1,65 @@
 """runs.jsonl: one JSON object per run, repeats included. It is the truth from which results.tsv follows."""
 
 import json
-from datetime import datetime
+import re
 from pathlib import Path
 
 from lab.base.errors import os_reason
 from lab.base.files import write
+from lab.base.text import json_of
+from lab.store import run_log
 
 FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "baseline", "code", "parent", "header",
           "summary", "mean", "n", "start", "end"}  # fmt: skip
+KEYS = ("run_id", "tag", "commit", "verdict")  # without these a line is not a record at all
+VERDICTS = ("keep", "discard", "crash", "confirm")
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def read_runs(path):
     """(records, lines that are none). A last line cut short by a kill is left out."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        return parse(Path(path).read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return [], []
+
+
+def parse(text):
+    """(records, lines that are none) of the text of the file."""
     *lines, last = text.split("\n")  # last: empty, or cut short
     records, foreign = [], []
     for line in lines + [last] * last.endswith("}"):
         try:
-            record = json.loads(line)
+            record = json_of(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and {"run_id", "tag", "commit", "verdict"} <= record.keys():
+        if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in KEYS):
             records.append(record)
         elif line.strip() and line is not last:
             foreign.append(line)
     return records, foreign
+
+
+def whole(record):
+    """Whether a record has all that `lab record` writes, each of its kind: what judges by it need not doubt it."""
+    try:
+        header, summary, crash = record["header"], record["summary"], record["verdict"] == "crash"
+        return (
+            all(isinstance(record[key], str) for key in (*KEYS, "log", "short", "description", "why", "code", "blob", "ended"))
+            and all(isinstance(record[key], bool) for key in ("discard", "simpler", "baseline"))
+            and all(isinstance(record[key], int) and 0 <= record[key] < 1e9 for key in ("n", "dof"))
+            and all(record[key] is None or is_number(record[key]) for key in ("mean", "gain", "best_known", "sigma"))
+            and is_number(record["memory_gb"]) and instant(record["start"]) and instant(record["end"])
+            and record["verdict"] in VERDICTS and COMMIT.fullmatch(record["commit"]) is not None
+            and record["short"] and record["commit"].startswith(record["short"])
+            and (record["parent"] is None or COMMIT.fullmatch(record["parent"]) is not None)
+            and (record["row"] is None or type(record["row"]) is int and 0 < record["row"] < 1e9)
+            and (header is None or isinstance(header, dict) and run_log.is_header(header))
+            and (summary is None or all(is_number(summary[key]) for key in run_log.SUMMARY) and summary["val_bpb"] > 0)
+            and (crash or header is not None and summary is not None and record["mean"] is not None)
+        )  # fmt: skip
+    except (KeyError, TypeError):
+        return False
 
 
 def merged(records, changed):
@@ -37,10 +68,17 @@ def merged(records, changed):
     return list((found | {record["run_id"]: record for record in changed}).values())
 
 
-def save_runs(path, changed):
+def save_runs(path, runs):
+    """Writes these records in their order, below what else the file holds."""
     records, foreign = read_runs(path)
-    lines = foreign + [json.dumps(record, ensure_ascii=False) for record in merged(records, changed)]
-    write(path, "".join(f"{line}\n" for line in lines))
+    ours = {record["run_id"] for record in runs}
+    others = [record for record in records if record["run_id"] not in ours]
+    write(path, "".join(f"{line}\n" for line in [*foreign, *map(line_of, [*others, *runs])]))
+
+
+def line_of(record):
+    """A record as a line of the file, without its end."""
+    return json.dumps(record, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -49,14 +87,11 @@ def save_runs(path, changed):
 
 def instant(text):
     """Whether the text is a time with its zone, or there is none."""
-    try:
-        return text is None or datetime.fromisoformat(text).tzinfo is not None
-    except (TypeError, ValueError):
-        return False
+    return text is None or run_log.is_time(text)
 
 
 def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < run_log.LARGEST  # NaN is not
 
 
 def sound(record):
