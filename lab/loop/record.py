@@ -148,11 +148,15 @@ def steps(repo):
             if r["row"]:
                 repo.set_number(plan["tag"], r["row"], r["commit"])
 
+    whole_night = []  # its records with the plan's, once change_branch has brought back what this branch left
+
     def all_records(plan):
-        return runs_jsonl.merged(archive.records_of(repo.top, plan["tag"]), plan["records"])
+        if not whole_night:
+            whole_night.extend(runs_jsonl.merged(archive.records_of(repo.top, plan["tag"]), plan["records"]))
+        return whole_night
 
     def write_log(plan):
-        return records_in_git.save(repo, plan["tag"], all_records(plan))
+        return records_in_git.save(repo, plan["tag"], all_records(plan), plan["records"])
 
     def write_runs(plan):
         known, new = archive.in_file(repo.top, plan["tag"]), {r["run_id"] for r in plan["records"]}
@@ -161,8 +165,7 @@ def steps(repo):
         return records_in_git.restored(plan["tag"], known, [r for r in records if r["run_id"] not in new])
 
     def write_rows(plan):
-        records, aside = archive.records_of(repo.top, plan["tag"]), repo.top / names.LAB
-        copy = results_tsv.save_table(repo.top / names.RESULTS_TSV, records, aside)
+        copy = results_tsv.save_table(repo.top / names.RESULTS_TSV, all_records(plan), repo.top / names.LAB)
         return copy and f"results.tsv held what record did not write: it is kept in {copy.relative_to(repo.top)}"
 
     def point_best(plan):

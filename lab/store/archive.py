@@ -130,7 +130,7 @@ def place_of(top, tag):
 
 def records_of(top, tag):
     """The records of a branch, oldest first: runs.jsonl's, and those that only git has."""
-    return records_in_git.completed(top, tag, in_file(top, tag))
+    return records_in_git.completed(top, tag, in_file(top, tag), place_of(top, tag))
 
 
 def in_file(top, tag):

@@ -73,17 +73,17 @@ def blobs(top, wanted):
     return found
 
 
-def completed(top, tag, known):
-    """The records of a night in their order: those in git, and those of `known` (runs.jsonl's) that git does not have
-    yet. A record that git cannot read is taken from `known`."""
+def completed(top, tag, known, path):
+    """The records of a night in their order: those in git, and those of `known` that git does not have yet. A record that
+    git cannot read is taken from `known`. known: the records in runs.jsonl, which is at `path`: a line that is in git to
+    the byte need not be read from there."""
     stored = files(top, tag)
     if not stored:
         return known
     by_name = {name_of(r["run_id"]): r for r in known}
-    differing = {
-        name: blob for name, (_, blob) in stored.items()
-        if name not in by_name or blob_of(content(by_name[name]), len(blob)) != blob
-    }  # fmt: skip
+    digits = len(next(iter(stored.values()))[1])
+    same = {blob_of(line + b"\n", digits) for line in path.read_bytes().split(b"\n")} if known else set()
+    differing = {name: blob for name, (_, blob) in stored.items() if name not in by_name or blob not in same}
     try:
         read = blobs(top, differing.values()) if differing else {}
     except (GitError, ValueError):
@@ -98,21 +98,24 @@ def completed(top, tag, known):
     return [*found.values(), *(r for name, r in by_name.items() if name not in stored)]
 
 
-def save(repo, tag, records):
-    """Brings the ref up to date with these records, of the whole night; without a ref, or with a damaged one, all of
-    them are written. A second call changes nothing. Returns a sentence for the reader, or None."""
+def save(repo, tag, records, changed):
+    """Writes those records of the night to the ref that are in `changed` or that it lacks; without a ref, or with a
+    damaged one, that is all of them. A second call changes nothing. Returns a sentence for the reader, or None."""
     ref, stored = ref_of(tag), files(repo.top, tag)
     parent = repo.ask("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") if stored is not None else None
     damaged = parent is None and repo.has_ref(ref)
     stored, changes = stored if parent else {}, []
     number = max((number for number, _ in stored.values()), default=0)
+    new = {r["run_id"] for r in changed}
     for record in records:
-        data, name = content(record), name_of(record["run_id"])
+        name = name_of(record["run_id"])
         if name not in stored:
             number += 1
-            changes.append((number, name, data))
-        elif blob_of(data, len(stored[name][1])) != stored[name][1]:
-            changes.append((stored[name][0], name, data))
+            changes.append((number, name, content(record)))
+        elif record["run_id"] in new:
+            old_number, blob = stored[name]
+            if blob_of(content(record), len(blob)) != blob:
+                changes.append((old_number, name, content(record)))
     if not changes:
         return None
     if damaged:

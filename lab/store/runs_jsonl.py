@@ -1,8 +1,8 @@
 """runs.jsonl: one JSON object per run, repeats included. It is the truth from which results.tsv follows."""
 
 import json
+import os
 import re
-from pathlib import Path
 
 from lab.base.errors import os_reason
 from lab.base.files import write
@@ -13,15 +13,23 @@ FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "
           "summary", "mean", "n", "start", "end"}  # fmt: skip
 KEYS = ("run_id", "tag", "commit", "verdict")  # without these a line is not a record at all
 VERDICTS = ("keep", "discard", "crash", "confirm")
+SHORT = re.compile(r"[0-9a-f]{4,64}")
+_last = {}  # path: (inode, size and time of the file, what was in it); a record asks a dozen times
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def read_runs(path):
     """(records, lines that are none). A last line cut short by a kill is left out."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8", errors="replace"))
+        with open(path, encoding="utf-8", errors="replace") as f:
+            info = os.fstat(f.fileno())
+            stamp = info.st_ino, info.st_size, info.st_mtime_ns
+            if stamp != _last.get(str(path), (None,))[0]:
+                _last[str(path)] = stamp, parse(f.read())
     except FileNotFoundError:
         return [], []
+    records, foreign = _last[str(path)][1]
+    return list(records), list(foreign)
 
 
 def parse(text):
@@ -51,7 +59,7 @@ def whole(record):
             and all(record[key] is None or is_number(record[key]) for key in ("mean", "gain", "best_known", "sigma"))
             and is_number(record["memory_gb"]) and instant(record["start"]) and instant(record["end"])
             and record["verdict"] in VERDICTS and COMMIT.fullmatch(record["commit"]) is not None
-            and record["short"] and record["commit"].startswith(record["short"])
+            and SHORT.fullmatch(record["short"]) is not None
             and (record["parent"] is None or COMMIT.fullmatch(record["parent"]) is not None)
             and (record["row"] is None or type(record["row"]) is int and 0 < record["row"] < 1e9)
             and (header is None or isinstance(header, dict) and run_log.is_header(header))
