@@ -151,7 +151,7 @@ def damage_content(rng, path):
     path.write_bytes(rng.choice([cut, zeroed, flipped])(rng, path.read_bytes()))
 
 
-def damage(seed, night):
+def damage(seed, night, template_records):
     """Damages one of the files, sometimes two; what was done."""
     rng = random.Random(seed)
     done = []
@@ -161,7 +161,7 @@ def damage(seed, night):
             done.append(damage_refs(rng, night))
             continue
         if name == ".lab/journal.json":
-            records = [json.loads(line) for line in night.read("runs.jsonl").splitlines()[-1:] if line.startswith("{")]
+            records = template_records[-1:]
             plan = {"run_id": "r", "tag": "test", "records": records, "best": None, "drop": [], "say": ["said"], "next": ["go"]}
             path.write_text(json.dumps(plan))
         if path.is_file():
@@ -215,11 +215,11 @@ def check_pages(night):
 
 def survives(seed, template, place, capsys, monkeypatch):
     night = template.copy(place)
-    done = damage(seed, night)
+    done = damage(seed, night, template.records())
     try:
         check_pages(night)
         check_answers(night, capsys, monkeypatch)
-    except (AssertionError, Exception) as error:
+    except Exception as error:
         raise AssertionError(f"state {seed} ({'; '.join(done)}): {type(error).__name__}: {error}") from error
     os.chdir("/")
     shutil.rmtree(place)
