@@ -119,9 +119,8 @@ def damage_file(rng, path):
     return kind
 
 
-def damage_refs(rng, night):
+def damage_refs(rng, night, refs):
     git = night.path / ".git"
-    refs = [git / line.split()[0] for line in night.refs().splitlines()]
     kind = rng.choice(["garbage in a ref", "a ref to nothing", "refs gone", "log gone", "HEAD", "objects gone", "a ref is a folder"])
     ref = rng.choice(refs)
     if kind == "garbage in a ref":
@@ -137,7 +136,7 @@ def damage_refs(rng, night):
     elif kind == "HEAD":
         (git / "HEAD").write_bytes(rng.choice([b"", b"ref: refs/heads/none\n", b"1" * 40, b"ref: refs/heads/autoresearch/a/b\n"]))
     elif kind == "objects gone":
-        objects = sorted(p for p in (git / "objects").glob("??/*"))
+        objects = sorted((git / "objects").glob("??/*"))
         for path in rng.sample(objects, 3):
             path.unlink() if rng.random() < 0.5 else damage_content(rng, path)
     elif kind == "a ref is a folder":
@@ -151,17 +150,16 @@ def damage_content(rng, path):
     path.write_bytes(rng.choice([cut, zeroed, flipped])(rng, path.read_bytes()))
 
 
-def damage(seed, night, template_records):
+def damage(seed, night):
     """Damages one of the files, sometimes two; what was done."""
-    rng = random.Random(seed)
-    done = []
+    rng, done = random.Random(seed), []
+    records, refs = night.records()[-1:], [night.path / ".git" / line.split()[0] for line in night.refs().splitlines()]
     for name in [FILES[seed % len(FILES)], *rng.sample(FILES, rng.random() < 0.2)]:
         path = night.path / name
         if name == "refs":
-            done.append(damage_refs(rng, night))
+            done.append(damage_refs(rng, night, refs))
             continue
         if name == ".lab/journal.json":
-            records = template_records[-1:]
             plan = {"run_id": "r", "tag": "test", "records": records, "best": None, "drop": [], "say": ["said"], "next": ["go"]}
             path.write_text(json.dumps(plan))
         if path.is_file():
@@ -215,7 +213,7 @@ def check_pages(night):
 
 def survives(seed, template, place, capsys, monkeypatch):
     night = template.copy(place)
-    done = damage(seed, night, template.records())
+    done = damage(seed, night)
     try:
         check_pages(night)
         check_answers(night, capsys, monkeypatch)

@@ -20,7 +20,7 @@ from lab.base.git import GitError
 from lab.store import archive, names, runs_jsonl
 from lab.store.repository import Repo
 
-FILES = ["constants.py", "prepare.py", "corpus", names.TRAIN]
+FILES = [names.CONSTANTS, "prepare.py", "corpus", names.TRAIN]
 
 
 class Arm(NamedTuple):

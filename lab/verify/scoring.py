@@ -18,7 +18,7 @@ from lab.base.errors import Refused
 from lab.store import names, run_log
 
 TIME_LIMIT = 3600  # seconds for one checkpoint: the default data take minutes on a GPU, hours on a CPU
-RULES = ("constants.py", "prepare.py")
+RULES = (names.CONSTANTS, "prepare.py")
 SAME = 1e-4  # val_bpb: how far a second score may be off in float32 on the same kind of device; docs/proof.md
 OTHER = 1e-3  # in bfloat16, or on another kind of device, where the sums round otherwise
 # lab is the one that runs here, prepare.py and corpus/ are the tree's: it may have an older lab, or none.
