@@ -4,7 +4,9 @@ Only the module of the command that is called gets imported, so that what is cal
 """
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 
 from lab.base.errors import Stop, Unfinished, os_reason
@@ -45,11 +47,53 @@ def parser_of(called):
     return parser
 
 
+class UntilClosed:
+    """A stream whose reader may leave (`record | head -1`): the rest of the output is dropped, the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.dropping(self.stream.write, text) or len(text)
+
+    def flush(self):
+        self.dropping(self.stream.flush)
+
+    def dropping(self, call, *args):
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still buffered goes there too, also at the end of Python
+            os.close(nowhere)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    called = argv[0] if argv else None
+    argv = list(map(as_utf8, argv))
     for stream in (sys.stdout, sys.stderr):  # whatever the locale: help texts and descriptions hold any character
         stream.reconfigure(errors="replace")
+    out, err = UntilClosed(sys.stdout), UntilClosed(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            return called_with(argv)
+        finally:
+            out.flush()
+
+
+def as_utf8(arg):
+    """An argument that was UTF-8 although the locale is ASCII: Python has its bytes as lone surrogates."""
+    try:
+        return arg.encode("utf-8", "surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:
+        return arg
+
+
+def called_with(argv):
+    called = argv[0] if argv else None
     args = parser_of(called).parse_args(argv)
     try:
         return args.run(args)

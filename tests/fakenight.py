@@ -185,6 +185,13 @@ class FakeNight:
     def records(self):
         return [json.loads(line) for line in self.read("runs.jsonl").splitlines()]
 
+    def records_in_git(self):
+        """The records in refs/autoresearch/TAG/log, in order."""
+        ref = self.git("branch", "--show-current").replace("autoresearch/", "refs/autoresearch/") + "/log"
+        files = self.git("ls-tree", "-r", "--name-only", ref, check=False).splitlines()
+        assert files == sorted(files)
+        return [json.loads(self.git("show", f"{ref}:{name}")) for name in files]
+
     def archives(self):
         return sorted(p.name for p in (self.path / "runs").glob("*") if p.name != "best")
 
@@ -214,6 +221,7 @@ class FakeNight:
         assert {name for name in self.archives()} == expected
         assert not (self.path / ".lab" / "journal.json").exists()
         assert not list((self.path / ".lab").glob("*.tmp"))
-        refs = {line.split()[0][-4:]: line.split()[1] for line in self.refs().splitlines()}
+        refs = {line.split()[0][-4:]: line.split()[1] for line in self.refs().splitlines() if not line.split()[0].endswith("/log")}
         assert refs == {f"{r['row']:04d}": r["commit"] for r in numbered}
         assert len({r["run_id"] for r in self.records()}) == len(self.records())
+        assert self.records_in_git() == self.records()

@@ -180,7 +180,7 @@ class Killed(FakeNight):
         runs = [[r["description"], r["header"] and r["header"]["seed"], r["verdict"], r["mean"]] for r in records]
         best = os.readlink(self.path / "runs" / "best")[:4]
         archives = {name[:4]: sorted(os.listdir(self.path / "runs" / name)) for name in self.archives()}
-        subjects = [self.git("log", "-1", "--format=%s", line.split()[1]) for line in self.refs().splitlines()]
+        subjects = [self.git("log", "-1", "--format=%s", line.split()[1]) for line in self.refs().splitlines() if "/log " not in line]
         table = [row[1:] for row in self.rows()]
         return {
             "rows": rows, "runs": runs, "sigma": known["sigma"], "best": best, "archives": archives,

@@ -522,7 +522,7 @@ def check_home(fleet, expected):
         assert os.readlink(home / "best").startswith("000")
         assert not fleet.tree(k).exists()
         assert fleet.git("rev-parse", "--verify", f"autoresearch/nov21-gpu{k}")
-        assert len(fleet.git("for-each-ref", f"refs/autoresearch/nov21-gpu{k}").splitlines()) == 3 - k
+        assert len(fleet.git("for-each-ref", f"refs/autoresearch/nov21-gpu{k}").splitlines()) == 4 - k, "a ref for each row, and the log"
     assert not list((fleet.path / "runs").glob(".*"))
     assert fleet.git("worktree", "list").count("\n") == 0 and fleet.git("status", "--porcelain") == ""
     assert not (fleet.path / ".lab" / "fleet" / "nov21.json").exists()

@@ -88,7 +88,8 @@ def test_a_close_call_is_run_again_under_a_new_seed_and_the_mean_decides(begun, 
     commit, first = begun.experiment("close", CLOSE)
     assert first.verdict == "confirm"
     assert next_command(first) == "next: AUTORESEARCH_SEED=43 uv run train.py > run.log 2>&1"
-    assert begun.head() == commit and len(begun.rows()) == 1 and len(begun.refs().splitlines()) == 1
+    assert begun.head() == commit and len(begun.rows()) == 1
+    assert [line.split()[0].rpartition("/")[2] for line in begun.refs().splitlines()] == ["0001", "log"]
     begun.run(second, seed=43)
     last = begun.recorded()
     assert last.verdict == expected

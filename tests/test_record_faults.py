@@ -94,10 +94,10 @@ def test_a_last_line_of_runs_jsonl_cut_short_is_left_out_and_foreign_lines_stay(
 def test_numbers_go_on_where_the_refs_are_even_if_the_results_were_deleted(night):
     for name in ("runs.jsonl", "results.tsv"):
         (night.path / name).unlink()
-    night.git("reset", "-q", "--keep", "main")
-    night.baseline()
-    assert "refs/autoresearch/test/0004" in night.refs() and len(night.refs().splitlines()) == 4
-    assert len(night.rows()) == 1
+    ready(night)
+    night.recorded("idea")
+    assert "refs/autoresearch/test/0004" in night.refs() and len(night.refs().splitlines()) == 5
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
 
 
 # --- descriptions --------------------------------------------------------------------
@@ -191,22 +191,21 @@ def test_a_log_of_200_mb_is_read_at_both_ends_and_archived_short(night):
 
 
 def test_carriage_returns_and_noise_after_the_summary_do_no_harm(night):
-    ready(night)
+    ready(night, steps=1000)
     path = night.path / "run.log"
     progress = "".join(f"\rstep {i:05d} ({i / 10:.1f}%) | loss 3.1" for i in range(1000))
     path.write_text(path.read_text().replace("---\n", f"{progress}\n---\n") + "sys:1: ResourceWarning: unclosed\n")
     assert night.recorded("idea").verdict == "keep"
 
 
-def test_the_last_of_two_runs_in_one_log_counts(night):
+def test_one_log_holds_one_run(night):
+    """Neither the better nor the last of two is taken: which one counts is not for the log to say."""
     ready(night, 0.5)
     first = night.read("run.log")
     night.run(0.98)
     (night.path / "run.log").write_text(first + night.read("run.log"))
-    night.recorded("idea")
-    assert night.records()[-1]["mean"] == 0.98
-    night.change_train()
-    night.commit("killed after a complete one")
+    refusal = night.refused("idea")
+    assert "run.log holds two runs" in refusal and "uv run train.py > run.log 2>&1" in refusal
     night.run(0.5)
     first = night.read("run.log")
     night.run(tail="")
@@ -362,12 +361,12 @@ def test_a_lock_that_a_living_git_holds_is_waited_for(night):
 KILL_AT = """
 import os, sys
 n, count, died = int(sys.argv.pop(1)), 0, os._exit
-GIT = {"update-ref", "read-tree", "update-index", "write-tree", "hash-object", "reset", "checkout"}
+GIT = {"fast-import", "update-ref", "read-tree", "update-index", "write-tree", "hash-object", "reset", "checkout"}
 def changes(event, args):
     if event == "open":
         return isinstance(args[0], str) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
     if event == "subprocess.Popen":
-        return args[1][1] in GIT
+        return bool(GIT & set(args[1]))
     return event in ("os.rename", "os.remove", "os.mkdir", "os.symlink")
 def hook(event, args):
     global count
@@ -517,3 +516,337 @@ def test_the_fakes_close_call_is_one(template, tmp_path):
     night.baseline()
     assert night.experiment("close", CLOSE)[1].verdict == "confirm"
     assert ROOT.is_dir()
+
+
+# --- records in git --------------------------------------------------------------------------
+
+LOG = "refs/autoresearch/test/log"
+
+
+def cleaned(night):
+    """What `git clean -fdx` takes away."""
+    night.git("clean", "-qfdx")
+    assert not (night.path / "runs.jsonl").exists()
+
+
+def test_after_git_clean_the_night_goes_on_where_it_was(night):
+    records, head = night.records(), night.head()
+    cleaned(night)
+    shown = night.lab("status").out
+    assert "best: 0.990000" in shown and "rows: 2 keep, 1 discard" in shown
+    assert f"note: runs.jsonl is gone: its 5 records are read from {LOG}" in shown
+    assert "is recorded: edit train.py" in shown and not (night.path / "runs.jsonl").exists()
+    ready(night)
+    result = night.recorded("idea")
+    assert result.verdict == "keep" and "note: runs.jsonl is gone: its 5 records" in result.out
+    assert night.records()[:5] == records and [row[3] for row in night.rows()] == GOOD_ROWS
+    assert night.git("rev-parse", "HEAD^") == head and night.records_in_git() == night.records()
+    assert "note" not in night.lab("status").out
+
+
+def test_a_discard_after_git_clean_undoes_its_own_commit_alone(night):
+    head = night.head()
+    cleaned(night)
+    ready(night, 1.02)
+    assert night.recorded("worse").verdict == "discard" and night.head() == head
+
+
+def test_a_line_that_is_lost_or_changed_comes_back_in_its_place(night):
+    before = night.records()
+    lines = night.read("runs.jsonl").splitlines()
+    lines[3] = lines[3].replace('"verdict": "keep"', '"verdict": "discard"')
+    del lines[1]
+    (night.path / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    assert "best: 0.990000" in night.lab("status").out
+    ready(night)
+    result = night.recorded("idea")
+    assert "in runs.jsonl 1 records were missing and 1 differed from git's" in result.out
+    assert night.records()[:5] == before
+    night.check()
+
+
+def test_records_are_what_git_holds_after_a_collection_of_garbage(night):
+    night.git("gc", "-q", "--prune=now", "--aggressive")
+    night.git("reflog", "expire", "--expire=now", "--all")
+    night.git("gc", "-q", "--prune=now")
+    cleaned(night)
+    ready(night)
+    night.recorded("idea")
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+    assert all(night.git("cat-file", "-t", r["commit"]) == "commit" for r in night.records())
+    assert len(night.git("log", "--format=%h", LOG).splitlines()) == 6, "a commit for each record"
+
+
+@pytest.mark.parametrize("damage", ["gone", "garbage", "of another object"])
+def test_a_night_without_its_ref_gets_one_at_the_next_record(night, damage):
+    ref = night.path / ".git" / LOG
+    if damage == "gone":
+        night.git("update-ref", "-d", LOG)
+    else:
+        ref.write_text("garbage\n" if damage == "garbage" else "1" * 40 + "\n")
+    ready(night)
+    result = night.recorded("idea")
+    assert ("was damaged: it is written anew" in result.out) == (damage != "gone"), result.out
+    assert len(night.records_in_git()) == 6
+    night.check()
+
+
+def test_where_the_records_are_lost_it_names_the_loss_and_stops(night):
+    night.git("update-ref", "-d", LOG)
+    cleaned(night)
+    ready(night)
+    refusal = night.refused("idea")
+    assert "the records of this night are lost: 3 recorded commits are in refs/autoresearch/test/" in refusal
+    assert "git switch -c autoresearch/test-2" in refusal and "reset" not in refusal
+    assert "next: the records of this night are lost" in night.lab("status").out
+    night.git("switch", "-q", "-c", "autoresearch/test-2")
+    night.run(0.98)
+    assert night.recorded("baseline").verdict == "confirm"
+
+
+def test_a_keep_whose_record_is_lost_is_not_undone_with_the_next_experiment(night):
+    night.git("update-ref", "-d", LOG)
+    lines = night.read("runs.jsonl").splitlines()
+    (night.path / "runs.jsonl").write_text("\n".join(lines[:3] + lines[4:]) + "\n")
+    ready(night, 1.02)
+    assert "the record of row 0002" in night.refused("worse")
+    assert "the record of row 0002" in night.lab("status").out
+
+
+def test_a_row_whose_number_is_taken_by_an_interrupted_record_is_recorded(night):
+    """The journal of a record that was killed is gone: its commit has a number already, and no record."""
+    commit = ready(night)
+    night.git("update-ref", "refs/autoresearch/test/0004", commit)
+    assert night.recorded("idea").verdict == "keep"
+    assert night.rows()[-1][0] == commit[:7] and night.records()[-1]["row"] == 5
+
+
+def test_the_name_of_a_night_has_no_slash(night):
+    night.git("switch", "-q", "-c", "autoresearch/a/b")
+    assert "git branch -m autoresearch/a/b autoresearch/a-b" in night.refused("idea")
+    assert "git branch -m autoresearch/a/b autoresearch/a-b" in night.lab("status").out
+
+
+def test_a_run_id_of_any_characters_is_a_file_in_git(night):
+    ready(night, run_id="../../x y\n\"'" + "z" * 300)
+    night.recorded("idea")
+    (night.path / "runs.jsonl").unlink()
+    assert "6 records are read from" in night.lab("status").out
+
+
+def test_growth(template, tmp_path):
+    """A record adds a few kilobytes to git, as loose objects, at the 300th run as at the first."""
+    from lab.store import records_in_git
+    from lab.store.repository import Repo
+
+    night = template.copy(tmp_path / "night")
+    repo, records = Repo(night.path), night.records()
+    records += [records[-1] | {"run_id": f"{i:032x}"} for i in range(300)]
+    records_in_git.save(repo, "test", records, [])
+
+    def loose():
+        return int(night.git("count-objects").split()[2])  # kilobytes on disk
+
+    before = loose()
+    for i in range(10):
+        records.append(records[-1] | {"run_id": f"{10**9 + i:032x}"})
+        records_in_git.save(repo, "test", records, [records[-1]])
+    assert loose() - before <= 10 * 24
+    assert len(records_in_git.files(night.path, "test")) == len(records)
+    assert records_in_git.save(repo, "test", records, records) is None
+    assert night.git("fsck", "--strict") == ""
+
+
+# --- one run, one log -------------------------------------------------------------------------
+
+SUMMARY_AGAIN = "---\nval_bpb:          0.500000\ntraining_seconds: 300.0\n"
+
+
+@pytest.mark.parametrize(
+    "change, needle",
+    [
+        (lambda log: log + log[log.index("---\n") :].replace("0.98", "0.50"), "more than one line `val_bpb:`"),
+        (lambda log: log + SUMMARY_AGAIN, "the summary in run.log is not complete"),
+        (lambda log: log + "val_bpb: 0.5\n", "more than one line `val_bpb:`"),
+        (lambda log: log.replace("---\n", "val_bpb: 0.5\n---\n"), "more than one line `val_bpb:`"),
+        (lambda log: log + "num_steps: 9000\n", "more than one line `num_steps:`"),
+        (lambda log: log + log, "holds two runs"),
+        (lambda log: log.replace("training_seconds: 300.0", "training_seconds: 900.0"), "900 s of 325.9 s in all"),
+        (lambda log: log.replace("total_seconds:    325.9", "total_seconds:    12.5"), "300 s of 12.5 s in all"),
+        (lambda log: log.replace("training_seconds: 300.0", "training_seconds: 900.0").replace("325.9", "950.0"), "the budget is 300 s"),
+        (lambda log: log.replace("training_seconds: 300.0", "training_seconds: -1"), "negative training_seconds"),
+        (lambda log: log.replace("45060.2", "-45060.2"), "negative peak_vram_mb"),
+        (lambda log: log.replace("39.80\ntotal", "-1\ntotal"), "negative mfu_percent"),
+        (lambda log: log.replace("953", "100"), "step 123, and its summary says 100 steps"),
+        (lambda log: log.replace("953", "9530000"), "its progress lines show"),
+        (lambda log: log.replace("499.6", "49960.0"), "524,064 to 524,064 tokens a step"),
+        (lambda log: log.replace("499.6", "0.0"), "953 steps trained on"),
+        (lambda log: log.replace("953", "953.5"), "953.5 steps"),
+        (lambda log: log.replace("loss 3.14", "loss -3.14"), "negative training loss"),
+        (lambda log: log.replace("val_bpb:          0.98", "val_bpb:          -0.98"), "val_bpb in the summary is no possible number"),
+        (lambda log: log.replace("45060.2", "1e300"), "peak_vram_mb in the summary is no possible number"),
+        (lambda log: log.replace("45060.2", "inf"), "peak_vram_mb in the summary is no possible number"),
+    ],
+)  # fmt: skip
+def test_a_summary_that_contradicts_itself_or_the_rules_is_refused(night, change, needle):
+    (night.path / "constants.py").write_text("import os\n\nTIME_BUDGET = 300  # seconds\n")
+    ready(night)
+    path = night.path / "run.log"
+    log = path.read_text()
+    path.write_text(change(log))
+    assert path.read_text() != log
+    assert needle in night.refused("idea")
+    given_up = night.recorded("--discard", "idea")
+    assert given_up.verdict == "crash" and night.records()[-1]["summary"] is None, "no value of it counts"
+    night.check()
+
+
+@pytest.mark.parametrize("budget, seconds", [("300", 303.0), ("300", 150.0), ("60 * 5", 340.0), ("600", 600.0), (None, 301.0)])
+def test_a_run_within_its_budget_is_recorded(night, budget, seconds):
+    if budget:
+        (night.path / "constants.py").write_text(f"TIME_BUDGET = {budget}\n")
+    ready(night, seconds=seconds)
+    log = night.read("run.log").replace("total_seconds:    325.9", "total_seconds:    900.0")
+    (night.path / "run.log").write_text(log)
+    assert night.recorded("idea").verdict == "keep"
+
+
+# --- the log, as other systems write it ----------------------------------------------------------
+
+COLOURED = {"run: ": "\x1b[32mrun: ", "---\n": "\x1b[1m---\x1b[0m\n", "val_bpb: ": "\x1b[31;1mval_bpb\x1b[0m: ", "step 0": "\x1b[2K\x1b[Gstep 0"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "colours"])
+@pytest.mark.parametrize("size", [0, 700_000])
+def test_a_log_in_utf_16_or_with_colours_reads_like_any_other(night, encoding, size):
+    ready(night)
+    path, log = night.path / "run.log", night.read("run.log")
+    log = log.replace("---\n", "größer noch\n" * (size // 13) + "---\n")
+    if encoding == "colours":
+        for plain, coloured in COLOURED.items():
+            log = log.replace(plain, coloured)
+        path.write_text(log, encoding="utf-8")
+    else:
+        path.write_bytes(log.replace("\n", "\r\n").encode(encoding))
+    assert "is over and not recorded" in night.lab("status").out
+    assert night.recorded("idea").out.startswith("keep: val_bpb 0.980000")
+    night.check()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_progress_is_read_in_any_encoding(tmp_path, encoding):
+    from lab.store import run_log
+
+    path = tmp_path / "run.log"
+    path.write_bytes(("run: {}\n" + "\x1b[32mstep 00007 (1.0%) | loss 3.2 |\n" * 500).encode(encoding))
+    assert run_log.progress_of(run_log.progress(path))["step"] == 7
+
+
+# --- sentences in place of traces ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"tag": "test"}', "[" * 100_000, b"\xff\xfe\x00"])
+def test_a_journal_that_cannot_be_read_is_kept_aside_and_the_run_is_recorded(night, content):
+    ready(night)
+    data = content if isinstance(content, bytes) else content.encode()
+    (night.path / ".lab" / "journal.json").write_bytes(data)
+    assert "is over and not recorded" in night.lab("status").out
+    result = night.recorded("idea")
+    assert "the plan of an interrupted record could not be read: it is kept in .lab/journal-damaged.json" in result.out
+    assert (night.path / ".lab" / "journal-damaged.json").read_bytes() == data
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+    night.check()
+
+
+@pytest.mark.parametrize("line", ['{"run_id": "x", "tag": "test", "commit": "c", "verdict": "keep"}', "[" * 100_000, '{"run_id": []}'])
+def test_a_line_that_is_no_whole_record_is_not_counted(night, line):
+    with open(night.path / "runs.jsonl", "a") as f:
+        f.write(line + "\n")
+    assert "5 runs recorded" in night.lab("status").out
+    ready(night)
+    assert night.recorded("idea").verdict == "keep"
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+
+
+def test_a_damaged_index_is_named_with_its_remedy(night):
+    ready(night)
+    (night.path / ".git" / "index").write_bytes(b"DIRC\0\0\0\2cut")
+    for result in (night.record("idea"), night.lab("status")):
+        assert result.rc == 1 and len(result.err.splitlines()) == 1
+        assert "cannot read its index" in result.err and "rm .git/index" in result.err and "git reset" in result.err
+    (night.path / ".git" / "index").unlink()
+    night.git("reset", "-q")
+    night.recorded("idea")
+    night.check()
+
+
+@pytest.mark.parametrize("args", [("record", "idea"), ("status", "--all"), ("--help",), ("record", "--help")])
+def test_a_reader_that_leaves_is_no_error(night, args):
+    ready(night)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "lab", *args], cwd=night.path, env=night.env, stdout=write, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    if args == ("record", "idea"):
+        assert [row[3] for row in night.rows()] == GOOD_ROWS
+        night.check()
+
+
+NARROW = {
+    "cp1252": {"PYTHONIOENCODING": "cp1252"},
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "no locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("encoding", NARROW)
+def test_every_help_and_message_can_be_shown_in_a_narrow_encoding(night, encoding):
+    from lab.__main__ import COMMANDS
+
+    ready(night)
+    commands = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    for args in [*commands, ["status", "--all"], ["status", "--json"], ["record", "größer → 大"], ["record", "again"]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "lab", *args], cwd=night.path, env=night.env | NARROW[encoding], capture_output=True
+        )
+        assert b"Traceback" not in done.stderr and done.returncode == (args[1:] == ["again"]), (args, done.stderr)
+        assert done.stdout or done.returncode
+    assert night.records()[-1]["description"] == "größer → 大", "the argument was UTF-8 whatever the locale"
+
+
+def test_a_results_tsv_that_is_a_link_is_written_through(night, tmp_path):
+    path, shared = night.path / "results.tsv", tmp_path / "shared.tsv"
+    path.rename(shared)
+    path.symlink_to(shared)
+    ready(night)
+    night.recorded("idea")
+    assert path.is_symlink() and shared.read_text().count("\n") == 5
+    assert [row[3] for row in night.rows()] == GOOD_ROWS
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_the_advice_about_a_second_file_leaves_nothing_that_git_does_not_hold(night):
+    base = night.head()
+    (night.path / "helper.py").write_text("X = 1\n")
+    (night.path / "prepare.py").write_text("# changed\n")
+    night.change_train()
+    short = night.commit("two files", "train.py", "helper.py", "prepare.py")[:7]
+    night.run(0.98)
+    refusal = night.refused("idea")
+    assert f"{short} touches helper.py, prepare.py" in refusal
+    steps = [
+        f"git reset --soft {short}^", "git commit -m ... -- train.py", f"git checkout {short}^ -- prepare.py",
+        "git rm -f -- helper.py",
+    ]  # fmt: skip
+    for step in steps:
+        assert step in refusal
+        night.git(*step.replace("...", "idea").split()[1:])
+    assert not (night.path / "helper.py").exists() and night.read("prepare.py") == "# frozen\n"
+    assert night.git("status", "--porcelain") == "" and night.git("rev-parse", "HEAD^") == base
+    assert "uv run train.py > run.log 2>&1" in refusal, "what ran had the helper: it runs again without"
+    night.run(0.98)
+    night.recorded("idea")
+    night.check()

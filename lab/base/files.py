@@ -6,8 +6,11 @@ from pathlib import Path
 
 def write(path, content):
     """Replaces the file with `content` (str as UTF-8, or bytes). Readers see either the old file or the new one, also
-    after a power cut. If it raises OSError, the old file is unchanged."""
+    after a power cut. A symbolic link stays: the file that it points to is replaced. If it raises OSError, the old
+    file is unchanged."""
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:

@@ -16,9 +16,9 @@ LOCK_PATIENCE = 5  # seconds that another git command may hold a lock
 
 
 class GitError(Stop):
-    def __init__(self, args, message, missing=False):
+    def __init__(self, args, message, missing=False, status=None):
         super().__init__(f"git {args[0]}: {message}")
-        self.missing = missing
+        self.missing, self.status = missing, status  # status: git's exit status
 
 
 def git(path, *args, stdin=None, env=None, raw=False):
@@ -38,7 +38,7 @@ def git(path, *args, stdin=None, env=None, raw=False):
         message = " ".join(done.stderr.decode(errors="replace").split())
         lock = re.search(r"'([^']+\.lock)': File exists", message)
         if not lock:
-            raise GitError(args, message or f"exit status {done.returncode}")
+            raise GitError(args, message or f"exit status {done.returncode}", status=done.returncode)
         if time.monotonic() > deadline:
             if not remove_stale(path, lock[1], patience=0.5):
                 raise Unfinished(f"another git holds {lock[1]}: wait for it to end, then run this again")

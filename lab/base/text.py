@@ -1,10 +1,12 @@
 """Makes text safe to print on a terminal or a page, shortens it, and aligns it in columns."""
 
+import json
 import re
 import unicodedata
 
 ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")  # colours, cursor moves, titles
 BLANK = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # controls that separate words or lines
+DEPTH = 20  # of JSON; a record has three levels
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they change the direction of the text that follows
 
 
@@ -32,6 +34,30 @@ def one_line(text, limit):
     them)."""
     text = " ".join(printable(text).replace('"', "'").split())
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def json_of(text):
+    """The value of a JSON text. Raises ValueError for anything that this program never writes: nested deeper than DEPTH
+    (to print or write such a value ends in a RecursionError), or with lone surrogates (no file can hold them)."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if text.count("[") + text.count("{") > DEPTH:
+        level, depth = [value], 0
+        while level := [v for item in level for v in children(item)]:
+            depth += 1
+            if depth > DEPTH:
+                raise ValueError("JSON that is nested too deeply")
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def children(value):
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def aligned(rows, left=()):

@@ -3,12 +3,13 @@ what to do instead. lab.loop.next_step asks the same checks."""
 
 import hashlib
 import re
+import shlex
 from typing import NamedTuple
 
 from lab.analysis.history import Night
 from lab.base import locks, text
 from lab.base.errors import Again, Refused
-from lab.store import archive, names, results_tsv, rules, run_log
+from lab.store import archive, names, records_in_git, results_tsv, rules, run_log
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
@@ -85,6 +86,7 @@ def examine(repo, description, discard=False, simpler=False):
     history, head = night_of(repo), repo.head()
     if locks.run_in_progress(repo.top):
         raise RunInProgress("a run is still going on: wait until it ends, then record it")
+    records_in_git.check_not_lost(repo, repo.tag(), history.records, own=[head])
     log, train = run_log.read(repo.top / names.RUN_LOG), repo.top / names.TRAIN
     if not repo.train_is_committed():
         refuse_uncommitted(repo, history, log)
@@ -189,6 +191,8 @@ def check_end(log, discard, again):
         raise Refused(
             f"{', '.join(wrong)} in the summary is not a possible number: fix train.py, or record it with --discard"
         )
+    if log.ended == "contradictory" and not discard:
+        raise Refused(f"run.log {log.wrong}. Fix train.py and run it again: {again}")
     if discard or log.ended in ("complete", "crash"):
         return
     if log.ended in ("preempted", "interrupted", "killed"):
@@ -226,9 +230,19 @@ def place(repo, history):
             short = repo.short(commit)
             raise Refused(
                 f"{short} touches {', '.join(others[:TOUCHED])}, and an experiment may change train.py alone: "
-                f"git reset --soft {short}^, then git commit -m ... -- train.py, and leave the rest as it was"
+                f"git reset --soft {short}^; git commit -m ... -- train.py; {undo_of(repo, commit, others)}. "
+                f"What train.py needs of them, put into train.py. Then: {run_command(repo.top)}"
             )
     return Place(mine[0], blob, anchor, mine, baseline=False)
+
+
+def undo_of(repo, commit, others):
+    """The commands that make the files other than train.py as they were before the commit, so that nothing is left
+    that a run could load and git does not hold."""
+    old = [name for name in others if repo.ask("cat-file", "-e", f"{commit}^:{name}") is not None]
+    new = [name for name in others if name not in old]
+    commands = [f"git checkout {repo.short(commit)}^ -- {shlex.join(old)}"] * bool(old)
+    return " && ".join(commands + [f"git rm -f -- {shlex.join(new)}"] * bool(new))
 
 
 def check_seed(repo, case):

@@ -15,7 +15,7 @@ from lab.base import locks
 from lab.base.errors import Refused, Stop, Unfinished, os_reason
 from lab.loop import checks, report
 from lab.loop.next_step import next_step
-from lab.store import archive, journal, names, results_tsv, run_log, runs_jsonl
+from lab.store import archive, journal, names, records_in_git, results_tsv, run_log, runs_jsonl
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
@@ -139,7 +139,7 @@ def steps(repo):
         return archive.change_branch(repo.top, plan["tag"])
 
     def archive_keeps(plan):
-        table = results_tsv.table(runs_jsonl.merged(archive.records_of(repo.top, plan["tag"]), plan["records"]))
+        table = results_tsv.table(all_records(plan))
         keeps = [r for r in plan["records"] if r["verdict"] == "keep" and r["row"]]
         return "; ".join(note for r in keeps if (note := archive.make(repo, r, table)))
 
@@ -148,12 +148,24 @@ def steps(repo):
             if r["row"]:
                 repo.set_number(plan["tag"], r["row"], r["commit"])
 
+    whole_night = []  # its records with the plan's, once change_branch has brought back what this branch left
+
+    def all_records(plan):
+        if not whole_night:
+            whole_night.extend(runs_jsonl.merged(archive.records_of(repo.top, plan["tag"]), plan["records"]))
+        return whole_night
+
+    def write_log(plan):
+        return records_in_git.save(repo, plan["tag"], all_records(plan), plan["records"])
+
     def write_runs(plan):
-        runs_jsonl.save_runs(repo.top / names.RUNS_JSONL, plan["records"])
+        known, new = archive.in_file(repo.top, plan["tag"]), {r["run_id"] for r in plan["records"]}
+        records = all_records(plan)
+        runs_jsonl.save_runs(repo.top / names.RUNS_JSONL, records)
+        return records_in_git.restored(plan["tag"], known, [r for r in records if r["run_id"] not in new])
 
     def write_rows(plan):
-        records, aside = archive.records_of(repo.top, plan["tag"]), repo.top / names.LAB
-        copy = results_tsv.save_table(repo.top / names.RESULTS_TSV, records, aside)
+        copy = results_tsv.save_table(repo.top / names.RESULTS_TSV, all_records(plan), repo.top / names.LAB)
         return copy and f"results.tsv held what record did not write: it is kept in {copy.relative_to(repo.top)}"
 
     def point_best(plan):
@@ -172,7 +184,7 @@ def steps(repo):
         if not repo.drop(plan["drop"]):
             return "the branch stays as it is, as a newer commit to train.py stands on this one"
 
-    return [change_branch, archive_keeps, number_commits, write_runs, write_rows, point_best, name_author, undo]
+    return [change_branch, archive_keeps, number_commits, write_log, write_runs, write_rows, point_best, name_author, undo]
 
 
 def complete(repo, plan):

@@ -13,7 +13,7 @@ from lab.base import locks
 from lab.base.errors import Refused
 from lab.loop import checks
 from lab.loop.next_step import next_step
-from lab.store import names, run_log
+from lab.store import archive, names, records_in_git, run_log
 from lab.store.repository import Repo
 
 HELP = "where the night stands, and what to do next"
@@ -48,6 +48,7 @@ def gather(path):
     except Refused as refused:
         return {**known, "next": f"{refused}"}
     history = checks.night_of(repo)
+    note = records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), history.records)
     noise, best, waiting = history.noise(), history.best_record, history.waiting
     return {
         **known,
@@ -60,6 +61,7 @@ def gather(path):
         "dead_ends": [row(r) for r in history.rows if r["verdict"] != "keep" and not near(r)],
         "near_misses": [row(r) for r in history.rows if near(r) and not combined(r, history.rows)],
         "waiting": waiting and waiting["short"],
+        "notes": [note] * bool(note),
         "next": next_step(repo).sentence,
     }  # fmt: skip
 
@@ -120,7 +122,7 @@ def text(known, everything=False):
     lines += listed(near, known["near_misses"], limit(LAST_NEAR_MISSES))
     if known["in_progress"]:
         lines.append(f"run in progress: {known['progress'] or 'setting up'}")
-    return "\n".join([*lines, f"next: {known['next']}"])
+    return "\n".join([*lines, *(f"note: {note}" for note in known["notes"]), f"next: {known['next']}"])
 
 
 def run(args):

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from lab.base import files
-from lab.store import names, run_log, runs_jsonl
+from lab.store import names, records_in_git, run_log, runs_jsonl
 
 LONG_LOG = 16 * 2**20  # bytes; of a longer run.log the beginning and the end are archived
 
@@ -126,7 +126,14 @@ def place_of(top, tag):
 
 
 def records_of(top, tag):
-    return [record for record in runs_jsonl.read_runs(place_of(top, tag))[0] if record["tag"] == tag]
+    """The records of a branch, oldest first: runs.jsonl's, and those that only git has."""
+    return records_in_git.completed(top, tag, in_file(top, tag), place_of(top, tag))
+
+
+def in_file(top, tag):
+    """The records of a branch in runs.jsonl; what is not a whole record is left out."""
+    found = runs_jsonl.read_runs(place_of(top, tag))[0]
+    return [record for record in found if record["tag"] == tag and runs_jsonl.whole(record)]
 
 
 def change_branch(top, tag):

@@ -2,23 +2,24 @@
 
 In a working tree: run.log, checkpoint.pt and train.py of the latest run; runs.jsonl and results.tsv, the records;
 runs/NNNN-<commit>/, the archived keeps; .lab/, what lab keeps for itself. In git: branches autoresearch/TAG, and
-recorded commits as refs/autoresearch/TAG/NNNN.
+recorded commits as refs/autoresearch/TAG/NNNN, the records of runs in refs/autoresearch/TAG/log.
 """
 
 import hashlib
 
-TRAIN, PROGRAM = "train.py", "program.md"
+TRAIN, CONSTANTS, PROGRAM = "train.py", "constants.py", "program.md"
 RUN_LOG, CHECKPOINT = "run.log", "checkpoint.pt"
 RUNS_JSONL, RESULTS_TSV = "runs.jsonl", "results.tsv"
 RUNS, BEST, SAMPLE = "runs", "best", "sample_output.txt"
 NIGHT_LOG, AUDIT_TSV, PROOF = "night.log", "audit.tsv", "proof.txt"
 
 LAB = ".lab"  # ignored by git; everything below is in it
-JOURNAL, INDEX, LOCK = "journal.json", "index", "lock"
+JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", "index", "lock"
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
 
 PREFIX = "autoresearch/"  # of a night's branch
+LOG_REF = "log"  # beside the numbers of recorded commits
 
 
 def archive(record):

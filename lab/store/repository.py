@@ -4,6 +4,7 @@ A chain is the first-parent history of HEAD, newest first. "Touches train.py" is
 experiment's commit and one of the human's, who commits to program.md on the same branch.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,11 @@ class Repo:
             raise Refused(f"HEAD is detached: git switch {PREFIX}TAG, the branch of this night")
         if not branch.startswith(PREFIX) or branch == PREFIX:
             raise Refused(f"on branch {branch}: git switch {PREFIX}TAG, or git switch -c {PREFIX}TAG for a new night")
-        return branch[len(PREFIX) :]
+        tag = branch[len(PREFIX) :]
+        if "/" in tag:  # in git a ref cannot be both a file and a folder, as a/log would be beside a
+            flat = tag.replace("/", "-")
+            raise Refused(f"a night's name has no / in it: git branch -m {branch} {PREFIX}{flat}")
+        return tag
 
     def head(self):
         head = self.ask("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
@@ -67,7 +72,18 @@ class Repo:
         return self.ask("cat-file", "-e", f"{commit}^{{commit}}") is not None
 
     def train_is_committed(self):
-        return (self.top / names.TRAIN).is_file() and self.ask("diff", "--quiet", "HEAD", "--", names.TRAIN) is not None
+        if not (self.top / names.TRAIN).is_file():
+            return False
+        try:
+            self.git("diff", "--quiet", "HEAD", "--", names.TRAIN)
+        except GitError as error:
+            if error.status == 1:
+                return False
+            index = self.ask("rev-parse", "--git-path", "index")
+            if index and re.search(r"\bindex\b", f"{error}"):
+                raise Refused(f"git cannot read its index ({error}): rm {index}, then git reset") from None
+            raise
+        return True
 
     def edits(self):
         """The commits of the chain that changed train.py, newest first."""
@@ -119,6 +135,18 @@ class Repo:
 
     def set_number(self, tag, number, commit):
         self.git("update-ref", f"refs/{PREFIX}{tag}/{number:04d}", commit)
+
+    def has_ref(self, ref):
+        """Whether there is such a ref, a damaged one too."""
+        if self.ask("rev-parse", "--verify", "--quiet", ref):
+            return True
+        common = self.ask("rev-parse", "--git-common-dir")
+        return common is not None and (self.top / common / ref).is_file()
+
+    def remove_ref(self, ref):
+        """Removes a ref, a damaged one too."""
+        if self.ask("update-ref", "-d", ref) is None or self.has_ref(ref):
+            (self.top / self.git("rev-parse", "--git-common-dir").strip() / ref).unlink(missing_ok=True)
 
     def drop(self, commits):
         """Takes the commits off the chain of HEAD, as if they had never been; the human's on top of them and

@@ -1,21 +1,29 @@
 """What a run left in run.log: who it was, how it ended, its summary. Reads a long log's beginning and end only.
 
 A run's own lines are documented in prepare.py: `run: {json}` near the start, and after a line `---` the nine
-lines of the summary.
+lines of the summary. One run, one log: a log with two runs, two summaries or numbers that contradict each other is
+not a result, and says why (RunLog.wrong).
 """
 
+import ast
+import codecs
 import errno
 import hashlib
-import json
 import math
 import os
 import re
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import NamedTuple
 
-from lab.base.text import printable, without_colours
+from lab.base.text import json_of, printable, without_colours
+from lab.store import names
 
 PART = 1 << 18  # bytes read from each end of a long log
+LARGEST = 1e15  # no number of a run is as large
+MAX_OVERRUN = 10  # seconds that training may take beyond its budget, at most: one long step
+ROUNDING = 0.05e6  # tokens: total_tokens_M has one decimal
+UNEVEN = 4  # how far tokens a step may be from what the progress lines show: batches may grow and rows be short
 TRACE = 3600  # characters of a crash's trace that are shown
 SUMMARY = [
     "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
@@ -23,7 +31,7 @@ SUMMARY = [
 ]  # fmt: skip
 HEADER = ["run_id", "start", "train_sha256", "rules_sha256", "data_sha256", "dataset", "seed", "device", "clock"]
 STEP = re.compile(r"step (\d{1,12}) \((\d{1,3}(?:\.\d+)?)%\)(.*)")
-FIELDS = {"loss": r"loss ([\d.]+)", "milliseconds": r"([\d,]+) ms", "tokens_per_second": r"([\d,]+) tok/s",
+FIELDS = {"loss": r"loss (-?[\d.]+)", "milliseconds": r"([\d,]+) ms", "tokens_per_second": r"([\d,]+) tok/s",
           "mfu_percent": r"mfu ([\d.]+)%", "epoch": r"epoch (\d+)", "seconds_left": r"(\d+) s left"}  # fmt: skip
 PROGRESS = re.compile(r"step \d+ \(.*")
 # What a run in good health says of itself before its summary: one that ends with such a line was killed. One that
@@ -41,12 +49,13 @@ NOT_STARTED = re.compile(r"^(error: |bash: |sh: |zsh: |uv: |.*command not found)
 
 
 class RunLog(NamedTuple):
-    ended: str  # complete, incomplete, crash, preempted, interrupted, killed, refused, nothing
+    ended: str  # complete, contradictory, incomplete, crash, preempted, interrupted, killed, refused, nothing
     header: dict | None  # None: the run ended before it said who it was
     summary: dict | None  # the nine numbers of a complete run
     identity: str  # of this very file: its size, time and contents
     end: str  # when the file was last written, UTC
     lines: list  # the last lines that are not progress, oldest first
+    wrong: str | None = None  # what contradicts itself or the rules, if the end is "contradictory"
 
     @property
     def run_id(self):
@@ -71,6 +80,7 @@ def read(path):
             stat = os.fstat(f.fileno())
             head = f.read(PART)
             start = max(len(head), stat.st_size - PART)
+            start += start % 2  # in UTF-16 a character starts at an even byte
             f.seek(start)
             tail = f.read(PART + 4096)  # it may have grown
     except FileNotFoundError:
@@ -80,29 +90,57 @@ def read(path):
             return None
         raise
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + head + tail).hexdigest()[:16]
-    gap = b"\n" if start > len(head) else b""
-    text = re.sub(r"\r\n?", "\n", without_colours((head + gap + tail).decode(errors="replace")))
-    text = printable(text, keep="\n\t")
+    encoding = encoding_of(head)
+    gap = "\n" if start > len(head) else ""
+    text = without_colours(head.decode(encoding, "replace") + gap + tail.decode(encoding, "replace")).lstrip("\ufeff")
+    text = printable(re.sub(r"\r\n?", "\n", text), keep="\n\t")
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text
     block, summary = last_summary(after)
     lines = [line.rstrip() for line in after.split("\n")]
     lines = [line for line in lines if line and not PROGRESS.match(line)]
     ended = how_it_ended(after, header, block, summary)
+    wrong = contradiction(text, after, header, summary, time_budget(path)) if ended == "complete" else None
+    ended, summary = ("contradictory", None) if wrong else (ended, summary)
     end = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
-    return RunLog(ended, header, summary, digest, end, lines[-200:])
+    return RunLog(ended, header, summary, digest, end, lines[-200:], wrong)
 
 
 def last_header(text):
     """The JSON of the last `run:` line that has all its fields; None where there is none."""
     for line in reversed(re.findall(r"^run: (\{.*\})$", text, re.MULTILINE)):
         try:
-            header = json.loads(line)
+            header = json_of(line)
         except ValueError:
             continue
-        if all(isinstance(header.get(key), int if key == "seed" else str) for key in HEADER):
+        if is_header(header):
             return header
     return None
+
+
+def is_header(header):
+    """Whether a JSON object has the fields of a `run:` line, each of its kind."""
+    return all(type(header.get(key)) is (int if key == "seed" else str) for key in HEADER) and is_time(header["start"])
+
+
+def is_time(text):
+    """Whether the text is a time with its zone, in ISO 8601."""
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def encoding_of(head):
+    """The encoding of a log by its first bytes: UTF-8, or the UTF-16 that PowerShell's `>` writes, which may lack its
+    byte order mark: then nearly every second byte of a log in English is zero."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16-le" if head.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
+    sample = head[:4096]
+    for encoding, zeros, others in [("utf-16-le", sample[1::2], sample[::2]), ("utf-16-be", sample[::2], sample[1::2])]:
+        if zeros.count(0) > 0.8 * len(zeros) and others.count(0) < 0.2 * len(others):
+            return encoding
+    return "utf-8"
 
 
 def last_summary(text):
@@ -136,9 +174,65 @@ def how_it_ended(text, header, block, summary):
 
 
 def not_finite(summary):
-    """Names of the numbers that are not finite, and val_bpb where it is no possible value."""
-    wrong = [key for key, value in summary.items() if not math.isfinite(value)]
+    """Names of the numbers that are not finite or beyond LARGEST, and val_bpb where it is no possible value."""
+    wrong = [key for key, value in summary.items() if not abs(value) < LARGEST]
     return wrong or (["val_bpb"] if summary["val_bpb"] <= 0 else [])
+
+
+def contradiction(text, after, header, summary, budget):
+    """Why a log with a summary is not a result: a clause without its end; None if nothing is wrong.
+
+    text: the whole log; after: what follows its last header; budget: TIME_BUDGET in seconds, or None if unknown.
+    Numbers that are not finite are left to not_finite()."""
+    if len(re.findall(r"^run: \{", text, re.MULTILINE)) > 1:
+        return "holds two runs: one run, one log"
+    if len(re.findall(r"^val_bpb:", after, re.MULTILINE)) > 1:
+        return "has more than one line `val_bpb:`: one run prints one summary"
+    block = ("\n" + after).rpartition("\n---\n")[2]
+    keys = re.findall(r"^(\w+):[ \t]", block, re.MULTILINE)
+    if twice := [key for key in SUMMARY if keys.count(key) > 1]:
+        return f"has more than one line `{twice[0]}:`: one run prints one summary"
+    if not_finite(summary):
+        return None
+    if negative := [key for key, value in summary.items() if value < 0]:
+        return f"has a negative {negative[0]}"
+    seconds, tokens, steps = summary["training_seconds"], summary["total_tokens_M"] * 1e6, summary["num_steps"]
+    if summary["total_seconds"] < seconds - 0.2:  # both are rounded
+        return f"says that training took {seconds:g} s of {summary['total_seconds']:g} s in all"
+    if budget is not None and seconds > budget + max(0.02 * budget, MAX_OVERRUN) + 0.1:
+        return f"says that training took {seconds:g} s, and the budget is {budget:g} s"
+    if steps != int(steps):
+        return f"says that training took {steps:g} steps"
+    told = [found for line in after.split("\n") if (found := progress_of(line))]
+    if told and told[-1]["step"] > steps:
+        return f"has a progress line of step {told[-1]['step']}, and its summary says {steps:.0f} steps"
+    if any(found["loss"] is not None and found["loss"] < 0 for found in told):
+        return "has a negative training loss, which no cross-entropy is"
+    if tokens > 0 if steps == 0 else tokens + ROUNDING < steps:
+        return f"says that {steps:.0f} steps trained on {tokens / 1e6:g} million tokens"
+    a_step = [f["milliseconds"] * f["tokens_per_second"] / 1000 for f in told if f["milliseconds"] and f["tokens_per_second"]]
+    if steps and a_step:
+        least, most = (tokens - ROUNDING) / steps, (tokens + ROUNDING) / steps
+        if most < min(a_step) / UNEVEN or least > max(a_step) * UNEVEN:
+            return (
+                f"says that {steps:.0f} steps trained on {tokens / 1e6:g} million tokens, and its progress lines show "
+                f"{min(a_step):,.0f} to {max(a_step):,.0f} tokens a step"
+            )
+    return None
+
+
+def time_budget(path):
+    """TIME_BUDGET of the constants.py beside a run.log: a number, or None. It is read and not imported: the log may be
+    of another tree than the one that this program was started from."""
+    try:
+        tree = ast.parse((Path(path).parent / names.CONSTANTS).read_bytes())
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["TIME_BUDGET"]:
+            value = node.value.value if isinstance(node.value, ast.Constant) else None
+            return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return None
 
 
 def progress_of(line):
@@ -167,8 +261,9 @@ def progress(path):
     """The last progress line of a run in progress; "" before the first."""
     try:
         with open(path, "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
-            lines = re.split(r"[\r\n]+", f.read().decode(errors="replace"))
+            encoding = encoding_of(f.read(4096))
+            f.seek(max(0, os.fstat(f.fileno()).st_size // 2 * 2 - 4096))
+            lines = re.split(r"[\r\n]+", without_colours(f.read().decode(encoding, "replace")))
     except OSError:
         return ""
     return next((line for line in reversed(lines) if PROGRESS.match(line)), "")

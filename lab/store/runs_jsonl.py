@@ -1,35 +1,73 @@
 """runs.jsonl: one JSON object per run, repeats included. It is the truth from which results.tsv follows."""
 
 import json
-from datetime import datetime
-from pathlib import Path
+import os
+import re
 
 from lab.base.errors import os_reason
 from lab.base.files import write
+from lab.base.text import json_of
+from lab.store import run_log
 
 FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "baseline", "code", "parent", "header",
           "summary", "mean", "n", "start", "end"}  # fmt: skip
-LARGEST = 1e15  # far above anything measured, and exact as a float
+KEYS = ("run_id", "tag", "commit", "verdict")  # without these a line is not a record at all
+VERDICTS = ("keep", "discard", "crash", "confirm")
+SHORT = re.compile(r"[0-9a-f]{4,64}")
+_last = {}  # path: (inode, size and time of the file, what was in it); a record asks a dozen times
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def read_runs(path):
     """(records, lines that are not records). A last line cut short by a kill is left out."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace") as f:
+            info = os.fstat(f.fileno())
+            stamp = info.st_ino, info.st_size, info.st_mtime_ns
+            if stamp != _last.get(str(path), (None,))[0]:
+                _last[str(path)] = stamp, parse(f.read())
     except FileNotFoundError:
         return [], []
+    records, foreign = _last[str(path)][1]
+    return list(records), list(foreign)
+
+
+def parse(text):
+    """(records, lines that are none) of the text of the file."""
     *lines, last = text.split("\n")  # last: empty, or cut short
     records, foreign = [], []
     for line in lines + [last] * last.endswith("}"):
         try:
-            record = json.loads(line)
+            record = json_of(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and {"run_id", "tag", "commit", "verdict"} <= record.keys():
+        if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in KEYS):
             records.append(record)
         elif line.strip() and line is not last:
             foreign.append(line)
     return records, foreign
+
+
+def whole(record):
+    """Whether a record has all that `lab record` writes, each of its kind: what judges by it need not doubt it."""
+    try:
+        header, summary, crash = record["header"], record["summary"], record["verdict"] == "crash"
+        return (
+            all(isinstance(record[key], str) for key in (*KEYS, "log", "short", "description", "why", "code", "blob", "ended"))
+            and all(isinstance(record[key], bool) for key in ("discard", "simpler", "baseline"))
+            and all(isinstance(record[key], int) and 0 <= record[key] < 1e9 for key in ("n", "dof"))
+            and all(record[key] is None or is_number(record[key]) for key in ("mean", "gain", "best_known", "sigma"))
+            and is_number(record["memory_gb"]) and instant(record["start"]) and instant(record["end"])
+            and record["verdict"] in VERDICTS and COMMIT.fullmatch(record["commit"]) is not None
+            and SHORT.fullmatch(record["short"]) is not None
+            and (record["parent"] is None or COMMIT.fullmatch(record["parent"]) is not None)
+            and (record["row"] is None or type(record["row"]) is int and 0 < record["row"] < 1e9)
+            and (header is None or isinstance(header, dict) and run_log.is_header(header))
+            and (summary is None or all(is_number(summary[key]) for key in run_log.SUMMARY) and summary["val_bpb"] > 0)
+            and (crash or header is not None and summary is not None and record["mean"] is not None)
+        )  # fmt: skip
+    except (KeyError, TypeError):
+        return False
 
 
 def merged(records, changed):
@@ -38,10 +76,17 @@ def merged(records, changed):
     return list((found | {record["run_id"]: record for record in changed}).values())
 
 
-def save_runs(path, changed):
+def save_runs(path, runs):
+    """Writes these records in their order, below what else the file holds."""
     records, foreign = read_runs(path)
-    lines = foreign + [json.dumps(record, ensure_ascii=False) for record in merged(records, changed)]
-    write(path, "".join(f"{line}\n" for line in lines))
+    ours = {record["run_id"] for record in runs}
+    others = [record for record in records if record["run_id"] not in ours]
+    write(path, "".join(f"{line}\n" for line in [*foreign, *map(line_of, [*others, *runs])]))
+
+
+def line_of(record):
+    """A record as a line of the file, without its end."""
+    return json.dumps(record, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -50,15 +95,11 @@ def save_runs(path, changed):
 
 def instant(text):
     """Whether the text is a time with a time zone, or None."""
-    try:
-        return text is None or datetime.fromisoformat(text).tzinfo is not None
-    except (TypeError, ValueError):
-        return False
+    return text is None or run_log.is_time(text)
 
 
 def is_number(value):
-    """Whether it is a finite number that a run can measure; NaN fails the comparison."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < run_log.LARGEST  # NaN is not
 
 
 def sound(record):
