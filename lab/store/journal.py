@@ -16,7 +16,7 @@ from lab.base.files import write
 from lab.base.text import json_of
 from lab.store import names, runs_jsonl
 
-PLAN = {"run_id": str, "tag": str, "records": list, "best": str | None, "drop": list, "say": list, "next": list}
+PLAN = {"run_id": str, "tag": str, "records": list, "best": str | None, "drop": list, "say": list}
 
 
 def read(top):
@@ -34,7 +34,7 @@ def sound(plan):
     return (
         isinstance(plan, dict)
         and all(key in plan and isinstance(plan[key], kind) for key, kind in PLAN.items())
-        and all(isinstance(item, str) for key in ("drop", "say", "next") for item in plan[key])
+        and all(isinstance(item, str) for key in ("drop", "say") for item in plan[key])
         and bool(plan["records"]) and bool(plan["say"]) and all(map(runs_jsonl.whole, plan["records"]))
     )  # fmt: skip
 
