@@ -1,5 +1,6 @@
 """lab record where files are broken, the machine fails, or it is killed: one row, one archive, nothing lost."""
 
+import json
 import os
 import random
 import resource
@@ -733,6 +734,20 @@ def test_a_log_in_utf_16_or_with_colours_reads_like_any_other(night, encoding, s
     night.check()
 
 
+@pytest.mark.parametrize(
+    "data, encoding",
+    [
+        (b"", "utf-8"), (b"step", "utf-8"), (b"\0" * 5000, "utf-8"), (bytes(range(256)) * 20, "utf-8"),
+        ("größer".encode() * 900, "utf-8"), ("大".encode() * 4000, "utf-8"), (("大" * 4000).encode("utf-16"), "utf-16-le"),
+        (("step " * 900).encode("utf-16-be"), "utf-16-be"), (("step " * 900).encode("utf-16-le"), "utf-16-le"),
+    ],
+)  # fmt: skip
+def test_the_encoding_of_a_log_is_told_by_its_first_bytes(data, encoding):
+    from lab.store.run_log import encoding_of
+
+    assert encoding_of(data[:262144]) == encoding
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
 def test_progress_is_read_in_any_encoding(tmp_path, encoding):
     from lab.store import run_log
@@ -766,6 +781,24 @@ def test_a_line_that_is_no_whole_record_is_not_counted(night, line):
     ready(night)
     assert night.recorded("idea").verdict == "keep"
     assert [row[3] for row in night.rows()] == GOOD_ROWS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": "won"}, {"row": "2"}, {"row": -2}, {"mean": None}, {"short": ["x"]}, {"commit": "--all"}, {"header": {}},
+        {"summary": {"val_bpb": 0.5}}, {"summary": None}, {"gain": "much"}, {"n": 1e99}, {"start": "yesterday"}, {"parent": 7},
+    ],
+    ids=lambda change: "-".join(change),
+)  # fmt: skip
+def test_a_record_with_a_field_of_another_kind_is_read_from_git(night, change):
+    before, lines = night.records(), night.read("runs.jsonl").splitlines()
+    lines[3] = json.dumps(before[3] | change)
+    (night.path / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    assert "best: 0.990000" in night.lab("status").out
+    night.git("update-ref", "-d", LOG)
+    shown = night.lab("status")
+    assert shown.rc == 0 and "the record of row 0002" in shown.out, "it is not half believed"
 
 
 def test_a_damaged_index_is_named_with_its_remedy(night):

@@ -54,7 +54,7 @@ def examine(repo, description, discard, simpler):
     if locks.run_in_progress(repo.top):
         raise Refused("a run is still going: wait until it ends, then record it")
     history = Night(records=archive.records_of(repo.top, tag))
-    records_in_git.check_not_lost(repo, tag, history.records, own=[head])
+    records_in_git.check_not_lost(repo, tag, history.records)
     if not repo.train_is_committed():
         if is_uncommitted_run(repo.top, history):
             raise Refused("the run is of train.py as it stands, which is not committed: " + COMMIT_RUN)

@@ -90,7 +90,7 @@ def what_next(repo, history):
     if locks.run_in_progress(repo.top):
         return "a run is going on: wait until it ends, then record it"
     try:
-        records_in_git.check_not_lost(repo, repo.tag(), history.records, own=[repo.head()])
+        records_in_git.check_not_lost(repo, repo.tag(), history.records)
     except Refused as refused:
         return f"{refused}"
     if not repo.train_is_committed():
