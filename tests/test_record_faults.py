@@ -712,6 +712,15 @@ def test_a_run_within_its_budget_is_recorded(night, budget, seconds):
     assert night.recorded("idea").verdict == "keep"
 
 
+def test_a_summary_without_a_header_is_nobodys(night):
+    ready(night)
+    path = night.path / "run.log"
+    path.write_text(path.read_text().replace("run: {", "run {"))
+    assert "the summary in run.log is not complete" in night.refused("idea")
+    assert night.recorded("--discard", "idea").verdict == "crash"
+    night.check()
+
+
 # --- the log, as other systems write it ----------------------------------------------------------
 
 COLOURED = {"run: ": "\x1b[32mrun: ", "---\n": "\x1b[1m---\x1b[0m\n", "val_bpb: ": "\x1b[31;1mval_bpb\x1b[0m: ", "step 0": "\x1b[2K\x1b[Gstep 0"}
