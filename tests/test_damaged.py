@@ -130,9 +130,9 @@ def damage_refs(rng, night, refs):
     elif kind == "refs gone":
         shutil.rmtree(git / "refs" / "autoresearch")
     elif kind == "log gone":
-        (git / "refs/autoresearch/test/log").unlink()
-        if rng.random() < 0.5:
-            (night.path / "runs.jsonl").unlink()
+        (git / "refs/autoresearch/test/log").unlink(missing_ok=True)
+        if rng.random() < 0.5 and not (night.path / "runs.jsonl").is_dir():
+            (night.path / "runs.jsonl").unlink(missing_ok=True)
     elif kind == "HEAD":
         (git / "HEAD").write_bytes(rng.choice([b"", b"ref: refs/heads/none\n", b"1" * 40, b"ref: refs/heads/autoresearch/a/b\n"]))
     elif kind == "objects gone":
@@ -140,7 +140,7 @@ def damage_refs(rng, night, refs):
         for path in rng.sample(objects, 3):
             path.unlink() if rng.random() < 0.5 else damage_content(rng, path)
     elif kind == "a ref is a folder":
-        ref.unlink()
+        ref.unlink(missing_ok=True)
         (ref / "x").mkdir(parents=True)
     return kind
 
@@ -162,7 +162,7 @@ def damage(seed, night):
         if name == ".lab/journal.json":
             plan = {"run_id": "r", "tag": "test", "records": records, "best": None, "drop": [], "say": ["said"], "next": ["go"]}
             path.write_text(json.dumps(plan))
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             done.append(f"{name}: {damage_file(rng, path)}")
     return done
 

@@ -1,5 +1,6 @@
 """lab record where files are broken, the machine fails, or it is killed: one row, one archive, nothing lost."""
 
+import json
 import os
 import random
 import resource
@@ -711,6 +712,15 @@ def test_a_run_within_its_budget_is_recorded(night, budget, seconds):
     assert night.recorded("idea").verdict == "keep"
 
 
+def test_a_summary_without_a_header_is_nobodys(night):
+    ready(night)
+    path = night.path / "run.log"
+    path.write_text(path.read_text().replace("run: {", "run {"))
+    assert "the summary in run.log is not complete" in night.refused("idea")
+    assert night.recorded("--discard", "idea").verdict == "crash"
+    night.check()
+
+
 # --- the log, as other systems write it ----------------------------------------------------------
 
 COLOURED = {"run: ": "\x1b[32mrun: ", "---\n": "\x1b[1m---\x1b[0m\n", "val_bpb: ": "\x1b[31;1mval_bpb\x1b[0m: ", "step 0": "\x1b[2K\x1b[Gstep 0"}
@@ -731,6 +741,20 @@ def test_a_log_in_utf_16_or_with_colours_reads_like_any_other(night, encoding, s
     assert "is over and not recorded" in night.lab("status").out
     assert night.recorded("idea").out.startswith("keep: val_bpb 0.980000")
     night.check()
+
+
+@pytest.mark.parametrize(
+    "data, encoding",
+    [
+        (b"", "utf-8"), (b"step", "utf-8"), (b"\0" * 5000, "utf-8"), (bytes(range(256)) * 20, "utf-8"),
+        ("größer".encode() * 900, "utf-8"), ("大".encode() * 4000, "utf-8"), (("大" * 4000).encode("utf-16"), "utf-16-le"),
+        (("step " * 900).encode("utf-16-be"), "utf-16-be"), (("step " * 900).encode("utf-16-le"), "utf-16-le"),
+    ],
+)  # fmt: skip
+def test_the_encoding_of_a_log_is_told_by_its_first_bytes(data, encoding):
+    from lab.store.run_log import encoding_of
+
+    assert encoding_of(data[:262144]) == encoding
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
@@ -766,6 +790,24 @@ def test_a_line_that_is_no_whole_record_is_not_counted(night, line):
     ready(night)
     assert night.recorded("idea").verdict == "keep"
     assert [row[3] for row in night.rows()] == GOOD_ROWS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verdict": "won"}, {"row": "2"}, {"row": -2}, {"mean": None}, {"short": ["x"]}, {"commit": "--all"}, {"header": {}},
+        {"summary": {"val_bpb": 0.5}}, {"summary": None}, {"gain": "much"}, {"n": 1e99}, {"start": "yesterday"}, {"parent": 7},
+    ],
+    ids=lambda change: "-".join(change),
+)  # fmt: skip
+def test_a_record_with_a_field_of_another_kind_is_read_from_git(night, change):
+    before, lines = night.records(), night.read("runs.jsonl").splitlines()
+    lines[3] = json.dumps(before[3] | change)
+    (night.path / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    assert "best: 0.990000" in night.lab("status").out
+    night.git("update-ref", "-d", LOG)
+    shown = night.lab("status")
+    assert shown.rc == 0 and "the record of row 0002" in shown.out, "it is not half believed"
 
 
 def test_a_damaged_index_is_named_with_its_remedy(night):

@@ -86,7 +86,7 @@ def examine(repo, description, discard=False, simpler=False):
     history, head = night_of(repo), repo.head()
     if locks.run_in_progress(repo.top):
         raise RunInProgress("a run is still going on: wait until it ends, then record it")
-    records_in_git.check_not_lost(repo, repo.tag(), history.records, own=[head])
+    records_in_git.check_not_lost(repo, repo.tag(), history.records)
     log, train = run_log.read(repo.top / names.RUN_LOG), repo.top / names.TRAIN
     if not repo.train_is_committed():
         refuse_uncommitted(repo, history, log)

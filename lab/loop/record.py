@@ -1,7 +1,8 @@
 """Records the run in run.log: checks that it is what it says, judges it, and leaves the branch ready to go on.
 
-Reads run.log, checkpoint.pt and git; writes runs.jsonl, results.tsv, runs/, refs/autoresearch/TAG/NNNN and the
-branch. It never imports train.py, prepare.py or torch.
+Reads run.log, checkpoint.pt and git; writes runs.jsonl, results.tsv, runs/, the branch, and in
+refs/autoresearch/TAG/ the recorded commits (NNNN) and the records of all runs (log).
+It never imports train.py, prepare.py or torch.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import time
 
 from lab.base.errors import Refused
 from lab.base.git import GitError, git
-from lab.store import names, runs_jsonl
+from lab.store import names, run_log, runs_jsonl
 from lab.store.names import PREFIX
 
 FOLDER = 100  # runs in a folder of the tree
@@ -144,23 +144,30 @@ def restored(tag, in_file, records):
     return f"in runs.jsonl {' and '.join(what)}: they are read from {ref_of(tag)}"
 
 
-def check_not_lost(repo, tag, records, own=()):
+def run_of_head(repo):
+    """Whether run.log is of train.py as it is."""
+    log, train = run_log.read(repo.top / names.RUN_LOG), repo.top / names.TRAIN
+    return bool(log and log.header and train.is_file() and log.header["train_sha256"] == names.sha256(train))
+
+
+def check_not_lost(repo, tag, records):
     """Refuses a night whose commits are numbered in git and whose records are gone: to go on would judge by a best that
-    is not the best, and undo commits that were kept. own: commits that may be numbered and not recorded, since a
-    record of them was interrupted."""
+    is not the best, and undo commits that were kept. The latest commit to train.py may be numbered and not recorded if
+    run.log is of it: its record was interrupted, and is made again."""
     known = {r["commit"] for r in records}
     lost = {number: commit for number, commit in repo.numbers(tag).items() if commit not in known}
     if not lost:
         return
+    edits = [edit.commit for edit in repo.edits()]
+    own = edits[:1] if run_of_head(repo) else []
     if not records and not set(lost.values()) <= set(own):
         raise Refused(
             f"the records of this night are lost: {len(lost)} recorded commits are in refs/{PREFIX}{tag}/, but neither "
             f"runs.jsonl nor {ref_of(tag)} is there: copy runs.jsonl back from where you have it, or begin a new "
             f"night: git switch -c {PREFIX}{tag}-2"
         )
-    chain = {edit.commit for edit in repo.edits()} - set(own)
     for number, commit in lost.items():
-        if commit in chain:
+        if commit in edits and commit not in own:
             raise Refused(
                 f"the record of row {number:04d} ({commit[:7]}), on which HEAD is based, is lost: copy runs.jsonl back from "
                 f"where you have it, or begin a new night from here: git switch -c {PREFIX}{tag}-2"

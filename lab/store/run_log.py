@@ -97,6 +97,7 @@ def read(path):
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text
     block, summary = last_summary(after)
+    summary = summary if header else None  # whose it is, nobody knows
     lines = [line.rstrip() for line in after.split("\n")]
     lines = [line for line in lines if line and not PROGRESS.match(line)]
     ended = how_it_ended(after, header, block, summary)

@@ -111,6 +111,7 @@ def sound(record):
         and (record["row"] is None or isinstance(record["row"], int))
         and (header is None or isinstance(header, dict))
         and instant(record["start"]) and instant(record["end"])
+        and (summary is not None or record["verdict"] not in ("keep", "discard", "confirm"))
         and (summary is None or isinstance(summary, dict) and is_number(summary.get("val_bpb"))
              and all(is_number(summary.get(key)) for key in ("training_seconds", "total_tokens_M", "peak_vram_mb")))
     )  # fmt: skip
