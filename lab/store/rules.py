@@ -10,7 +10,9 @@ import hashlib
 import re
 from pathlib import Path
 
-FIRST_FILES = ("constants.py", "prepare.py")  # the rules of a header without a list; every list has them
+from lab.store import names
+
+FIRST_FILES = (names.CONSTANTS, "prepare.py")  # the rules of a header without a list; every list has them
 FOLDERS = ("corpus", "frozen")  # of the frozen half: it needs them, and a list of the rules names files in them
 UNKNOWN = "constants.py or prepare.py"  # all that can be said of two hashes over both
 PATH = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # below the tree: a header is an agent's to write
