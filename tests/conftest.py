@@ -7,6 +7,11 @@
 
 `prepared_stdlib` and `prepared_climbmix` are caches made once a session under the tiny rules: read them, or
 `repo.copy_cache(prepared_stdlib)`; never write into them.
+
+Tests run in one process per core (pytest-xdist, -n in pyproject.toml). Two tests of a module run in the same process
+if they share one of its fixtures (scope="module"); the others go wherever there is room. Tests marked
+xdist_group("quiet") measure times or wait for other processes: all of them run in one process, one after the other.
+`-n 0` runs everything in this process; `--shuffle SEED` runs the tests in another order.
 """
 
 import hashlib
@@ -26,6 +31,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hub import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +64,57 @@ def left_out(reason):
     if MUST_RUN:
         pytest.fail(f"left out in CI: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+MOST_WORKERS = 8  # each holds torch, and its own copy of what tests build once in a module
+QUIET_FILES = {"test_night.py", "test_preemption.py", "test_slurm.py"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle", metavar="SEED", help="run the tests in another order: modules, and the tests in each of them"
+    )
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker per core that this process may use; none for tests that are named one by one."""
+    if all("::" in arg for arg in config.args):
+        return 0
+    return min(cores(), MOST_WORKERS)
+
+
+def module_fixtures(item):
+    """Names of the fixtures of its module that the test shares with others."""
+    definitions = item._fixtureinfo.name2fixturedefs
+    return {name for name, (*_, last) in definitions.items() if last.scope == "module" and last.baseid}
+
+
+def pytest_collection_modifyitems(config, items):
+    if seed := config.getoption("--shuffle"):
+        # Whole modules stay together: fixtures are then built as often as without.
+        modules = sorted({item.path for item in items})
+        place = dict(zip(random.Random(seed).sample(modules, len(modules)), range(len(modules)), strict=True))
+        turn = {item.nodeid: random.Random(f"{seed} {item.nodeid}").random() for item in items}
+        items.sort(key=lambda item: (place[item.path], turn[item.nodeid]))
+    for item in items:
+        if item.path.name in QUIET_FILES:
+            item.add_marker(pytest.mark.xdist_group("quiet"))
+        elif not item.get_closest_marker("xdist_group") and module_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+# Python processes that tests start import torch much faster where its bytecode is on disk. So what is imported while
+# the tests are collected may write bytecode, whatever PYTHONDONTWRITEBYTECODE says; nothing may write any later: a
+# module of a temporary repository that is edited twice within a second would be taken for the old one.
+sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish():
+    sys.dont_write_bytecode = True
 
 
 class Result(NamedTuple):
@@ -314,11 +371,36 @@ def write_parquet(path, texts, column="text", row_group_size=100):
 
 
 @pytest.fixture(scope="session")
-def climbmix_files(tmp_path_factory):
+def made_once(tmp_path_factory, request):
+    """made_once(name, make) -> a folder that make(folder) has filled, in the first of the workers that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        base = base.parent  # that of all the workers of this session
+
+    def get(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # another worker failed at it
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def climbmix_files(made_once):
     """File name -> Path of a small data set in climbmix's layout: shards 0 to 3, holdout and validation."""
-    folder = tmp_path_factory.mktemp("climbmix")
     names = [*(f"shard_{i:05d}.parquet" for i in range(4)), HOLDOUT_SHARD, VAL_SHARD]
-    return {name: write_parquet(folder / name, made_up_documents(name, 500)) for name in names}
+
+    def make(folder):
+        for name in names:
+            write_parquet(folder / name, made_up_documents(name, 500))
+
+    folder = made_once("climbmix", make)
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture
@@ -328,21 +410,25 @@ def hub(climbmix_files):
 
 
 @pytest.fixture(scope="session")
-def prepared_climbmix(tmp_path_factory, climbmix_files):
+def prepared_climbmix(made_once, climbmix_files):
     """A cache with the small climbmix prepared under the tiny rules, two training shards. Read only."""
-    base = tmp_path_factory.mktemp("prepared_climbmix")
-    with Hub(climbmix_files) as server:
-        repo = tiny_repo(base / "clone", base, base / "cache", "climbmix", HF_ENDPOINT=server.endpoint)
-        result = repo.run("prepare.py", "--num-shards", "2")
-    assert result.rc == 0, result.err
-    return repo.cache
+
+    def make(base):
+        with Hub(climbmix_files) as server:
+            repo = tiny_repo(base / "clone", base, base / "cache", "climbmix", HF_ENDPOINT=server.endpoint)
+            result = repo.run("prepare.py", "--num-shards", "2")
+        assert result.rc == 0, result.err
+
+    return made_once("prepared_climbmix", make) / "cache"
 
 
 @pytest.fixture(scope="session")
-def prepared_stdlib(tmp_path_factory):
+def prepared_stdlib(made_once):
     """A cache with the standard library prepared under the tiny rules. Read only."""
-    base = tmp_path_factory.mktemp("prepared_stdlib")
-    repo = tiny_repo(base / "clone", base, base / "cache", "stdlib", AUTORESEARCH_DATASET="stdlib")
-    result = repo.run("prepare.py", timeout=250)
-    assert result.rc == 0, result.err
-    return repo.cache
+
+    def make(base):
+        repo = tiny_repo(base / "clone", base, base / "cache", "stdlib", AUTORESEARCH_DATASET="stdlib")
+        result = repo.run("prepare.py", timeout=250)
+        assert result.rc == 0, result.err
+
+    return made_once("prepared_stdlib", make) / "cache"
