@@ -268,6 +268,18 @@ def own_mounts():
     return ["unshare", "-rm"]
 
 
+@pytest.fixture(scope="session")
+def no_privileges():
+    """A command to put in front of another, which then may read and write only what permissions let it: of root too."""
+    if os.geteuid():
+        return []
+    caps = "-dac_override,-dac_read_search"
+    wrap = ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
+    if not can(*wrap):
+        left_out("root may read and write everything, and there is no setpriv to take that away (util-linux)")
+    return wrap
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """A temporary home and cache, one thread, no hub, for what a test does in its own process."""
