@@ -93,6 +93,7 @@ def module_fixtures(item):
     return {name for name, (*_, last) in definitions.items() if last.scope == "module" and last.baseid}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(config, items):
     if seed := config.getoption("--shuffle"):
         # Whole modules stay together: fixtures are then built as often as without.
