@@ -9,8 +9,8 @@
 `repo.copy_cache(prepared_stdlib)`; never write into them.
 
 Tests run in one process per core (pytest-xdist, -n in pyproject.toml). Two tests of a module run in the same process
-if they share one of its fixtures (scope="module"); the others go wherever there is room. Tests marked
-xdist_group("quiet") measure times or wait for other processes: all of them run in one process, one after the other.
+if that has fixtures of its own (scope="module"); the others go wherever there is room. The tests of QUIET_FILES
+measure times or wait for other processes: all of them run in one process, one after the other.
 `-n 0` runs everything in this process; `--shuffle SEED` runs the tests in another order.
 """
 
@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from hub import Hub
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_FILES = [
@@ -87,13 +88,23 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores(), MOST_WORKERS)
 
 
-def module_fixtures(item):
-    """Names of the fixtures of its module that the test shares with others."""
-    definitions = item._fixtureinfo.name2fixturedefs
-    return {name for name, (*_, last) in definitions.items() if last.scope == "module" and last.baseid}
+class Together(LoadScopeScheduling):
+    """Which tests run in the same worker: those of a module that has fixtures of its own, and all that are quiet. The
+    others go one by one to whichever worker is free. Large groups come first."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        if os.path.basename(file) in QUIET_FILES:
+            return "quiet"
+        return file if 'scope="module"' in (ROOT / file).read_text(encoding="utf-8") else nodeid
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # Not --dist loadgroup: xdist 3.8 hands its groups over in a private field that pytest 9.2 no longer has.
+    return Together(config, log) if config.getoption("dist") == "loadscope" else None
+
+
 def pytest_collection_modifyitems(config, items):
     if seed := config.getoption("--shuffle"):
         # Whole modules stay together: fixtures are then built as often as without.
@@ -101,11 +112,6 @@ def pytest_collection_modifyitems(config, items):
         place = dict(zip(random.Random(seed).sample(modules, len(modules)), range(len(modules)), strict=True))
         turn = {item.nodeid: random.Random(f"{seed} {item.nodeid}").random() for item in items}
         items.sort(key=lambda item: (place[item.path], turn[item.nodeid]))
-    for item in items:
-        if item.path.name in QUIET_FILES:
-            item.add_marker(pytest.mark.xdist_group("quiet"))
-        elif not item.get_closest_marker("xdist_group") and module_fixtures(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 # Python processes that tests start import torch much faster where its bytecode is on disk. So what is imported while
