@@ -7,6 +7,11 @@
 
 `prepared_stdlib` and `prepared_climbmix` are caches made once a session under the tiny rules: read them, or
 `repo.copy_cache(prepared_stdlib)`; never write into them.
+
+Tests run in one process per core (pytest-xdist, -n in pyproject.toml). Two tests of a module run in the same process
+if that has fixtures of its own (scope="module"); the others go wherever there is room. The tests of QUIET_FILES
+measure times or wait for other processes: all of them run in one process, one after the other.
+`-n 0` runs everything in this process; `--shuffle SEED` runs the tests in another order.
 """
 
 import hashlib
@@ -26,7 +31,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hub import Hub
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_FILES = [
@@ -58,6 +65,63 @@ def left_out(reason):
     if MUST_RUN:
         pytest.fail(f"left out in CI: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+MOST_WORKERS = 8  # each holds torch, and its own copy of what tests build once in a module
+QUIET_FILES = {"test_night.py", "test_preemption.py", "test_slurm.py"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle", metavar="SEED", help="run the tests in another order: modules, and the tests in each of them"
+    )
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker per core that this process may use; none for tests that are named one by one."""
+    if all("::" in arg for arg in config.args):
+        return 0
+    return min(cores(), MOST_WORKERS)
+
+
+class Together(LoadScopeScheduling):
+    """Which tests run in the same worker: those of a module that has fixtures of its own, and all that are quiet. The
+    others go one by one to whichever worker is free. Large groups come first."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        if os.path.basename(file) in QUIET_FILES:
+            return "quiet"
+        return file if 'scope="module"' in (ROOT / file).read_text(encoding="utf-8") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # Not --dist loadgroup: xdist 3.8 hands its groups over in a private field that pytest 9.2 no longer has.
+    return Together(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if seed := config.getoption("--shuffle"):
+        # Whole modules stay together: fixtures are then built as often as without.
+        modules = sorted({item.path for item in items})
+        place = dict(zip(random.Random(seed).sample(modules, len(modules)), range(len(modules)), strict=True))
+        turn = {item.nodeid: random.Random(f"{seed} {item.nodeid}").random() for item in items}
+        items.sort(key=lambda item: (place[item.path], turn[item.nodeid]))
+
+
+# Python processes that tests start import torch much faster where its bytecode is on disk. So what is imported while
+# the tests are collected may write bytecode, whatever PYTHONDONTWRITEBYTECODE says; nothing may write any later: a
+# module of a temporary repository that is edited twice within a second would be taken for the old one.
+sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish():
+    sys.dont_write_bytecode = True
 
 
 class Result(NamedTuple):
@@ -211,6 +275,18 @@ def own_mounts():
     return ["unshare", "-rm"]
 
 
+@pytest.fixture(scope="session")
+def no_privileges():
+    """A command to put in front of another, which then may read and write only what permissions let it: of root too."""
+    if os.geteuid():
+        return []
+    caps = "-dac_override,-dac_read_search"
+    wrap = ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
+    if not can(*wrap):
+        left_out("root may read and write everything, and there is no setpriv to take that away (util-linux)")
+    return wrap
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """A temporary home and cache, one thread, no hub, for what a test does in its own process."""
@@ -314,11 +390,36 @@ def write_parquet(path, texts, column="text", row_group_size=100):
 
 
 @pytest.fixture(scope="session")
-def climbmix_files(tmp_path_factory):
+def made_once(tmp_path_factory, request):
+    """made_once(name, make) -> a folder that make(folder) has filled, in the first of the workers that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        base = base.parent  # that of all the workers of this session
+
+    def get(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # another worker failed at it
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def climbmix_files(made_once):
     """File name -> Path of a small data set in climbmix's layout: shards 0 to 3, holdout and validation."""
-    folder = tmp_path_factory.mktemp("climbmix")
     names = [*(f"shard_{i:05d}.parquet" for i in range(4)), HOLDOUT_SHARD, VAL_SHARD]
-    return {name: write_parquet(folder / name, made_up_documents(name, 500)) for name in names}
+
+    def make(folder):
+        for name in names:
+            write_parquet(folder / name, made_up_documents(name, 500))
+
+    folder = made_once("climbmix", make)
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture
@@ -328,21 +429,25 @@ def hub(climbmix_files):
 
 
 @pytest.fixture(scope="session")
-def prepared_climbmix(tmp_path_factory, climbmix_files):
+def prepared_climbmix(made_once, climbmix_files):
     """A cache with the small climbmix prepared under the tiny rules, two training shards. Read only."""
-    base = tmp_path_factory.mktemp("prepared_climbmix")
-    with Hub(climbmix_files) as server:
-        repo = tiny_repo(base / "clone", base, base / "cache", "climbmix", HF_ENDPOINT=server.endpoint)
-        result = repo.run("prepare.py", "--num-shards", "2")
-    assert result.rc == 0, result.err
-    return repo.cache
+
+    def make(base):
+        with Hub(climbmix_files) as server:
+            repo = tiny_repo(base / "clone", base, base / "cache", "climbmix", HF_ENDPOINT=server.endpoint)
+            result = repo.run("prepare.py", "--num-shards", "2")
+        assert result.rc == 0, result.err
+
+    return made_once("prepared_climbmix", make) / "cache"
 
 
 @pytest.fixture(scope="session")
-def prepared_stdlib(tmp_path_factory):
+def prepared_stdlib(made_once):
     """A cache with the standard library prepared under the tiny rules. Read only."""
-    base = tmp_path_factory.mktemp("prepared_stdlib")
-    repo = tiny_repo(base / "clone", base, base / "cache", "stdlib", AUTORESEARCH_DATASET="stdlib")
-    result = repo.run("prepare.py", timeout=250)
-    assert result.rc == 0, result.err
-    return repo.cache
+
+    def make(base):
+        repo = tiny_repo(base / "clone", base, base / "cache", "stdlib", AUTORESEARCH_DATASET="stdlib")
+        result = repo.run("prepare.py", timeout=250)
+        assert result.rc == 0, result.err
+
+    return made_once("prepared_stdlib", make) / "cache"

@@ -280,13 +280,14 @@ def test_runs_that_cannot_be_written_stop_it_in_one_line_and_the_same_command_co
     night.check()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_stops_it_in_one_line(night):
+def test_a_folder_without_permission_stops_it_in_one_line(night, no_privileges):
     ready(night)
     os.chmod(night.path / "runs", 0o555)
-    result = night.record("idea")
+    command = [*no_privileges, sys.executable, "-m", "lab", "record", "idea"]
+    process = subprocess.run(command, cwd=night.path, env=night.env, capture_output=True, text=True)
     os.chmod(night.path / "runs", 0o755)
-    assert result.rc == 3 and "Permission denied" in result.err
+    assert process.returncode == 3 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert "Permission denied" in process.stderr
     night.recorded("idea")
     night.check()
 

@@ -104,7 +104,7 @@ class Python:
             time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # and not "module": the tests here may then be shared out to several workers
 def server(tmp_path_factory):
     python = Python(tmp_path_factory.mktemp("server"))
     with python.server:
@@ -305,19 +305,25 @@ EDITS = {  # what an agent tries: (text, its replacement) as often as it needs, 
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def parameters():
+    """"unedited" -> number of parameters of train.py as it is, from when the first test has trained it."""
+    return {}
+
+
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_at_one_place_trains_to_the_end(make_training, python, edit):
+def test_an_edit_at_one_place_trains_to_the_end(make_training, python, parameters, edit):
     replacements, added = EDITS[edit]
-    plain = make_training(time_budget=1)
-    source = (plain.path / "train.py").read_text()
+    if "unedited" not in parameters:
+        parameters["unedited"], _ = settings(python.run(make_training(time_budget=1), "train.py").out)
+    repo = make_training(time_budget=1)
+    source = (repo.path / "train.py").read_text()
     for old, new in replacements:
         assert source.count(old) == 1, f"{source.count(old)} times: {old}"
         source = source.replace(old, new)
-    count_before, _ = settings(python.run(plain, "train.py").out)
-    repo = make_training(time_budget=1)
     (repo.path / "train.py").write_text(source)
     out, _, count, _ = trained(python, repo)
-    assert count - count_before == added
+    assert count - parameters["unedited"] == added
     if edit == "a named back end":
         assert "\nattention: sdpa (set by ATTENTION)\n" in out
 

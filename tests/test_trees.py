@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -90,13 +89,7 @@ def test_many_globs_and_what_the_shell_expanded_are_one_table(template, many, tm
     assert "1 folders hold no night" in out
 
 
-def test_trees_that_may_not_be_read_are_named_and_the_others_shown(template, many, tmp_path):
-    wrap = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root may read everything, and there is no setpriv to take that away")
-        caps = "-dac_override,-dac_read_search"
-        wrap = ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
+def test_trees_that_may_not_be_read_are_named_and_the_others_shown(template, many, tmp_path, no_privileges):
     many("open", user="ann")
     closed_tree = many("closed", user="ann")
     many("hidden", user="bob")
@@ -105,7 +98,7 @@ def test_trees_that_may_not_be_read_are_named_and_the_others_shown(template, man
     (tmp_path / "scratch" / "bob").chmod(0)
     (unreadable / "runs.jsonl").chmod(0)
     try:
-        done = show(template, tmp_path / "scratch" / "*" / "*", wrap=wrap)
+        done = show(template, tmp_path / "scratch" / "*" / "*", wrap=no_privileges)
     finally:
         (tmp_path / "scratch" / "bob").chmod(0o755)
         closed_tree.chmod(0o755)
