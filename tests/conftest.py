@@ -67,6 +67,10 @@ def left_out(reason):
     pytest.skip(reason)
 
 
+# Before a test module imports torch: there is a worker per core, and threads of several workers would get in each
+# other's way. Tests then also compute in one order whatever the number of cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 MOST_WORKERS = 8  # each holds torch, and its own copy of what tests build once in a module
 QUIET_FILES = {"test_night.py", "test_preemption.py", "test_slurm.py"}
 
