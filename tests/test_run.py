@@ -476,7 +476,7 @@ def test_a_giant_last_step_has_no_score(make_training, python):
     """One that the loop began at progress 0.99, here by a clock that leaps when the loop ends."""
     repo = make_training(GIANT, time_budget=20)
     (repo.path / "injected.py").write_text(INJECTED)
-    assert_refused(python.run(repo, "injected.py"), "training overran its 20 s by 62.0 s", "shorter steps")
+    assert_refused(python.run(repo, "injected.py"), "training overran its 20 s by 61.0 s", "shorter steps")
     assert left_in(repo) == set()
 
 
