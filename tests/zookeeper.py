@@ -237,7 +237,7 @@ class Zoo:
     def __exit__(self, *_):
         self.server.close()
 
-    def open(self):
+    def open(self, baseline=True):
         """Starts the fork server, prepares the data, and records a baseline of three runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.cache or self.folder / "cache"
@@ -263,6 +263,8 @@ class Zoo:
         self.git(self.base, "commit", "-q", "-m", "start")
         self.git(self.base, "switch", "-q", "-c", "autoresearch/zoo")
         self.server.wait()
+        if not baseline:
+            return
         for seed in (42, 43, 44):
             rc, log = self.train(self.base, seed)
             assert rc == 0, f"the baseline does not run:\n{log}"
@@ -293,8 +295,8 @@ class Zoo:
     def audit(self, folder, *args):
         return self.lab(folder, *args, code=AUDIT)
 
-    def judge(self, edit, keep=False):
-        """The Outcome of one edit, in a copy of the base. keep: leave the copy there."""
+    def judge(self, edit, keep=False, run_only=False):
+        """The Outcome of one edit, in a copy of the base. keep: leave the copy there. run_only: no record, no audit."""
         train = Train(self.plain)
         edit.change(train)
         compile(train.text, edit.name, "exec")
@@ -302,12 +304,12 @@ class Zoo:
         self.count += 1
         shutil.copytree(self.base, folder, symlinks=True)
         try:
-            return self._judge(edit, train, folder)
+            return self._judge(edit, train, folder, run_only)
         finally:
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _judge(self, edit, train, folder):
+    def _judge(self, edit, train, folder, run_only):
         (folder / "train.py").write_text(train.text)
         for name, (text, _) in train.files.items():
             (folder / name).write_text(text)
@@ -326,6 +328,8 @@ class Zoo:
             if train.commit_after_run:
                 commit()
             seconds["run"], began = time.monotonic() - began, time.monotonic()
+            if run_only:
+                return self._run_alone(rc, log, seconds)
             ran_rc, ran_log = rc, log
             rc, out, err = self.lab(folder, "record", edit.name)
             seconds["record"], began = time.monotonic() - began, time.monotonic()
@@ -348,8 +352,17 @@ class Zoo:
             return Outcome("audit", flags, value, seconds)
         if notes := [line for line in out.splitlines() if line.startswith("note:")]:
             return Outcome("noted", " ".join(notes), value, seconds)
-        found = re.findall(r"^audit: .*", log, re.MULTILINE)
-        return Outcome("accepted", found[-1] if found else "", value, seconds)
+        return Outcome("accepted", audit_line(log), value, seconds)
+
+    def _run_alone(self, rc, log, seconds):
+        value = re.findall(r"^val_bpb: +(\S+)", log, re.MULTILINE)
+        value = float(value[0]) if value else None
+        return Outcome("run", last_line(log), value, seconds) if rc else Outcome("accepted", audit_line(log), value, seconds)
+
+
+def audit_line(log):
+    """What the run's own audit found."""
+    return ([""] + re.findall(r"^audit: .*", log, re.MULTILINE))[-1]
 
 
 def last_line(text):
