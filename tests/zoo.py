@@ -425,7 +425,8 @@ def lion(t):
                         mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                         p.sub_(group["lr"] * mean.lerp(p.grad, 0.1).sign())
                         mean.lerp_(p.grad, 0.01)
-    """ + STEPPED.format(base="Lion", lr=0.003, more=""))
+    """)
+    t.add(STEPPED.format(base="Lion", lr=0.003, more=""))
 
 
 @honest("clips the gradient's norm")

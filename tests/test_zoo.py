@@ -1,0 +1,78 @@
+"""The zoo: edits of train.py, run for real, each judged as tests/zoo.py says.
+
+The plain suite runs a few of them and stops after the run. The slow test takes all of them through `lab record` and
+`lab audit`, too: minutes. Five rounds of all: `uv run python tests/zoo.py --rounds 5`.
+"""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, TINY_RULES
+from zoo import EDITS, judged_right, table
+from zookeeper import KNOBS, Train, Zoo
+
+QUICK = [e for e in EDITS if e.quick]
+
+
+def plain_train():
+    train = Train((ROOT / "train.py").read_text())
+    for name, value in KNOBS.items():
+        train.knob(name, value)
+    return train.text
+
+
+@pytest.fixture(scope="module")
+def quick_outcomes(tmp_path_factory, prepared_stdlib):
+    """{name: future Outcome} of the quick edits' runs, two at once; ready when a test asks for it."""
+    zoo = Zoo(tmp_path_factory.mktemp("zoo"), TINY_RULES["stdlib"], prepared_stdlib)
+    with zoo, ThreadPoolExecutor(2) as pool:
+        zoo.open(baseline=False)
+        yield {e.name: pool.submit(zoo.judge, e, run_only=True) for e in QUICK}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{name: future Outcome} of every edit, through run, record and audit."""
+    with Zoo(tmp_path_factory.mktemp("zoo")) as zoo, ThreadPoolExecutor(2) as pool:
+        zoo.open()
+        yield {e.name: pool.submit(zoo.judge, e) for e in EDITS}
+
+
+@pytest.mark.parametrize("edit", QUICK, ids=lambda e: e.name)
+def test_the_run_judges_it_right(edit, quick_outcomes):
+    outcome = quick_outcomes[edit.name].result()
+    assert judged_right(edit, outcome, run_only=True), f"{edit.what}: {outcome}, expected {edit.stage} {edit.sentence!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.name)
+def test_run_record_and_audit_judge_it_right(edit, outcomes):
+    outcome = outcomes[edit.name].result()
+    assert judged_right(edit, outcome), f"{edit.what}: {outcome}, expected {edit.stage} {edit.sentence!r}"
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda e: e.name)
+def test_it_still_edits_the_default_train(edit):
+    """An anchor that is gone is an error here, in a millisecond, rather than in the slow test."""
+    before = plain_train()
+    train = Train(before)
+    edit.change(train)
+    compile(train.text, edit.name, "exec")
+    assert train.text != before or train.files, "it changes nothing"
+
+
+def test_the_zoo_is_large_and_half_of_it_honest():
+    names = [e.name for e in EDITS]
+    assert len(set(names)) == len(names) >= 60
+    assert sum(e.honest for e in EDITS) >= 0.4 * len(EDITS)
+    assert all(e.honest == (e.stage == "accepted" and not e.sentence) or not e.honest for e in EDITS)
+
+
+def test_the_command_prints_the_table_without_running_anything():
+    done = subprocess.run([sys.executable, "tests/zoo.py", "--table"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == table()
+    for edit in EDITS:
+        assert edit.what in done.stdout
