@@ -38,7 +38,7 @@ class Train:
 
     def __init__(self, text):
         self.text = text
-        self.files = {}  # name -> (text, whether it is committed with the experiment)
+        self.files = {}  # name -> (text or a function of its text, whether it is committed with the experiment)
         self.commit_after_run = False
 
     def _find(self, pattern):
@@ -263,7 +263,11 @@ class Zoo:
         self.git(self.base, "commit", "-q", "-m", "start")
         self.git(self.base, "switch", "-q", "-c", "autoresearch/zoo")
         self.server.wait()
-        if not baseline:
+        if not baseline:  # only what an edit may find in the folder
+            rc, log = self.train(self.base)
+            assert rc == 0, f"the baseline does not run:\n{log}"
+            (self.base / "runs" / "0001-0000000").mkdir(parents=True)
+            shutil.copy2(self.base / "checkpoint.pt", self.base / "runs" / "0001-0000000")
             return
         for seed in (42, 43, 44):
             rc, log = self.train(self.base, seed)
@@ -312,7 +316,7 @@ class Zoo:
     def _judge(self, edit, train, folder, run_only):
         (folder / "train.py").write_text(train.text)
         for name, (text, _) in train.files.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text((folder / name).read_text()) if callable(text) else text)
         seconds, began = {}, time.monotonic()
 
         def commit():
