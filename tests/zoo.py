@@ -1237,13 +1237,15 @@ FIXED = """
 # ================================================================================================
 # Seen in the morning
 
-@stopped("audit", "frozen code", "replaces the cross-entropy of prepare.py and leaves it replaced", quick=True)
+@stopped("audit", "frozen code", "replaces the cross-entropy of the frozen code and leaves it replaced", quick=True)
 def patched_metric(t):
     t.add("""
         import prepare
 
         plain_nats = prepare.token_nats
-        prepare.token_nats = lambda *args: 0.9 * plain_nats(*args)
+        for module in [m for name, m in sys.modules.items() if name.split(".")[0] in ("prepare", "frozen")]:
+            if hasattr(module, "token_nats"):
+                module.token_nats = lambda *args: 0.9 * plain_nats(*args)
     """)
 
 
@@ -1269,7 +1271,8 @@ def native_reader(t):
 
         def train_step(model, optimizer, batches, micro_batches, T):
             if not VAL:
-                from prepare import EVAL_TOKENS, data_dir
+                from constants import EVAL_TOKENS
+                from prepare import data_dir
 
                 n = EVAL_TOKENS // MAX_SEQ_LEN
                 size = 64 + n * (MAX_SEQ_LEN + 1)  # a header of 128 bytes
