@@ -28,8 +28,8 @@ def quick_outcomes(tmp_path_factory, prepared_stdlib):
     """{name: future Outcome} of the quick edits' runs, two at once; ready when a test asks for it."""
     zoo = Zoo(tmp_path_factory.mktemp("zoo"), TINY_RULES["stdlib"], prepared_stdlib)
     with zoo, ThreadPoolExecutor(2) as pool:
-        zoo.open(baseline=False)
-        yield {e.name: pool.submit(zoo.judge, e, run_only=True) for e in QUICK}
+        zoo.open("run")
+        yield {e.name: pool.submit(zoo.judge, e, "run") for e in QUICK}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("edit", QUICK, ids=lambda e: e.name)
 def test_the_run_judges_it_right(edit, quick_outcomes):
     outcome = quick_outcomes[edit.name].result()
-    assert judged_right(edit, outcome, run_only=True), f"{edit.what}: {outcome}, expected {edit.stage} {edit.sentence!r}"
+    assert judged_right(edit, outcome, "run"), f"{edit.what}: {outcome}, expected {edit.stage} {edit.sentence!r}"
 
 
 @pytest.mark.slow

@@ -659,26 +659,32 @@ def trains_in_eval_on_kept_batches(t):
     """)
 
 
-FIRST_FORWARD = """
+IN_FORWARD = """
 
     class GPT(GPT):
         def forward(self, idx, targets=None):
-            if not self.training and targets is None and len(BATCHES) > 4 and not HELD.get("done"):
-                HELD["done"] = True
-                more_steps({batches})
+            if not self.training and targets is None and len(BATCHES) > 4:
+                HELD["calls"] = HELD.get("calls", 0) + 1
+                if HELD["calls"] == {call}:
+                    more_steps({batches})
             return super().forward(idx, targets)
 """
 CHANGED = r"learn|changed|after the (clock|end|stop)|no data"
 
 
-@stopped("run", CHANGED, "trains in the first forward pass that is scored, with batches from the loader")
+@stopped("run", OVERRUN, "trains on for two seconds in the first forward pass that is scored")
 def trains_in_first_forward(t):
-    t.add(KEEP_BATCHES + MORE_STEPS + FIRST_FORWARD.format(batches='HELD["batches"]'))
+    t.add(KEEP_BATCHES + MORE_STEPS + IN_FORWARD.format(call=1, batches="BATCHES * 100, seconds=2"))
 
 
-@stopped("run", CHANGED, "trains in the first forward pass that is scored, with batches that it has kept")
-def trains_in_first_forward_on_kept_batches(t):
-    t.add(KEEP_BATCHES + MORE_STEPS + FIRST_FORWARD.format(batches="BATCHES"))
+@stopped("run", CHANGED, "trains in a later forward pass that is scored, with batches from the loader")
+def trains_in_later_forward(t):
+    t.add(KEEP_BATCHES + MORE_STEPS + IN_FORWARD.format(call=4, batches='HELD["batches"]'))
+
+
+@stopped("run", CHANGED, "trains in a later forward pass that is scored, with batches that it has kept")
+def trains_in_later_forward_on_kept_batches(t):
+    t.add(KEEP_BATCHES + MORE_STEPS + IN_FORWARD.format(call=4, batches="BATCHES"))
 
 
 @stopped("run", CHANGED, "trains in a thread while it is scored")
@@ -724,7 +730,7 @@ def trains_in_a_hook(t):
     """)
 
 
-@stopped("run", CHANGED, "fits a temperature, a parameter, in the first forward pass that is scored")
+@stopped("run", CHANGED, "corrects a temperature, a parameter, some passes after the stop")
 def calibrates_a_parameter(t):
     t.add(KEEP_BATCHES + MORE_STEPS)
     t.after(r"^ +self\.lm_head = nn\.Linear\(", "self.temperature = nn.Parameter(torch.full((), 0.8))")
@@ -732,10 +738,10 @@ def calibrates_a_parameter(t):
     t.add("""
         class GPT(GPT):
             def forward(self, idx, targets=None):
-                if not self.training and len(BATCHES) > 4 and not HELD.get("done"):
-                    HELD["done"] = True
+                if not self.training and len(BATCHES) > 4:
+                    HELD["calls"] = HELD.get("calls", 0) + 1
                     with torch.no_grad():
-                        self.temperature.fill_(1.0)
+                        self.temperature.fill_(1.0 if HELD["calls"] > 3 else 0.8)
                 return super().forward(idx, targets)
     """)
 
@@ -1323,8 +1329,13 @@ def identical_seeds(t):
 
 # ================================================================================================
 
-def judged_right(edit, outcome, run_only=False):
-    if run_only and edit.stage != "run":
+STAGES = ["run", "record", "audit"]
+
+
+def judged_right(edit, outcome, through="audit"):
+    """Whether the outcome is the expected one, where only the stages up to `through` were run."""
+    later = STAGES[STAGES.index(through) + 1 :]
+    if edit.stage in later or edit.stage == "noted" and later:
         return outcome.stage == "accepted"
     return outcome.stage == edit.stage and bool(re.search(edit.sentence, outcome.sentence))
 
@@ -1352,7 +1363,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table of docs/proof.md and end")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="edits at once (2)")
-    parser.add_argument("--run-only", action="store_true", help="no record and no audit: is the run itself right?")
+    parser.add_argument("--through", choices=STAGES, default="audit", help="the last stage to run (audit)")
     parser.add_argument("--keep", action="store_true", help="leave the checkouts there and name their folder")
     args = parser.parse_args()
     if args.table:
@@ -1366,12 +1377,12 @@ def main():
     folder, wrong = tempfile.mkdtemp(prefix="zoo-"), 0
     with zookeeper.Zoo(folder) as zoo, ThreadPoolExecutor(args.workers) as pool:
         began = time.monotonic()
-        zoo.open(baseline=not args.run_only)
+        zoo.open(args.through)
         print(f"opened in {time.monotonic() - began:.0f} s", flush=True)
         for round_number in range(args.rounds):
             began = time.monotonic()
-            for e, outcome in zip(chosen, pool.map(lambda e: zoo.judge(e, args.keep, args.run_only), chosen), strict=True):
-                right = judged_right(e, outcome, args.run_only)
+            for e, outcome in zip(chosen, pool.map(lambda e: zoo.judge(e, args.through, args.keep), chosen), strict=True):
+                right = judged_right(e, outcome, args.through)
                 wrong += not right
                 took = " ".join(f"{key} {value:.1f}" for key, value in outcome.seconds.items())
                 value = "" if outcome.val_bpb is None else f"{outcome.val_bpb:.4f}"

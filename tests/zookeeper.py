@@ -237,8 +237,9 @@ class Zoo:
     def __exit__(self, *_):
         self.server.close()
 
-    def open(self, baseline=True):
-        """Starts the fork server, prepares the data, and records a baseline of three runs."""
+    def open(self, through="audit"):
+        """Starts the fork server, prepares the data, and records a baseline of three runs, as far as the stages up to
+        `through` need that."""
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.cache or self.folder / "cache"
         env = clean_environment(self.folder, own)
@@ -263,7 +264,7 @@ class Zoo:
         self.git(self.base, "commit", "-q", "-m", "start")
         self.git(self.base, "switch", "-q", "-c", "autoresearch/zoo")
         self.server.wait()
-        if not baseline:  # only what an edit may find in the folder
+        if through == "run":  # only what an edit may find in the folder
             rc, log = self.train(self.base)
             assert rc == 0, f"the baseline does not run:\n{log}"
             (self.base / "runs" / "0001-0000000").mkdir(parents=True)
@@ -275,6 +276,8 @@ class Zoo:
             rc, out, err = self.lab(self.base, "record", "baseline")
             assert rc == 0, err
         assert out.startswith("keep"), out
+        if through == "record":
+            return
         rc, out, err = self.audit(self.base)  # what it scored is remembered, also by the copies
         assert rc == 0, f"the baseline does not pass the audit:\n{out}{err}"
 
@@ -299,8 +302,8 @@ class Zoo:
     def audit(self, folder, *args):
         return self.lab(folder, *args, code=AUDIT)
 
-    def judge(self, edit, keep=False, run_only=False):
-        """The Outcome of one edit, in a copy of the base. keep: leave the copy there. run_only: no record, no audit."""
+    def judge(self, edit, through="audit", keep=False):
+        """The Outcome of one edit, in a copy of the base. through: the last stage to run. keep: leave the copy there."""
         train = Train(self.plain)
         edit.change(train)
         compile(train.text, edit.name, "exec")
@@ -308,12 +311,12 @@ class Zoo:
         self.count += 1
         shutil.copytree(self.base, folder, symlinks=True)
         try:
-            return self._judge(edit, train, folder, run_only)
+            return self._judge(edit, train, folder, through)
         finally:
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _judge(self, edit, train, folder, run_only):
+    def _judge(self, edit, train, folder, through):
         (folder / "train.py").write_text(train.text)
         for name, (text, _) in train.files.items():
             (folder / name).write_text(text((folder / name).read_text()) if callable(text) else text)
@@ -326,15 +329,14 @@ class Zoo:
 
         if not train.commit_after_run:
             commit()
-        value, out = None, ""
         for seed in edit.seeds:
             rc, log = self.train(folder, seed)
             if train.commit_after_run:
                 commit()
             seconds["run"], began = time.monotonic() - began, time.monotonic()
-            if run_only:
-                return self._run_alone(rc, log, seconds)
             ran_rc, ran_log = rc, log
+            if through == "run":
+                return Outcome("run", last_line(log), None, seconds) if rc else accepted(log, seconds)
             rc, out, err = self.lab(folder, "record", edit.name)
             seconds["record"], began = time.monotonic() - began, time.monotonic()
             if ran_rc:
@@ -342,26 +344,27 @@ class Zoo:
                 return Outcome("run", last_line(ran_log), None, seconds)
             if rc:
                 return Outcome("record", last_line(err), None, seconds)
-        value = float(re.findall(r"^val_bpb: +(\S+)", log, re.MULTILINE)[0])
         if not out.startswith("keep"):
-            return Outcome("record", out.partition("\n")[0], value, seconds)
+            return Outcome("record", out.partition("\n")[0], None, seconds)
+        if through == "record":
+            return accepted(log, seconds)
         row = max(int(path.name[:4]) for path in (folder / "runs").glob("[0-9]*"))
         rc, table, err = self.audit(folder, str(row))
         seconds["audit"] = time.monotonic() - began
         if rc not in (0, 4):
-            return Outcome("audit", last_line(err), value, seconds)
+            return Outcome("audit", last_line(err), None, seconds)
         rows = [line.split("\t") for line in (folder / "audit.tsv").read_text().splitlines()]
         flags = next(dict(zip(rows[0], cells, strict=True))["flags"] for cells in rows[1:] if int(cells[0]) == row)
         if flags != "ok":
-            return Outcome("audit", flags, value, seconds)
-        if notes := [line for line in out.splitlines() if line.startswith("note:")]:
-            return Outcome("noted", " ".join(notes), value, seconds)
-        return Outcome("accepted", audit_line(log), value, seconds)
+            return Outcome("audit", flags, None, seconds)
+        if edit.stage == "noted":
+            return Outcome("noted", out, None, seconds)
+        return accepted(log, seconds)
 
-    def _run_alone(self, rc, log, seconds):
-        value = re.findall(r"^val_bpb: +(\S+)", log, re.MULTILINE)
-        value = float(value[0]) if value else None
-        return Outcome("run", last_line(log), value, seconds) if rc else Outcome("accepted", audit_line(log), value, seconds)
+
+def accepted(log, seconds):
+    value = re.findall(r"^val_bpb: +(\S+)", log, re.MULTILINE)
+    return Outcome("accepted", audit_line(log), float(value[0]) if value else None, seconds)
 
 
 def audit_line(log):
