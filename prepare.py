@@ -24,12 +24,14 @@ import json
 import math
 import os
 import platform
+import random
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -41,16 +43,19 @@ from corpus.shards import endless_documents, open_shards
 from corpus.system import sha256_files
 from corpus.tokenizer import NUM_ORDINARY, Tokenizer
 from frozen import device as devices
-from frozen.device import FA3_KERNEL, pick_device  # noqa: F401 (train.py and lab take them from here)
+from frozen import guard
+from frozen.audit import score_and_audit
+from frozen.device import FA3_KERNEL, pick_device  # noqa: F401 (train.py and lab import them from here)
+from frozen.metric import checked_logits, eval_batches, score_rows, token_nats  # noqa: F401
 from frozen.process import Watchdog, end_on_signals, lock_folder, process_age
 
 # ---------------------------------------------------------------------------------------------------
 # The clock
 
-# Training may end late by one step, because it ends between two steps, but no step may be so long that a run gains
-# by it. Shorter overruns are always allowed: synchronising, a machine that hiccups.
-ALLOWED_OVERRUN = 0.02 * TIME_BUDGET  # seconds, whatever the steps
-LONGEST_ALLOWED_STEP = 10  # seconds
+# Training may end this late: one last step that was expected to fit, synchronising, a machine that hiccups.
+SLACK = max(0.01 * TIME_BUDGET, 1)  # seconds
+MEDIAN_STEPS = 9  # the length of the next step is the median of so many last ones
+NEAR_END = 5  # steps before the end from which on progress() waits for the device, which may lag behind
 
 
 class Clock:
@@ -59,34 +64,49 @@ class Clock:
     def __init__(self, now=time.monotonic):
         self.now = now
         self.started = self.last = self.stopped = None
-        self.longest_step = 0.0
+        self.steps = deque(maxlen=MEDIAN_STEPS)  # seconds between two calls of progress()
 
     def begin(self):
         self.started = self.last = self.now()
 
+    def settle(self):
+        """Waits until the device has done what it was asked to; a plain clock has none."""
+
     def progress(self):
-        """Fraction of the time budget that has passed, in [0, 1]. Call it once a step: it also times the steps."""
+        """Fraction of the time budget that has passed, in [0, 1]. Call it once a step: it also times the steps.
+
+        It is 1 as soon as the median step no longer fits into the budget and SLACK seconds."""
         if self.started is None:
             raise SystemExit("clock.progress: the clock has not been started: call clock.start(model, batch_size)")
+        if self.steps and self.last - self.started + NEAR_END * median(self.steps) > TIME_BUDGET:
+            self.settle()
         now = self.now()
-        self.longest_step, self.last = max(self.longest_step, now - self.last), now
-        return min((now - self.started) / TIME_BUDGET, 1.0)
+        if now > self.last:
+            self.steps.append(now - self.last)
+        self.last = now
+        next_end = now - self.started + (median(self.steps) if self.steps else 0)
+        return 1.0 if next_end > TIME_BUDGET + SLACK else min((now - self.started) / TIME_BUDGET, 1.0)
 
     def training_seconds(self):
         """Seconds of training up to the last progress(), or up to the stop."""
         return (self.stopped or self.last) - self.started
 
-    def stop(self):
-        """Ends the training; refuses one that took longer than its budget."""
+    def check_running(self):
         if self.started is None:
             raise SystemExit("evaluate_bpb: the clock was never started: call clock.start(model, batch_size) first")
         if self.stopped is not None:
             raise SystemExit("evaluate_bpb: this run was evaluated already; a run has one val_bpb")
+
+    def stop(self):
+        """Ends the training; refuses one that took longer than its budget and SLACK."""
+        self.check_running()
+        self.settle()
         self.stopped = self.now()
         overrun = self.stopped - self.started - TIME_BUDGET
-        if overrun > max(ALLOWED_OVERRUN, min(self.longest_step, LONGEST_ALLOWED_STEP)):
+        if overrun > SLACK:
             raise SystemExit(
-                f"training overran its {TIME_BUDGET} s by {overrun:.1f} s: stop at progress 1, with shorter steps"
+                f"training overran its {TIME_BUDGET} s by {overrun:.1f} s, {SLACK:.1f} s are allowed: call progress() "
+                "once a step, stop when it is 1, and take shorter steps"
             )
 
 
@@ -95,8 +115,9 @@ class Clock:
 
 _run = None  # the run in progress: evaluate_bpb stops its clock without relying on train.py to pass it in
 
-# The watchdog ends training a little after the clock would refuse it. 30 s are for a last step on a slow machine.
-TRAINING_LIMIT = 1.02 * TIME_BUDGET + 30  # seconds
+# The watchdog ends training a little after the clock would refuse it.
+TRAINING_LIMIT = TIME_BUDGET + SLACK + 30  # seconds
+DEFAULT_SEED = 42
 # An untrained model has a loss of about ln V or more. Below this fraction of it, it has seen the text: a model that
 # knows no more than how often each token occurs stays above.
 UNTRAINED_LOSS = 0.7
@@ -109,13 +130,15 @@ def the_run():
 class Run(Clock):
     """What train.py calls `clock`: the clock of a run together with its device, seed, data and watchdog."""
 
-    def __init__(self, now, watchdog, device, seed, manifest, folder_fd):
+    def __init__(self, now, watchdog, device, seed, manifest, folder_fd, train_file=None, injected=True):
         super().__init__(now)
         self.run_started = now() - process_age()
         self.watchdog, self.folder_fd = watchdog, folder_fd
         self.device, self.device_name = device
         self.seed, self.manifest = seed, manifest
-        self.run_id, self.val_bpb = uuid.uuid4().hex, None
+        self.run_id, self.val_bpb, self.summarised = uuid.uuid4().hex, None, False
+        self.train_file, self.train_sha256 = train_file, train_file and sha256_files(train_file)
+        self.injected = injected
 
     def start(self, model, batch_size):
         """Checks the untrained model, then starts the clock: from here every second and every step counts.
@@ -123,16 +146,26 @@ class Run(Clock):
         batch_size: rows of the later evaluation, whose memory and whose only graph are tried here."""
         if self.started is not None:
             raise SystemExit("clock.start: the clock was started already; a run has one clock")
-        check_untrained(model, batch_size, self.device)
+        self.check_code()
+        check_seed(self.seed)
+        self.known_batch = check_untrained(model, batch_size, self.device)
         self.graphs_before = devices.compiled_graphs()
         devices.synchronize(self.device)
         self.watchdog.enter("training", TRAINING_LIMIT)
         self.begin()
 
-    def stop(self):
+    def settle(self):
         devices.synchronize(self.device)
+
+    def stop(self):
         super().stop()
         self.watchdog.enter("evaluation", GRACE)
+
+    def check_code(self):
+        """What a run has loaded and read since it began; a test with a clock of its own may do as it likes."""
+        guard.check_refusals()
+        if not self.injected and (sentence := guard.foreign_module(self.train_file)):
+            raise SystemExit(sentence)
 
     def mfu_percent(self, flops_per_token, tokens, seconds):
         return devices.mfu_percent(self.device_name, flops_per_token, tokens, seconds)
@@ -141,8 +174,13 @@ class Run(Clock):
         """Prints the block that ends a complete run. What train.py passes in is printed unchecked."""
         if self.val_bpb is None:
             raise SystemExit("clock.summary: there is no val_bpb yet: call evaluate_bpb first")
-        seconds = self.training_seconds()
+        if self.summarised:
+            raise SystemExit("clock.summary: this run has its summary already; a run has one")
+        self.check_code()
+        self.summarised, seconds = True, self.training_seconds()
         self.watchdog.close()
+        if self.train_file and sha256_files(self.train_file) != self.train_sha256:
+            print(f"{self.train_file} changed while this run went on: the result is that of sha256 {self.train_sha256}")
         print(
             f"graphs compiled after the clock started: {devices.compiled_graphs() - self.graphs_before}",
             "---",
@@ -160,55 +198,92 @@ class Run(Clock):
 
     def close(self):
         self.watchdog.close()
+        guard.allow()
         if self.folder_fd is not None:
             os.close(self.folder_fd)
 
 
 def check_untrained(model, batch_size, device):
-    """Refuses a model that cannot be evaluated, or that knows the training text already. Leaves it in train mode."""
-    packed = pack_rows(endless_documents(open_shards(), Counter()), MAX_SEQ_LEN + 1, Counter())
-    rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(packed)]) for _ in range(batch_size)])
+    """Refuses a model that cannot be evaluated, or that knows the training text already. Leaves it in train mode.
+    Returns the batch of training text (x, y) that it tried."""
+    with guard.prepare_reads():
+        packed = pack_rows(endless_documents(open_shards(), Counter()), MAX_SEQ_LEN + 1, Counter())
+        rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(packed)]) for _ in range(batch_size)])
     model.eval()
-    held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # the audit needs room for two
+    held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # train.py rehearses with two
     x, y, _ = next(eval_batches(rows, batch_size, device))
     loss = token_nats(checked_logits(model, x), y).mean().item()
     del held
     if loss < UNTRAINED_LOSS * math.log(VOCAB_SIZE):
         raise SystemExit(f"the model knows the text before training (loss {loss:.2f}): start from fresh weights")
     model.train()
+    return x, y
 
 
-def begin_run(train_file, seed=42, *, now=time.monotonic, watchdog_now=time.monotonic):
-    """Call it first. Starts the watchdog, prints the header, returns the Run (with .device, .seed and .run_id).
+def choose_seed():
+    """The seed of this run, with which all generators begin: AUTORESEARCH_SEED, or the same one in every run."""
+    import torch
+
+    text = os.environ.get("AUTORESEARCH_SEED") or str(DEFAULT_SEED)
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise SystemExit(f"AUTORESEARCH_SEED={text!r}: a whole number below 2**63 is needed")
+    random.seed(int(text))
+    np.random.seed(int(text) % 2**32)
+    torch.manual_seed(int(text))  # of every device
+    return int(text)
+
+
+def check_seed(seed):
+    import torch
+
+    if (found := torch.initial_seed()) != seed:
+        raise SystemExit(
+            f"torch's generator was seeded with {found}, this run's seed is {seed}: take torch.manual_seed out of "
+            "train.py, since another seed is luck and not progress (a torch.Generator of its own is fine)"
+        )
+
+
+def begin_run(train_file, *, now=time.monotonic, watchdog_now=time.monotonic):
+    """Call it first, as begin_run(__file__). Seeds all generators, starts the watchdog, prints the header, returns the
+    Run (with .device, .seed and .run_id). A process has one run.
 
     now, watchdog_now: other sources of seconds, for tests; the header then says so and such a run is not recorded."""
     global _run
-    seed_text = os.environ.get("AUTORESEARCH_SEED") or str(seed)
-    if not seed_text.isdecimal() or int(seed_text) >= 2**63:
-        raise SystemExit(f"AUTORESEARCH_SEED={seed_text!r}: a whole number below 2**63 is needed")
+    injected = not now is watchdog_now is time.monotonic
+    if _run and not injected:
+        raise SystemExit("begin_run: this process has begun a run already; a process has one run")
     make_output_safe()
-    if DATASET == "stdlib":  # takes seconds and no network, so a run does it by itself
-        from corpus.build import prepare
+    with guard.prepare_reads():
+        if DATASET == "stdlib":  # takes seconds and no network, so a run does it by itself
+            from corpus.build import prepare
 
-        prepare()
-    manifest = load_manifest()
+            prepare()
+        manifest = load_manifest()
     if _run:
         _run.close()
     watchdog = Watchdog(watchdog_now)
     watchdog.enter("set-up", GRACE)
     folder_fd = lock_folder(Path(train_file).resolve().parent)
     choose_compile_cache()
+    if injected:
+        guard.allow()
+    else:
+        guard.forbid(train_file)
+        if sentence := guard.running_code_differs(train_file):
+            raise SystemExit(sentence)
     import torch
 
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it: the same for all
     end_on_signals()
-    _run = run = Run(now, watchdog, pick_device(), int(seed_text), manifest, folder_fd)
+    _run = run = Run(now, watchdog, pick_device(), choose_seed(), manifest, folder_fd, train_file, injected)
+    run.check_code()
     rules_files = rules.file_hashes(Path(__file__).parent)
     header = {
         "run_id": run.run_id, "start": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "train_sha256": sha256_files(train_file), "rules_sha256": rules.combined_hash(rules_files),
+        "train_sha256": run.train_sha256, "rules_sha256": rules.combined_hash(rules_files),
         "data_sha256": manifest["data_sha256"], "dataset": DATASET, "seed": run.seed,
         "device": f"{run.device.type} ({run.device_name})",
-        "clock": "monotonic" if now is watchdog_now is time.monotonic else "injected",
+        "clock": "injected" if injected else "monotonic",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rules_files": rules_files,
     }  # fmt: skip
     print(f"run: {json.dumps(header)}")
@@ -237,7 +312,8 @@ def choose_compile_cache():
 
 
 def load_tokenizer():
-    return Tokenizer(data_dir() / "tokenizer.tiktoken")
+    with guard.prepare_reads():
+        return Tokenizer(data_dir() / "tokenizer.tiktoken")
 
 
 def warmup_batch(B, T):
@@ -259,7 +335,8 @@ def make_dataloader(tokenizer, B, T, split="train"):
     if tokenizer.vocab_size != VOCAB_SIZE:
         raise SystemExit(f"make_dataloader: the tokenizer has {tokenizer.vocab_size} tokens, the data {VOCAB_SIZE}")
     state, run, device = Counter(), the_run(), the_run().device
-    packed = pack_rows(endless_documents(open_shards(), state), T + 1, state)
+    with guard.prepare_reads():
+        packed = pack_rows(endless_documents(open_shards(), state), T + 1, state)
     # Two pinned buffers in turn: before one is filled again, the non-blocking copy that reads it must be done.
     pinned = device.type == "cuda"
     buffers = [torch.empty(B * (T + 1), dtype=torch.int16, pin_memory=pinned) for _ in range(2 if pinned else 1)]
@@ -268,6 +345,8 @@ def make_dataloader(tokenizer, B, T, split="train"):
     while True:
         if run.started is None:
             raise SystemExit("make_dataloader: no data before clock.start(model, batch_size); warm up on warmup_batch")
+        if run.stopped is not None:
+            raise SystemExit("make_dataloader: no data after evaluate_bpb has stopped the clock")
         turn = (turn + 1) % len(buffers)
         if pinned:
             copied[turn].synchronize()
@@ -285,133 +364,31 @@ def make_dataloader(tokenizer, B, T, split="train"):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Metric
-
-# Logits that a batch may move by between two identical passes: the distance between neighbouring bf16 numbers at 15,
-# where the default model caps its logits. Kernels that add in another order each time stay below; dropout does not.
-NOISE_LIMIT = 0.125
-# Logits that may move when what the model must not see changes. An honest model moves by 0, or by its noise between
-# identical passes; one that leaks a thousandth of the mean of the sequence by 0.001 to 0.05.
-LEAK_LIMIT, LEAK_NOISE_RATIO = 1e-4, 4
-AUDITED_CUTS = 8  # positions after which the future is replaced, over all rows and passes
-# Nats that any target of the first batch may move by from the first pass to the last: more than rounding does.
-LEARNING_LIMIT = 0.1
-NATS_AT_ONCE = 2**15  # targets whose logits are converted to float32 together, to save memory
-
-
-def checked_logits(model, x):
-    """model(x) without gradients: (B, T, V) and finite, or a SystemExit."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(x)
-    expected = (*x.shape, VOCAB_SIZE)
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise SystemExit(f"model(x) returned {got}: evaluation needs logits of shape (B, T, V) = {expected}")
-    if not torch.isfinite(logits.sum(dtype=torch.float32)):
-        raise SystemExit("model(x) returned logits that are not finite (NaN or infinity): the training diverged")
-    return logits
-
-
-def token_nats(logits, y):
-    """Cross-entropy of each target in nats, float32 (B, T)."""
-    import torch
-    import torch.nn.functional as F
-
-    step = max(1, NATS_AT_ONCE // y.shape[1])  # rows
-    parts = zip(logits.split(step), y.split(step), strict=True)
-    nats = [F.cross_entropy(a.float().flatten(0, 1), b.flatten(), reduction="none").view_as(b) for a, b in parts]
-    return torch.cat(nats)
-
-
-def eval_batches(rows, batch_size, device):
-    """Yields (x, y, real) for rows (uint16 (R, T + 1)): x and y are (batch_size, T) int64 on the device, of which the
-    first `real` rows count. The last batch is filled up with row 0, so that all batches have one shape."""
-    import torch
-
-    for i in range(0, len(rows), batch_size):
-        index = np.arange(i, i + batch_size)
-        part = rows[np.where(index < len(rows), index, 0)].astype(np.int64)
-        part = torch.from_numpy(part).to(device)
-        yield part[:, :-1].contiguous(), part[:, 1:].contiguous(), min(batch_size, len(rows) - i)
-
-
-def score_rows(model, rows, token_bytes, batch_size):
-    """Bits per byte of a model in eval mode: sum of nats over ln 2 times the bytes that the scored targets stand for.
-
-    rows: uint16 (R, T + 1). token_bytes: int32 (V,); targets of zero bytes are left out of both sums.
-    The model sees only the inputs. It sees the first batch again at the end: if its answer changed, it is refused."""
-    import torch
-
-    device = next(model.parameters()).device
-    token_bytes = torch.from_numpy(token_bytes).to(device)
-    sums, first = [], None
-    for x, y, real in eval_batches(rows, batch_size, device):
-        nats, sizes = token_nats(checked_logits(model, x), y)[:real], token_bytes[y[:real]]
-        first = (x, y, nats) if first is None else first
-        sums.append(torch.stack([(nats * (sizes > 0)).sum(), sizes.sum().float()]))
-    nats, text_bytes = torch.stack(sums).cpu().double().sum(0).tolist()
-    x, y, before = first
-    moved = (token_nats(checked_logits(model, x), y)[: len(before)] - before).abs().max().item()
-    if moved > LEARNING_LIMIT:
-        raise SystemExit(f"the model learns while it is scored: the first rows moved by {moved:.3f} nats: refused")
-    return nats / (math.log(2) * text_bytes)
-
-
-def audit(model, rows, batch_size, device):
-    """Refuses a model whose prediction depends on what it must not see: its own future, or the other rows.
-
-    It needs trained weights, because zero-initialised projections hide a leak. What the model must not see is replaced
-    by one other token a row (a mixture of tokens would move a mean 5 to 20 times less)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(len(rows))
-    x = next(eval_batches(rows, batch_size, device))[0]
-    B, T = x.shape
-    other = torch.randint(NUM_ORDINARY - 1, (B, 1), generator=generator).to(device)
-    other = other + (x == other)
-    base = checked_logits(model, x)
-
-    def moves(changed, watched):
-        """Largest change of the logits where `watched`, bool (B, T), after replacing x where `changed`."""
-        logits = checked_logits(model, torch.where(changed, other, x))
-        return max(((a - b).abs().amax(-1) * w).max().item() for a, b, w in zip(logits, base, watched, strict=True))
-
-    def check(changed, sentence):
-        if (moved := moves(changed, ~changed)) > limit:
-            if moves(~everything, everything) > limit:  # the logits of unchanged inputs have moved, too
-                sentence = "the model learns while it is scored"
-            raise SystemExit(f"{sentence} (logits moved by {moved:.2g}): refused")
-
-    everything = torch.ones_like(x, dtype=torch.bool)
-    noise = moves(~everything, everything)
-    if noise > NOISE_LIMIT:
-        raise SystemExit(f"two identical passes differ by {noise:.3f}: in eval mode the model must be deterministic")
-    limit = max(LEAK_LIMIT, LEAK_NOISE_RATIO * noise)
-    row = torch.arange(B, device=device)[:, None].expand(B, T)
-    for bit in range(2 * (B - 1).bit_length()):  # any two row numbers differ in a bit: one is watched while the other changes
-        check((row >> bit // 2) % 2 == bit % 2, "the model's rows depend on other rows of their batch")
-    for i in range(max(2, AUDITED_CUTS // B)):
-        cuts = torch.randint(1, T, (B, 1), generator=generator)
-        cuts[0] = (T - 1, T // 8)[i] if i < 2 else cuts[0]
-        check(torch.arange(T, device=device) >= cuts.to(device), "the model sees its own future")
-    print(f"audit: passed (identical passes differ by {noise:.2g}, limit {limit:.2g})")
+# Metric (frozen/metric.py, frozen/audit.py)
 
 
 def evaluate_bpb(model, tokenizer, batch_size):
-    """Stops the clock and returns the run's val_bpb (bits per byte, lower is better), or refuses the run."""
+    """Stops the clock and returns the run's val_bpb (bits per byte, lower is better), or refuses the run.
+
+    Before the stop, so that it costs training time, the model is put into eval mode and called once; after it nothing
+    may learn: no data are handed out, and parameters and losses must stay what they were."""
     run = the_run()
+    run.check_running()
+    model.eval()
+    x, y = run.known_batch
+    known = x, y, token_nats(checked_logits(model, x), y)
     run.stop()
     root, files = data_dir(), run.manifest["files"]
-    if sha256_files(root / "val_rows.npy") != files["val_rows.npy"]["sha256"]:
-        raise SystemExit(f"{root / 'val_rows.npy'} changed since it was prepared: run prepare.py again")
-    rows, token_bytes = np.load(root / "val_rows.npy"), tokenizer.token_bytes()
+    with guard.prepare_reads():
+        if sha256_files(root / "val_rows.npy") != files["val_rows.npy"]["sha256"]:
+            raise SystemExit(f"{root / 'val_rows.npy'} changed since it was prepared: run prepare.py again")
+        rows, token_bytes = np.load(root / "val_rows.npy"), tokenizer.token_bytes()
     if (counted := int(token_bytes[rows[:, 1:]].sum())) != files["val_rows.npy"]["text_bytes"]:
         raise SystemExit(f"the tokenizer counts {counted} bytes of val text, the manifest has another number: refused")
-    model.eval()
-    audit(model, rows, batch_size, run.device)
-    run.val_bpb = score_rows(model, rows, token_bytes, batch_size)
+    val_bpb, found = score_and_audit(model, rows, token_bytes, batch_size, draw=run.run_id, known=known)
+    print(f"audit: {found}")
+    run.check_code()
+    run.val_bpb = val_bpb
     return run.val_bpb
 
 
@@ -426,6 +403,9 @@ def main():
     build.prepare(args.num_shards, args.download_workers)
     devices.fetch_attention_kernel()
 
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve() == Path(__file__).with_name("train.py").resolve():
+    guard.forbid(sys.modules["__main__"].__file__)  # before begin_run: train.py may do things at its top level
 
 if __name__ == "__main__":
     main()

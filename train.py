@@ -73,7 +73,6 @@ MUON_BETA2 = 0.95  # of NorMuon's second moment; None gives plain Muon
 
 DTYPE = None  # of the matmuls: torch.bfloat16 or torch.float32; None: choose_dtype decides
 COMPILE = GPU  # use torch.compile if it works; on two cores it takes a minute for a quarter more tokens/s
-SEED = 42  # AUTORESEARCH_SEED overrides it; another seed is noise, not progress
 
 
 # Schedules: functions of progress, the fraction of the time budget that is spent
@@ -613,13 +612,9 @@ def train(clock, model, optimizer, loader, batch_size):
 
 
 def main():
-    clock = begin_run(__file__, seed=SEED)
+    clock = begin_run(__file__)  # seeds all generators; another seed would be noise, not progress
     device = clock.device
     tokenizer = load_tokenizer()
-    random.seed(clock.seed)
-    torch.manual_seed(clock.seed)
-    torch.set_float32_matmul_precision("high")
-
     dtype, why = choose_dtype(device)
     config = build_config(tokenizer.vocab_size, dtype)
     print(f"dtype: {config.dtype} ({why})")

@@ -25,7 +25,10 @@ FILES = (
     "corpus/system.py",
     "corpus/tokenizer.py",
     "frozen/__init__.py",
+    "frozen/audit.py",
     "frozen/device.py",
+    "frozen/guard.py",
+    "frozen/metric.py",
     "frozen/process.py",
 )
 
