@@ -99,7 +99,7 @@ class Train:
 
 
 class Outcome(NamedTuple):
-    stage: str  # accepted, noted, or what stopped it: run, record, audit
+    stage: str  # accepted, noted, or what stopped it: run, record, audit; kept: the run failed, and yet its result counts
     sentence: str  # what that said
     val_bpb: float | None
     seconds: dict  # of run, record, audit
@@ -148,7 +148,8 @@ while True:
         job(task)
         break
     connection.sendall(f"{pid}\\n".encode())
-    connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
+    _, status, used = os.wait4(pid, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}\\n".encode())
     os._exit(0)
 """
 
@@ -190,6 +191,7 @@ sys.exit(main(["audit", *sys.argv[1:]]))
 
 class Server:
     def __init__(self, folder, env):
+        self.cpu_seconds = 0.0  # of all jobs; those of two threads may overwrite each other: for a summary alone
         self.address = str(Path(folder) / "server")
         command = [sys.executable, "-c", SERVER, self.address]
         self.process = subprocess.Popen(
@@ -209,7 +211,9 @@ class Server:
             lines = connection.makefile()
             pid = int(lines.readline())
             try:
-                return int(lines.readline())
+                status, seconds = lines.readline().split()
+                self.cpu_seconds += float(seconds)
+                return int(status)
             except TimeoutError:
                 return -1
             finally:  # threads and children that it left behind
@@ -340,8 +344,8 @@ class Zoo:
             rc, out, err = self.lab(folder, "record", edit.name)
             seconds["record"], began = time.monotonic() - began, time.monotonic()
             if ran_rc:
-                assert not out.startswith(("keep", "confirm")), f"a run that failed was recorded as a result: {out}"
-                return Outcome("run", last_line(ran_log), None, seconds)
+                kept = out.startswith(("keep", "confirm"))
+                return Outcome("kept" if kept else "run", last_line(ran_log), None, seconds)
             if rc:
                 return Outcome("record", last_line(err), None, seconds)
         if not out.startswith("keep"):
