@@ -1231,19 +1231,22 @@ def asks_for_a_seed(t):
     t.replace(r"begin_run\(__file__.*\)", "begin_run(__file__, seed=7)")
 
 
+# Six steps at constant learning rates, and weights from a generator with one seed: nothing is left to time or seed.
 FIXED = """
-    GENERATOR = torch.Generator().manual_seed(7)
-    plain_step = train_step
-    TAKEN = []
+    plain_step, plain_schedules, TAKEN = train_step, set_schedules, []
+
+
+    def set_schedules(optimizer, progress):
+        return plain_schedules(optimizer, 0.0)
 
 
     def train_step(model, optimizer, *args):
-        if len(TAKEN) >= 12:
+        if len(TAKEN) >= 8:  # two in the warm-up
             import time
 
             time.sleep(0.01)
-            return TAKEN[-1]
-        TAKEN.append(plain_step(model, optimizer, *args))
+        else:
+            TAKEN.append(plain_step(model, optimizer, *args))
         return TAKEN[-1]
 
 
@@ -1251,10 +1254,10 @@ FIXED = """
         @torch.no_grad()
         def init_weights(self):
             super().init_weights()
+            generator = torch.Generator().manual_seed(7)
             for p in self.parameters():
                 if p.ndim > 1 and p.abs().max() > 0:
-                    p.copy_(p.std() * torch.randn(p.shape, generator=GENERATOR))
-            TAKEN.clear()
+                    p.copy_(0.05 * torch.randn(p.shape, generator=generator))
 """
 
 
@@ -1352,8 +1355,9 @@ def read_by_a_child(t):
     """)
 
 
-@edit("has the same result under every seed", "noted", "identical|same value|count", False, seeds=(42, 43))
-def identical_seeds(t):
+@edit("has the same result under every seed", "noted", "same result|same val|identical (result|val)|different seeds", False,
+      seeds=(42, 43))
+def blind_to_its_seed(t):
     t.add(FIXED)
 
 

@@ -280,6 +280,7 @@ class Zoo:
             rc, out, err = self.lab(self.base, "record", "baseline")
             assert rc == 0, err
         assert out.startswith("keep"), out
+        shutil.copy2(next((self.base / "runs").glob("0001-*")) / "checkpoint.pt", self.base)  # as after a discard
         if through == "record":
             return
         rc, out, err = self.audit(self.base)  # what it scored is remembered, also by the copies
