@@ -247,6 +247,7 @@ class Zoo:
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.cache or self.folder / "cache"
         env = clean_environment(self.folder, own)
+        del env["PYTHONDONTWRITEBYTECODE"]  # the copies of the base take its bytecode along
         self.server = Server(self.folder, env)
         git = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "LC_ALL": "C.UTF-8"}
         repo = tiny_repo(
@@ -254,6 +255,7 @@ class Zoo:
             AUTORESEARCH_DATASET="stdlib", AUTORESEARCH_NO_SAMPLE="1", **git,
         )  # fmt: skip
         self.base, self.env = repo.path, repo.env
+        del self.env["PYTHONDONTWRITEBYTECODE"]
         if self.cache is None:
             result = repo.run("prepare.py", timeout=300)
             assert result.rc == 0, result.err
