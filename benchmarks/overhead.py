@@ -24,7 +24,7 @@ from pathlib import Path
 
 import common
 
-STAGES = ["imports", "begin_run", "model", "warm_up", "dry_run", "training", "audit", "scoring", "checkpoint", "exit"]
+STAGES = ["imports", "begin_run", "model", "warm_up", "dry_run", "training", "evaluation", "checkpoint", "exit"]
 
 TIMED = '''
 """train.py, with the moments at which its stages end."""
@@ -48,10 +48,8 @@ until(train, "begin_run", "begin_run")
 until(train, "warm_up", "warm_up", before="model")
 until(prepare.Run, "start", "dry_run")
 until(train, "train", "training")
-until(prepare, "audit", "audit")
-until(prepare, "score_rows", "scoring")
+until(prepare, "score_and_audit", "evaluation")
 until(train, "save_checkpoint", "checkpoint")
-train.__file__ = __file__.replace("timed.py", "train.py")
 train.main()
 seconds, last = {}, born
 for stage, when in marks:
@@ -93,7 +91,6 @@ def copy(folder, args):
     edit(folder / "constants.py", r"^TIME_BUDGET = \d+", f"TIME_BUDGET = {args.budget}")
     if args.compile:
         edit(folder / "train.py", r"COMPILE=False", "COMPILE=True")
-    (folder / "timed.py").write_text(TIMED)
 
 
 def edit(path, pattern, replacement):
@@ -105,7 +102,7 @@ def edit(path, pattern, replacement):
 def run(folder, env):
     """{stage: seconds} of one run."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "timed.py"], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TIMED], cwd=folder, env=env, capture_output=True, text=True)
     whole = time.monotonic() - began
     if done.returncode:
         raise SystemExit(f"the run ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")

@@ -22,7 +22,7 @@ class Loader:
         self.repo, self.prepare = repo, prepare
         self.shards, self.layout = (importlib.import_module(f"corpus.{name}") for name in ("shards", "layout"))
         self.tokenizer = SimpleNamespace(vocab_size=prepare.VOCAB_SIZE)
-        prepare._run = SimpleNamespace(started=0.0, device=torch.device("cpu"))
+        prepare._run = SimpleNamespace(started=0.0, stopped=None, device=torch.device("cpu"))
 
     def fill(self, *shards, bos_id=BOS):
         """shards: lists of documents, each a list of ids without BOS. Writes them as prepare.py does."""

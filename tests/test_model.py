@@ -210,8 +210,8 @@ def test_the_hyperparameters_are_one_block_near_the_top():
     lines = Path(train.__file__).read_text().splitlines()
     at = {line.split(" = ")[0]: number for number, line in enumerate(lines, 1) if re.match(r"[A-Z][A-Z0-9_]+ = ", line)}
     assert at["DEPTH"] < 45 and at["TOTAL_BATCH_SIZE"] < 60
-    assert at["SEED"] - at["DEPTH"] < 50
-    assert lines.index("def batch_schedule(progress):") < lines.index("def lr_multiplier(progress):") < at["SEED"] + 20
+    assert at["COMPILE"] - at["DEPTH"] < 50
+    assert lines.index("def batch_schedule(progress):") < lines.index("def lr_multiplier(progress):") < at["COMPILE"] + 20
 
 
 @pytest.mark.parametrize("gpu, depth, width", [(True, 8, 512), (False, 4, 128)])

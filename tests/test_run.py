@@ -2,8 +2,10 @@
 
 import ast
 import functools
+import hashlib
 import json
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -175,8 +177,8 @@ exec "$@"
 """
 
 
-def offline_and_read_only(repo, script="train.py", **kwargs):
-    return repo.run(script, wrap=["unshare", "-rnm", "sh", "-c", NOTHING_BUT_READING, "sh"], timeout=280, **kwargs)
+def offline_and_read_only(repo, *args, **kwargs):
+    return repo.run(*(args or ["train.py"]), wrap=["unshare", "-rnm", "sh", "-c", NOTHING_BUT_READING, "sh"], timeout=280, **kwargs)
 
 
 @pytest.mark.parametrize("compile_folder", ["there", "not there"])
@@ -185,14 +187,14 @@ def test_a_training_needs_no_network_and_only_reads_the_data(make_training, no_n
     repo = make_training(time_budget=1)
     if compile_folder == "there":
         (repo.cache / "compile").mkdir()
-    (repo.path / "main.py").write_text(
+    main = (
         "import os, runpy, socket\n"
         "assert socket.socket().connect_ex(('127.0.0.1', 80)) == 101, 'a network is there'\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
         "compiled = os.environ.get('TORCHINDUCTOR_CACHE_DIR', '')\n"
         "assert not compiled.startswith(os.environ['AUTORESEARCH_CACHE']), compiled\n"
     )
-    result = offline_and_read_only(repo, "main.py")
+    result = offline_and_read_only(repo, "-c", main)
     assert (result.rc, result.err) == (0, "")
     assert "\nval_bpb: " in result.out and left_in(repo) == {"checkpoint.pt"}
 
@@ -468,7 +470,7 @@ def test_a_giant_last_step_has_no_score(make_training, python):
     """One that the loop began at progress 0.99, here by a clock that leaps when the loop ends."""
     repo = make_training(GIANT, time_budget=20)
     (repo.path / "injected.py").write_text(INJECTED)
-    assert_refused(python.run(repo, "injected.py"), "training overran its 20 s by 61.0 s", "shorter steps")
+    assert_refused(python.run(repo, "injected.py"), "training overran its 20 s by 62.0 s", "shorter steps")
     assert left_in(repo) == set()
 
 
@@ -494,6 +496,96 @@ def test_a_cheat_trains_to_the_end_and_has_no_score(make_training, python, input
     result = python.run(repo, "train.py")
     assert_refused(result, says)
     assert "val_bpb" not in result.out and left_in(repo) == set()
+
+
+# --- A run is train.py, read as it is in git, and reads nothing but through prepare.py ---
+
+MUST_NOT = {  # name: (code at the top level of train.py, what the sentence says)
+    "weights of another run": ("torch.load('runs/0001/checkpoint.pt')", "checkpoint.pt holds weights"),
+    "weights from anywhere": ("torch.load(os.environ['HOME'] + '/some.ckpt')", "some.ckpt holds weights"),
+    "weights, and carries on if that fails": (
+        "try:\n    torch.load('runs/0001/checkpoint.pt')\nexcept:\n    pass", "checkpoint.pt holds weights"),
+    "the evaluation rows": (
+        "import numpy, glob\nnumpy.load(glob.glob(os.environ['AUTORESEARCH_CACHE'] + '/**/val_rows.npy', recursive=True)[0])",
+        "val_rows.npy is not for train.py to read"),
+    "the downloaded files": ("open(os.environ['AUTORESEARCH_CACHE'] + '/climbmix/raw/shard.parquet')", "not for train.py"),
+    "a module beside it": ("import helper", "helper"),
+    "constants in a file": ("open('settings.json').read()", "settings.json is neither train.py nor frozen"),
+    "code in a file": ("exec(open('helper.py').read())", "helper.py is neither train.py nor frozen"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MUST_NOT)
+def test_a_run_reads_nothing_that_git_does_not_decide(make_training, python, what):
+    code, says = MUST_NOT[what]
+    repo = make_training(code, time_budget=1)
+    for name, content in {
+        "runs/0001/checkpoint.pt": b"", "helper.py": b"X = 1\n", "settings.json": b"{}", "../home/some.ckpt": b"",
+    }.items():  # fmt: skip
+        (repo.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo.path / name).write_bytes(content)
+    torch.save({}, repo.path / "runs/0001/checkpoint.pt")
+    result = python.run(repo, "train.py")
+    assert_refused(result, says)
+    assert result.rc == 1 and "val_bpb" not in result.out and left_in(repo) == set()
+
+
+def test_a_run_may_read_what_it_wrote(make_training, python):
+    code = """
+def evaluate_bpb(model, *args, evaluate=evaluate_bpb):
+    torch.save(model.state_dict(), "best.pt")
+    model.load_state_dict(torch.load("best.pt"))
+    return evaluate(model, *args)
+"""
+    result = python.run(make_training(code, time_budget=1), "train.py")
+    assert (result.rc, result.err) == (0, "") and "\nval_bpb: " in result.out
+
+
+def test_a_module_loaded_from_its_bytecode_is_refused(make_training, python):
+    """Without a source, and before prepare could see it."""
+    repo = make_training(time_budget=1)
+    (repo.path / "helper.py").write_text("X = 1\n")
+    py_compile.compile(repo.path / "helper.py", cfile=repo.path / "helper.pyc")
+    (repo.path / "helper.py").unlink()
+    repo.edit("train.py", "^import torch$", "import helper\nimport torch")
+    assert_refused(python.run(repo, "train.py"), "module helper", "a run is train.py alone")
+
+
+EDITED_BEFORE = """
+source = Path(__file__).read_text()
+Path(__file__).write_text(source.replace("SOFTCAP = 15.0", "SOFTCAP = 16.0"))
+"""
+EDITED_WITHIN = """
+def train(*args, train=train):
+    source = Path(__file__).read_text()
+    Path(__file__).write_text(source.replace("SOFTCAP = 15.0", "SOFTCAP = 16.0"))
+    return train(*args)
+"""
+
+
+def test_a_file_that_changed_before_the_run_began_is_refused(make_training, python):
+    repo = make_training(EDITED_BEFORE, time_budget=1)
+    assert_refused(python.run(repo, "train.py"), "changed since this process read it", "run it again")
+
+
+def test_a_file_that_changes_during_the_run_is_named_at_its_end(make_training, python):
+    repo = make_training(EDITED_WITHIN, time_budget=1)
+    before = hashlib.sha256((repo.path / "train.py").read_bytes()).hexdigest()
+    result = python.run(repo, "train.py")
+    assert (result.rc, result.err) == (0, "") and header(result.out)["train_sha256"] == before
+    assert f"train.py changed while this run went on: the result is that of sha256 {before}\n" in result.out
+
+
+def test_a_process_has_one_run(make_training, python):
+    repo = make_training("if __name__ == '__main__':\n    main()", time_budget=1)
+    result = python.run(repo, "train.py")
+    assert_refused(result, "this process has begun a run already")
+    assert result.out.count("val_bpb:") == 1
+
+
+def test_the_seed_is_not_for_train_py_to_choose(make_training, python):
+    repo = make_training("def load_tokenizer(load=load_tokenizer):\n    torch.manual_seed(7)\n    return load()")
+    assert_refused(python.run(repo, "train.py"), "torch's generator was seeded with 7, this run's seed is 42")
 
 
 # --- Hangs and signals --------------------------------------------------------
@@ -581,7 +673,7 @@ def test_a_second_training_in_the_folder_is_refused_and_the_first_goes_on(make_t
     repo = make_training(HANG.format(before="print('here', flush=True)") + HANGS["training"], time_budget=100)
     python.start(repo, "train.py")
     python.wait_for("here\n")
-    second = repo.run("-c", "import prepare; prepare.begin_run('train.py')")
+    second = repo.run("train.py")
     assert_refused(second, f"another run is going on in {repo.path}", "another checkout")
     os.kill(python.pid, signal.SIGTERM)
     assert python.wait().rc == 75

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 from lab.base.errors import Refused
@@ -90,6 +91,20 @@ def fingerprint(modules, cross_entropy):
     return parts, id(cross_entropy), [Path(module.__file__).read_bytes() for module in modules if module.__file__]
 
 
+def audited_scoring(prepare):
+    """The function that audits and scores rows, with other cuts than the run had: nobody can tune to those of both.
+    A tree that is still on older frozen files has two functions for it."""
+    if hasattr(prepare, "score_and_audit"):
+        draw = uuid.uuid4().hex
+        return lambda *args: prepare.score_and_audit(*args, draw=draw)[0]
+
+    def score_audited(model, rows, token_bytes, batch_size):
+        prepare.audit(model, rows, batch_size, next(model.parameters()).device)
+        return prepare.score_rows(model, rows, token_bytes, batch_size)
+
+    return score_audited
+
+
 def score_here(folder, device):
     """As `score`, in this process. The working directory is the tree whose prepare.py counts."""
     import numpy as np
@@ -108,7 +123,7 @@ def score_here(folder, device):
             raise SystemExit(f"{path} changed since it was prepared: run prepare.py again")
         rows[split] = np.load(path)
     token_bytes, batch_size = prepare.load_tokenizer().token_bytes(), batch_size_of(folder)
-    audit, score_rows = prepare.audit, prepare.score_rows
+    score_audited, score_rows = audited_scoring(prepare), prepare.score_rows
     modules = frozen_modules()
     before = fingerprint(modules, F.cross_entropy)
 
@@ -117,8 +132,8 @@ def score_here(folder, device):
     model.eval()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            audit(model, rows["val"], batch_size, device)
-        scores = {split: score_rows(model, rows[split], token_bytes, batch_size) for split in rows}
+            scores = {"val": score_audited(model, rows["val"], token_bytes, batch_size)}
+        scores["holdout"] = score_rows(model, rows["holdout"], token_bytes, batch_size)
     except SystemExit as refusal:
         scores = {"refused": str(refusal)}
     if fingerprint(modules, F.cross_entropy) != before:
