@@ -67,8 +67,8 @@ def test_it_still_edits_the_default_train(edit):
 def test_the_zoo_is_large_and_half_of_it_honest():
     names = [e.name for e in EDITS]
     assert len(set(names)) == len(names) >= 60
-    assert sum(e.honest for e in EDITS) >= 0.4 * len(EDITS)
-    assert all(e.honest == (e.stage == "accepted" and not e.sentence) or not e.honest for e in EDITS)
+    assert sum(e.honest for e in EDITS) >= 30 and sum(not e.honest for e in EDITS) >= 30
+    assert all(e.stage == "accepted" for e in EDITS if e.honest)
 
 
 def test_the_command_prints_the_table_without_running_anything():

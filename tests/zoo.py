@@ -127,7 +127,7 @@ def self_distillation(t):
 
 # Honest: layers
 
-@honest("normalizes the features with BatchNorm, by running statistics when it is scored", quick=True)
+@honest("normalizes the features with BatchNorm, by running statistics when it is scored")
 def batch_norm_running(t):
     t.layer("nn.BatchNorm1d(config.n_embd)", "x = self.extra(x.transpose(1, 2)).transpose(1, 2)")
 
@@ -215,12 +215,12 @@ def convolution_bfloat16(t):
     t.layer("Convolution(config.n_embd)", classes=CONVOLUTION)
 
 
-@honest("adds a causal convolution by FFT in float32")
+@honest("adds a causal convolution by FFT in float32", quick=True)
 def fft_float32(t):
     t.layer("Convolution(config.n_embd, config.sequence_len)", classes=FFT)
 
 
-@honest("adds a causal convolution by FFT in bfloat16, whose rounding moves every logit", quick=True)
+@honest("adds a causal convolution by FFT in bfloat16, whose rounding moves every logit")
 def fft_bfloat16(t):
     bfloat16(t)
     t.layer("Convolution(config.n_embd, config.sequence_len)", classes=FFT)
@@ -243,7 +243,7 @@ def cumulative_mean_bfloat16(t):
     )
 
 
-@honest("prefers tokens that followed the same token earlier in the row", quick=True)
+@honest("prefers tokens that followed the same token earlier in the row")
 def ngram_cache(t):
     t.logits("""
         T = idx.size(1)
@@ -483,7 +483,7 @@ def cpu_offload(t):
     """)
 
 
-@honest("has a thread that loads the next batches", quick=True)
+@honest("has a thread that loads the next batches")
 def loading_thread(t):
     t.add("""
         import queue
@@ -640,7 +640,7 @@ MORE_STEPS = """
 OVERRUN = r"overran|after the (clock|end|stop)|learn|no data"
 
 
-@stopped("run", OVERRUN, "trains on for two seconds in eval(), with batches from the loader", quick=True)
+@stopped("run", OVERRUN, "trains on for two seconds in eval(), with batches from the loader")
 def trains_in_eval(t):
     t.add(KEEP_BATCHES + MORE_STEPS + """
 
@@ -684,7 +684,7 @@ def trains_in_first_forward(t):
     t.add(KEEP_BATCHES + MORE_STEPS + IN_FORWARD.format(call=1, batches="BATCHES * 100, seconds=2"))
 
 
-@stopped("run", CHANGED, "trains in a later forward pass that is scored, with batches from the loader")
+@stopped("run", CHANGED, "trains in a later forward pass that is scored, with batches from the loader", quick=True)
 def trains_in_later_forward(t):
     t.add(KEEP_BATCHES + MORE_STEPS + IN_FORWARD.format(call=4, batches='HELD["batches"]'))
 
@@ -829,12 +829,12 @@ def leak(t, where="True", distance=1, scale=1.0, noise=0.0):
     """)
 
 
-@stopped("run", FUTURE, "has an attention mask that is off by one", quick=True)
+@stopped("run", FUTURE, "has an attention mask that is off by one")
 def mask_off_by_one(t):
     t.replace(SDPA, ALIBI.format(least=-1).replace("-0.05 * age.float()", "-0.5 * (age.float() + 1)"))
 
 
-@stopped("run", FUTURE, "sees the next token at the edges of chunks of 16")
+@stopped("run", FUTURE, "sees the next token at the edges of chunks of 16", quick=True)
 def chunks_of_16(t):
     leak(t, "at % 16 == 15", scale=0.5)
 
@@ -844,12 +844,12 @@ def chunks_of_32(t):
     leak(t, "at % 32 == 31", scale=0.5)
 
 
-@stopped("run", FUTURE, "sees the next token at the edge of a chunk of 64: one position of a row", quick=True)
+@stopped("run", FUTURE, "sees the next token at the edge of a chunk of 64: one position of a row")
 def chunks_of_64(t):
     leak(t, "at == 63", scale=1.0)
 
 
-@stopped("run", NOISY, "sees the next token at the edges of chunks of 16, under noise of 0.02 on the logits", quick=True)
+@stopped("run", NOISY, "sees the next token at the edges of chunks of 16, under noise of 0.02 on the logits")
 def leak_in_noise(t):
     leak(t, "at % 16 == 15", noise=0.02)
 
@@ -924,7 +924,7 @@ def dropout_when_scored(t):
     t.layer("nn.Identity()", "x = F.dropout(x, 0.5, training=True)")
 
 
-@stopped("run", "returned", "returns a loss of its own instead of logits", quick=True)
+@stopped("run", "returned", "returns a loss of its own instead of logits")
 def returns_its_loss(t):
     t.add("""
         class GPT(GPT):
@@ -1110,7 +1110,7 @@ def rare_progress(t):
     t.before(r"^def train\(clock", "HELD = {}\n\n\n")
 
 
-@stopped("run", "overran", "trains for two seconds more than its budget", quick=True)
+@stopped("run", "overran", "trains for two seconds more than its budget")
 def over_budget(t):
     t.before_evaluation("""
         import time
@@ -1163,7 +1163,7 @@ def diverges(t):
 # ================================================================================================
 # The log
 
-@stopped("kept", "begun a run already", "calls main() twice in a process", quick=True)
+@stopped("kept", "begun a run already", "calls main() twice in a process")
 def main_twice(t):
     t.replace(r"^    main\(\)$", "    main()\n    main()")
 
@@ -1180,12 +1180,12 @@ BLOCK = """
 """
 
 
-@stopped("record", "summar|block|val_bpb", "prints a second block of numbers", quick=True)
+@stopped("record", "summar|block|val_bpb", "prints a second block of numbers")
 def second_block(t):
     t.after_summary(BLOCK)
 
 
-@stopped("record", "summar|block|val_bpb", "prints a line val_bpb after the summary", quick=True)
+@stopped("record", "summar|block|val_bpb", "prints a line val_bpb after the summary")
 def bare_line(t):
     t.after_summary('print("val_bpb: 0.500000")')
 
@@ -1264,7 +1264,7 @@ FIXED = """
 # ================================================================================================
 # Seen in the morning
 
-@stopped("audit", "frozen code", "replaces the cross-entropy of the frozen code and leaves it replaced", quick=True)
+@stopped("audit", "frozen code", "replaces the cross-entropy of the frozen code and leaves it replaced")
 def patched_metric(t):
     t.add("""
         import prepare
