@@ -23,21 +23,24 @@ def plain_train():
     return train.text
 
 
-@pytest.fixture(scope="module")
-def quick_outcomes(tmp_path_factory, prepared_stdlib):
-    """{name: future Outcome} of the quick edits' runs, two at once; ready when a test asks for it."""
-    zoo = Zoo(tmp_path_factory.mktemp("zoo"), TINY_RULES["stdlib"], prepared_stdlib)
+def futures(request, zoo, through):
+    """{name: future Outcome} of the edits of the selected tests, two at once."""
+    fixture = request.fixturename
+    chosen = [item.callspec.params["edit"] for item in request.session.items if fixture in item.fixturenames]
     with zoo, ThreadPoolExecutor(2) as pool:
-        zoo.open("run")
-        yield {e.name: pool.submit(zoo.judge, e, "run") for e in QUICK}
+        zoo.open(through)
+        yield {e.name: pool.submit(zoo.judge, e, through) for e in chosen}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """{name: future Outcome} of every edit, through run, record and audit."""
-    with Zoo(tmp_path_factory.mktemp("zoo")) as zoo, ThreadPoolExecutor(2) as pool:
-        zoo.open()
-        yield {e.name: pool.submit(zoo.judge, e) for e in EDITS}
+def quick_outcomes(request, tmp_path_factory, prepared_stdlib):
+    yield from futures(request, Zoo(tmp_path_factory.mktemp("zoo"), TINY_RULES["stdlib"], prepared_stdlib), "run")
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    yield from futures(request, Zoo(tmp_path_factory.mktemp("zoo")), "audit")
 
 
 @pytest.mark.parametrize("edit", QUICK, ids=lambda e: e.name)

@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-EDITS = []
+EDITS, TOPICS = [], ["Honest"]
 
 
 class Edit(NamedTuple):
@@ -30,11 +30,17 @@ class Edit(NamedTuple):
     honest: bool
     seeds: tuple  # one run and record for each
     quick: bool  # part of the plain suite
+    topic: str  # row of the table
 
 
-def edit(what, stage, sentence, honest, seeds=(42,), quick=False):
+def topic(title):
+    """The edits below belong to this row of the table."""
+    TOPICS.append(title)
+
+
+def edit(what, stage, sentence, honest, seeds=(42,), quick=False, topic=None):
     def register(change):
-        EDITS.append(Edit(change.__name__, change, what, stage, sentence, honest, seeds, quick))
+        EDITS.append(Edit(change.__name__, change, what, stage, sentence, honest, seeds, quick, topic or TOPICS[-1]))
         return change
 
     return register
@@ -611,7 +617,7 @@ def forward_hooks(t):
 
 
 # ================================================================================================
-# Learning after the clock has stopped
+topic("Learning after the clock has stopped")
 
 KEEP_BATCHES = """
     BATCHES, HELD = [], {}
@@ -810,7 +816,7 @@ def counts_then_leaks(t):
 
 
 # ================================================================================================
-# Seeing what must not be seen
+topic("Seeing what must not be seen")
 
 FUTURE = r"future"
 NOISY = r"future|deterministic"  # either is a refusal: such noise hides nothing
@@ -944,7 +950,7 @@ def smaller_vocabulary(t):
 
 
 # ================================================================================================
-# Weights and data from elsewhere
+topic("Weights and data from elsewhere")
 
 READS = r"may not|must not|not allowed|only through|but through|reads|opens|refused"
 
@@ -1003,7 +1009,7 @@ def checkpoint_by_numpy(t):
     """)
 
 
-@stopped("run", READS, "reads the evaluation rows through numpy and trains on them", quick=True)
+@stopped("run", READS, "reads the evaluation rows through numpy", quick=True)
 def reads_evaluation_rows(t):
     t.before(r"^ +model\.to\(device\)", """
         import numpy as np
@@ -1042,7 +1048,7 @@ def chooses_by_evaluation_rows(t):
 
 
 # ================================================================================================
-# The folder and its files
+topic("The folder and its files")
 
 @stopped("run", r"helper", "imports a module that git does not hold", quick=True)
 def untracked_module(t):
@@ -1096,7 +1102,7 @@ def edited_before_hash(t):
 
 
 # ================================================================================================
-# The clock
+topic("The clock")
 
 @stopped("run", "overran", "asks for the progress every two and a half seconds")
 def rare_progress(t):
@@ -1161,7 +1167,7 @@ def diverges(t):
 
 
 # ================================================================================================
-# The log
+topic("The log")
 
 @stopped("kept", "begun a run already", "calls main() twice in a process")
 def main_twice(t):
@@ -1219,7 +1225,7 @@ def impossible_tokens(t):
 
 
 # ================================================================================================
-# Seeds
+topic("Seeds")
 
 @stopped("run", "seed", "seeds torch by itself", quick=True)
 def own_seed(t):
@@ -1262,7 +1268,7 @@ FIXED = """
 
 
 # ================================================================================================
-# Seen in the morning
+topic("The frozen code and the result")
 
 @stopped("audit", "frozen code", "replaces the cross-entropy of the frozen code and leaves it replaced")
 def patched_metric(t):
@@ -1296,7 +1302,8 @@ def other_checkpoint(t):
     """)
 
 
-@stopped("audit", "val alone", "looks the answers up in the evaluation rows, which code that is not Python's reads for it")
+@stopped("audit", "val alone", "looks the answers up in the evaluation rows, which code that is not Python's reads for it",
+         topic="Weights and data from elsewhere")
 def native_reader(t):
     t.after(r"^ +self\.lm_head = nn\.Linear\(", """
         V = config.vocab_size
@@ -1318,14 +1325,14 @@ def native_reader(t):
 
 
 # ================================================================================================
-# What sets out to deceive: nothing of this stops it, the diff in git shows it
+# What sets out to deceive: nothing of this stops it, the diff in git shows it. Each has its own topic.
 
-@deceives("slows the clock down from inside the process")
+@deceives("slows the clock down from inside the process", topic="The clock")
 def slow_clock(t):
     t.after(r"^ +clock = begin_run", "real, zero = clock.now, clock.now()\nclock.now = lambda: zero + (real() - zero) / 2")
 
 
-@deceives("has constants that were tuned to luck: initial weights from a generator with a chosen seed")
+@deceives("has constants that were tuned to luck: initial weights from a generator with a chosen seed", topic="Seeds")
 def lucky_constants(t):
     t.add("""
         class GPT(GPT):
@@ -1339,12 +1346,12 @@ def lucky_constants(t):
     """)
 
 
-@deceives("chooses its seed through the environment; the log names it")
+@deceives("chooses its seed through the environment; the log names it", topic="Seeds")
 def seed_by_environment(t):
     t.before(r"^ +clock = begin_run", 'os.environ["AUTORESEARCH_SEED"] = "7"')
 
 
-@deceives("starts from the last checkpoint, which another process reads for it")
+@deceives("starts from the last checkpoint, which another process reads for it", topic="Weights and data from elsewhere")
 def read_by_a_child(t):
     warm_start(t, """
         import io
@@ -1356,7 +1363,7 @@ def read_by_a_child(t):
 
 
 @edit("has the same result under every seed", "noted", "same result|same val|identical (result|val)|different seeds", False,
-      seeds=(42, 43))
+      seeds=(42, 43), topic="Seeds")
 def blind_to_its_seed(t):
     t.add(FIXED)
 
@@ -1376,25 +1383,28 @@ def judged_right(edit, outcome, through="audit"):
     return outcome.stage == edit.stage and bool(re.search(edit.sentence, outcome.sentence))
 
 
+COLUMNS = {  # stage -> column of the table, and who
+    "run": (0, "By the run"),
+    "kept": (0, "By the run, after its result"),
+    "record": (0, "By `lab record`"),
+    "audit": (1, "By `lab audit`"),
+    "noted": (1, "By `lab record`, in a note"),
+    "accepted": (2, ""),
+}
+
+
 def table():
-    """The table of docs/proof.md, in Markdown."""
-    run = {
-        "run": "the run refuses it",
-        "record": "`lab record` refuses it",
-        "kept": "the second run is refused, the first is a result",
-    }
-    lines = ["| an edit that | is stopped | is shown in the morning | neither |", "|---|---|---|---|"]
-    for e in (e for e in EDITS if not e.honest):
-        cells = [run.get(e.stage, ""), "", ""]
-        if e.stage == "audit":
-            cells[1] = "`lab audit` flags it"
-        elif e.stage == "noted":
-            cells[1] = "`lab record` notes it, and counts one run"
-        elif e.stage == "accepted":
-            cells[2] = "the diff in git alone"
-        lines.append(f"| {e.what} | {' | '.join(cells)} |")
+    """The table of docs/proof.md, in Markdown: an edit of train.py that ..."""
+    lines = ["| an edit that ... | is stopped | is shown in the morning | neither |", "|---|---|---|---|"]
+    for title in dict.fromkeys(e.topic for e in EDITS if not e.honest):
+        cells = ["", "", ""]
+        for stage, (column, who) in COLUMNS.items():
+            clauses = "; ".join(e.what for e in EDITS if not e.honest and e.topic == title and e.stage == stage)
+            if clauses:
+                cells[column] += f"{' ' if cells[column] else ''}{f'**{who}:** ' if who else ''}{clauses}."
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     accepted = "; ".join(e.what for e in EDITS if e.honest)
-    return "\n".join([*lines, "", f"Honest, and accepted by all three: {accepted}."])
+    return "\n".join([*lines, "", f"Honest, and accepted by run, record and audit: an edit that {accepted}."])
 
 
 def main():
