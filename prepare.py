@@ -31,7 +31,7 @@ import uuid
 from collections import Counter, deque
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 
 import numpy as np
 
@@ -78,13 +78,13 @@ class Clock:
         It is 1 as soon as the median step no longer fits into the budget and SLACK seconds."""
         if self.started is None:
             raise SystemExit("clock.progress: the clock has not been started: call clock.start(model, batch_size)")
-        if self.steps and self.last - self.started + NEAR_END * median(self.steps) > TIME_BUDGET:
+        if self.steps and self.last - self.started + NEAR_END * median_high(self.steps) > TIME_BUDGET:
             self.settle()
         now = self.now()
         if now > self.last:
             self.steps.append(now - self.last)
         self.last = now
-        next_end = now - self.started + (median(self.steps) if self.steps else 0)
+        next_end = now - self.started + (median_high(self.steps) if self.steps else 0)
         return 1.0 if next_end > TIME_BUDGET + SLACK else min((now - self.started) / TIME_BUDGET, 1.0)
 
     def training_seconds(self):

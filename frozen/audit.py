@@ -149,8 +149,13 @@ class Audit:
         drawn, B = [], self.batch_size
         for start in self.random.choice(self.starts, size=RESCORED // 2):
             replaced = self.random.permutation(B) < B // 2
-            drawn += [(start, half, self.random.integers(len(self.rows), size=B)) for half in (replaced, ~replaced)]
+            drawn += [(start, half, self.others(start)) for half in (replaced, ~replaced)]
         return drawn
+
+    def others(self, start):
+        """For each row of the batch that begins at `start` the number of another row."""
+        R, index = len(self.rows), np.arange(start, start + self.batch_size)
+        return (np.where(index < R, index, 0) + 1 + self.random.integers(max(R - 1, 1), size=len(index))) % R
 
     def interval(self, nats):
         """Of differences in nats a target, (n,)."""
@@ -202,7 +207,7 @@ class Audit:
         limit = max(ROUNDING, 4 * (self.nats(x, y) - base).abs().max().item())
         for bit in range(2 * (B - 1).bit_length()):
             replaced = (np.arange(B) >> bit // 2) % 2 == bit % 2
-            changed, _ = to_device(np.where(replaced[:, None], self.rows[self.random.integers(len(self.rows), size=B)], rows), self.device)
+            changed, _ = to_device(np.where(replaced[:, None], self.rows[self.others(0)], rows), self.device)
             watched = torch.from_numpy(~replaced).to(self.device)
             if watched.any() and (self.nats(changed, y) - base)[watched].abs().max() > limit:
                 return True

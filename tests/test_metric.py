@@ -2,7 +2,9 @@
 # ruff: noqa: F401, F811 (run is a fixture)
 
 import base64
+import functools
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,8 +214,8 @@ def peek(model, x, h):
     return h + 0.5 * model.wte[x.roll(-1, dims=1)]
 
 
-def leak_the_mean(model, x, h):
-    return h + 0.001 * h.mean(1, keepdim=True)
+def leak_the_mean(model, x, h, share=0.1):
+    return h + share * h.mean(1, keepdim=True)
 
 
 def peek_from_halfway(model, x, h):
@@ -228,7 +230,7 @@ FUTURE = {
     "peeks one token ahead": dict(sin=peek),
     "an attention mask off by one": dict(window=(-T, 1)),
     "attends to everything": dict(window=(-T, T)),
-    "leaks a thousandth of the mean of the sequence": dict(sin=leak_the_mean),
+    "leaks a tenth of the mean of the sequence": dict(sin=leak_the_mean),
     "peeks in the second half": dict(sin=peek_from_halfway),
     "knows the last token": dict(sin=know_the_last_token),
 }
@@ -243,6 +245,19 @@ def test_a_model_that_sees_its_own_future_is_refused(run, name, ready):
     for batch_size in (1, 8):
         with pytest.raises(SystemExit, match=r"the model sees its own future: unearned bits \S+ \["):
             run.evaluate(model, batch_size)
+
+
+def test_a_leak_that_earns_nothing_passes_and_is_in_the_log(run, capsys):
+    """A thousandth of the mean of the sequence: the interval is near zero, but not zero."""
+    run.evaluate(Toy(functools.partial(leak_the_mean, share=0.001)))
+    found = re.search(r"audit: passed: unearned bits (\S+) \[(\S+), (\S+)\] bpb, .* limit 0.0002\)", capsys.readouterr().out)
+    mean, low, high = map(float, found.groups())
+    assert low < mean < high and abs(mean) < 5e-5 and 1e-6 < high - low < 2e-4
+
+
+def test_a_causal_model_has_no_unearned_bits_exactly(run, capsys):
+    run.evaluate(Toy())
+    assert re.search(r"audit: passed: 0 unearned bits, exactly \(\d{3} cuts", capsys.readouterr().out)
 
 
 def mean_of_the_batch(model, x, h):
