@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT, TINY_RULES
 from zoo import EDITS, judged_right, table
-from zookeeper import KNOBS, Train, Zoo
+from zookeeper import KNOBS, Outcome, Train, Zoo
 
 QUICK = [e for e in EDITS if e.quick]
 
@@ -79,3 +79,16 @@ def test_the_command_prints_the_table_without_running_anything():
     assert done.stdout.strip() == table()
     for edit in EDITS:
         assert edit.what in done.stdout
+
+
+def test_an_outcome_is_right_only_at_its_stage_and_with_its_sentence():
+    (honest,) = [e for e in EDITS if e.name == "ema"]
+    (second_block,) = [e for e in EDITS if e.name == "second_block"]
+    (leaks,) = [e for e in EDITS if e.name == "chunks_of_16"]
+    future = Outcome("run", "the model sees its own future", None, {})
+    refused = Outcome("record", "run.log has two summaries", None, {})
+    accepted = Outcome("accepted", "", 1.0, {})
+    for edit, right in (honest, accepted), (leaks, future), (second_block, refused):
+        assert [o for o in (accepted, future, refused) if judged_right(edit, o)] == [right]
+    assert not judged_right(leaks, Outcome("run", "ZeroDivisionError", None, {}))
+    assert judged_right(second_block, accepted, "run")  # where record is not asked

@@ -233,13 +233,14 @@ class Server:
 class Zoo:
     def __init__(self, folder, rules=RULES, cache=None):
         self.folder, self.rules, self.cache, self.count = Path(folder).resolve(), rules, cache, 0
-        self.base = None
+        self.base = self.server = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.server.close()
+        if self.server:
+            self.server.close()
 
     def open(self, through="audit"):
         """Starts the fork server, prepares the data, and records a baseline of three runs, as far as the stages up to
