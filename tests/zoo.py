@@ -952,7 +952,7 @@ def smaller_vocabulary(t):
 # ================================================================================================
 topic("Weights and data from elsewhere")
 
-READS = r"may not|must not|not allowed|only through|but through|reads|opens|refused"
+READS = r"may not read|not for train\.py to read"
 
 
 def warm_start(t, load):
