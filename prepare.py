@@ -118,6 +118,7 @@ _run = None  # the run in progress: evaluate_bpb stops its clock without relying
 # The watchdog ends training a little after the clock would refuse it.
 TRAINING_LIMIT = TIME_BUDGET + SLACK + 30  # seconds
 DEFAULT_SEED = 42
+SEED_AT_IMPORT = os.environ.get("AUTORESEARCH_SEED")  # before code of train.py could set it
 # An untrained model has a loss of about ln V or more. Below this fraction of it, it has seen the text: a model that
 # knows no more than how often each token occurs stays above.
 UNTRAINED_LOSS = 0.7
@@ -220,11 +221,14 @@ def check_untrained(model, batch_size, device):
     return x, y
 
 
-def choose_seed():
+def choose_seed(injected):
     """The seed of this run, with which all generators begin: AUTORESEARCH_SEED, or the same one in every run."""
     import torch
 
-    text = os.environ.get("AUTORESEARCH_SEED") or str(DEFAULT_SEED)
+    text = os.environ.get("AUTORESEARCH_SEED")
+    if text != SEED_AT_IMPORT and not injected:
+        raise SystemExit("train.py sets AUTORESEARCH_SEED: take that out, since the seed is not the program's to choose")
+    text = text or str(DEFAULT_SEED)
     if not text.isdecimal() or int(text) >= 2**63:
         raise SystemExit(f"AUTORESEARCH_SEED={text!r}: a whole number below 2**63 is needed")
     random.seed(int(text))
@@ -275,7 +279,7 @@ def begin_run(train_file, *, now=time.monotonic, watchdog_now=time.monotonic):
 
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it: the same for all
     end_on_signals()
-    _run = run = Run(now, watchdog, pick_device(), choose_seed(), manifest, folder_fd, train_file, injected)
+    _run = run = Run(now, watchdog, pick_device(), choose_seed(injected), manifest, folder_fd, train_file, injected)
     run.check_code()
     rules_files = rules.file_hashes(Path(__file__).parent)
     header = {

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 
@@ -105,16 +106,21 @@ def check_refusals():
         raise SystemExit(_state.refusal)
 
 
+@cache
+def real_file(path):
+    """The path without symbolic links; None if there is no such file, as for torch.ops. Cached: a run asks for some 2,000
+    modules at each check."""
+    return os.path.realpath(path) if os.path.exists(path) else None
+
+
 def foreign_module(train_file):
     """A sentence about a loaded module of train_file's folder that is neither it nor frozen; None if all are."""
     folder, file_name = os.path.realpath(Path(train_file).resolve().parent) + os.sep, Path(train_file).name
     environments = tuple(os.path.realpath(p) + os.sep for p in (sys.prefix, sys.base_prefix, Path(folder, ".venv")))
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not os.path.exists(file):  # torch.ops has the name of a file that does not exist
-            continue
-        file = os.path.realpath(file)
-        if file.startswith(folder) and not file.startswith(environments):
+        file = real_file(file) if isinstance(file, str) else None
+        if file and file.startswith(folder) and not file.startswith(environments):
             if not allowed(file, folder, file_name):
                 return f"module {name} ({file}) is neither train.py nor frozen: a run is train.py alone, put its code there"
     return None

@@ -77,6 +77,7 @@ def test_the_zoo_is_large_and_half_of_it_honest():
 def test_the_command_prints_the_table_without_running_anything():
     done = subprocess.run([sys.executable, "tests/zoo.py", "--table"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == table()
+    assert table() in (ROOT / "docs" / "proof.md").read_text(), "docs/proof.md: copy what `uv run python tests/zoo.py --table` prints"
     for edit in EDITS:
         assert edit.what in done.stdout
 

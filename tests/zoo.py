@@ -1232,6 +1232,11 @@ def own_seed(t):
     t.before(r"^ +model\.init_weights\(\)", "torch.manual_seed(7)")
 
 
+@stopped("run", "sets AUTORESEARCH_SEED", "chooses its seed through the environment")
+def seed_by_environment(t):
+    t.before(r"^ +clock = begin_run", 'os.environ["AUTORESEARCH_SEED"] = "7"')
+
+
 @stopped("run", "seed", "asks the run for a seed of its own")
 def asks_for_a_seed(t):
     t.replace(r"begin_run\(__file__.*\)", "begin_run(__file__, seed=7)")
@@ -1344,11 +1349,6 @@ def lucky_constants(t):
                     if p.ndim > 1 and p.abs().max() > 0:
                         p.copy_(p.std() * torch.randn(p.shape, generator=generator))
     """)
-
-
-@deceives("chooses its seed through the environment; the log names it", topic="Seeds")
-def seed_by_environment(t):
-    t.before(r"^ +clock = begin_run", 'os.environ["AUTORESEARCH_SEED"] = "7"')
 
 
 @deceives("starts from the last checkpoint, which another process reads for it", topic="Weights and data from elsewhere")
