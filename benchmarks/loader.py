@@ -104,7 +104,7 @@ def measure(folder, data):
     import torch
 
     import prepare
-    from corpus.documents import document_batches, raw_sources
+    from corpus.datasets import document_batches, raw_sources
     from corpus.layout import raw_dir
 
     torch.set_num_threads(1)

@@ -22,15 +22,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from constants import DATASET, EVAL_TOKENS, MAX_SEQ_LEN, VOCAB_SIZE
-from corpus.documents import CLIMBMIX_HOLDOUT, document_batches, raw_sources
+from corpus.datasets import CLIMBMIX_HOLDOUT, DEFAULT_SHARDS, HUB, document_batches, raw_sources
 from corpus.layout import DATA_RULES, damaged_file, data_dir, data_hash, raw_dir, read_manifest
 from corpus.packing import pack_rows
 from corpus.shards import offsets_path, shard_path, write_shard
 from corpus.system import one_line, replacing, sha256_files, usable_cores
 from corpus.tokenizer import NUM_ORDINARY, SPLIT_PATTERN, Tokenizer
 
-HUB = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
-DEFAULT_SHARDS = 10
 # The tokenizer is trained on the first shards only, so that more shards later do not change it, and on the beginning
 # of each document, so that a few very long ones do not decide it.
 TOKENIZER_SHARDS, TOKENIZER_CHARACTERS, DOCUMENT_CHARACTERS = 4, 1_000_000_000, 10_000
@@ -151,7 +149,7 @@ def build(root, raw, num_shards, workers):
     """Makes the files one by one. manifest.partial.json lists the complete ones, for the next start after a kill."""
     sources = {split: raw_sources(split, num_shards) for split in ("train", "val", "holdout")}
     if DATASET in HUB:
-        from corpus.hub import download_all  # here, so that a training run does not load it
+        from corpus.download import download_all  # here, so that a training run does not load it
 
         download_all(
             HUB[DATASET], sorted({name for of_split in sources.values() for name, *_ in of_split}), raw, workers

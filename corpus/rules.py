@@ -10,14 +10,14 @@ import hashlib
 import json
 from pathlib import Path
 
-# Everything that a training run loads from its folder, except train.py. corpus/hub.py is missing on purpose: it only
+# Everything that a training run loads from its folder, except train.py. corpus/download.py is missing on purpose: it only
 # downloads, no run imports it, and what it downloaded is covered by data_sha256.
 FILES = (
     "constants.py",
     "prepare.py",
     "corpus/__init__.py",
     "corpus/build.py",
-    "corpus/documents.py",
+    "corpus/datasets.py",
     "corpus/layout.py",
     "corpus/packing.py",
     "corpus/rules.py",

@@ -21,7 +21,7 @@ from types import CodeType, SimpleNamespace
 from corpus import rules
 from corpus.layout import cache_dir
 
-FROZEN = {*rules.FILES, "corpus/hub.py"}  # hub.py only downloads: what it fetched is hashed itself
+FROZEN = {*rules.FILES, "corpus/download.py"}  # download.py only downloads: what it fetched is hashed itself
 WEIGHTS = re.compile(r"\.(pt|pth|ckpt|safetensors|gguf)(\.|$)", re.IGNORECASE)
 
 _state = SimpleNamespace(folder=None, since=0.0, refusal=None, hooked=False)

@@ -185,11 +185,11 @@ class Repo:
     def be_impatient(self):
         """Retries come after hundredths of a second and the server is given up after the third."""
         self.edit(
-            "corpus/hub.py",
+            "corpus/download.py",
             r"total=\d+, backoff_factor=[\d.]+, backoff_jitter=[\d.]+",
             "total=3, backoff_factor=0.01",
         )
-        self.edit("corpus/hub.py", r"time\.sleep\(min\(0\.2 \*", "time.sleep(0.01 * min(0.2 *")
+        self.edit("corpus/download.py", r"time\.sleep\(min\(0\.2 \*", "time.sleep(0.01 * min(0.2 *")
 
     def copy_cache(self, source):
         shutil.copytree(source, self.cache, dirs_exist_ok=True)

@@ -90,7 +90,7 @@ def test_other_rules_have_another_hash(run, capsys):
 def test_files_that_are_not_rules_leave_the_hash_alone(run, capsys):
     run.begin()
     before = header(capsys)
-    for file in ("corpus/hub.py", "train.py", "program.md"):
+    for file in ("corpus/download.py", "train.py", "program.md"):
         with open(run.repo.path / file, "a") as f:
             f.write("\n")
     run.begin()
@@ -99,7 +99,7 @@ def test_files_that_are_not_rules_leave_the_hash_alone(run, capsys):
 
 def test_every_module_of_the_core_but_the_download_is_a_rule():
     found = {f"{room}/{path.name}" for room in ("corpus", "frozen") for path in (ROOT / room).rglob("*.py")}
-    assert {"constants.py", "prepare.py", *found} - set(FILES) == {"corpus/hub.py"}
+    assert {"constants.py", "prepare.py", *found} - set(FILES) == {"corpus/download.py"}
     assert len(set(FILES)) == len(FILES) and all((ROOT / name).is_file() for name in FILES)
 
 
@@ -138,7 +138,7 @@ def test_a_run_loads_nothing_from_its_folder_but_rules(make_repo, prepared_climb
     result = repo.run("train.py")
     assert result.rc == 0, result.err
     loaded = {name for name in json.loads(result.out.splitlines()[-1])} - {"train.py"}
-    needed = set(FILES) if dataset == "stdlib" else set(FILES) - {"corpus/build.py", "corpus/documents.py"}
+    needed = set(FILES) if dataset == "stdlib" else set(FILES) - {"corpus/build.py", "corpus/datasets.py"}
     assert loaded == needed
 
 

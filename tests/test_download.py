@@ -1,6 +1,6 @@
 """Downloading from a hub that misbehaves in every way one does: the right bytes arrive, or one line says what is wrong.
 
-Most of it calls corpus.hub as prepare.py does; the last part runs prepare.py from end to end.
+Most of it calls corpus.download as prepare.py does; the last part runs prepare.py from end to end.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def fetch(make_repo, hub, import_prepare, tmp_path, monkeypatch):
     repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)
     repo.be_impatient()
     import_prepare(repo)
-    download_all = importlib.import_module("corpus.hub").download_all
+    download_all = importlib.import_module("corpus.download").download_all
 
     def fetch(workers=8):
         download_all(DATA_SET, FILES, fetch.raw, workers)
@@ -172,7 +172,7 @@ def test_one_failure_upon_another_leaves_nothing_behind(fetch, hub, climbmix_fil
 def test_free_space_is_checked_before_anything_is_downloaded(fetch, hub, climbmix_files, monkeypatch, short_of):
     """Two and a half times the size of the download: the files themselves, and the tokens made of them."""
     need = int(2.5 * sum(climbmix_files[name].stat().st_size for name in FILES))
-    hub_module = importlib.import_module("corpus.hub")
+    hub_module = importlib.import_module("corpus.download")
     monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=need - short_of))
     if not short_of:
         fetch()
@@ -324,7 +324,7 @@ def test_tinystories_is_one_file_cut_by_rows(make_repo, import_prepare, tmp_path
     name = "tinystories_gpt4_clean.parquet"
     with Hub({name: write_parquet(tmp_path / name, texts)}, repo="karpathy/tinystories-gpt4-clean") as hub:
         repo = make_repo("tinystories", HF_ENDPOINT=hub.endpoint)
-        repo.edit("corpus/documents.py", r"^TINYSTORIES_EVAL_ROWS = \S+", "TINYSTORIES_EVAL_ROWS = 200")
+        repo.edit("corpus/datasets.py", r"^TINYSTORIES_EVAL_ROWS = \S+", "TINYSTORIES_EVAL_ROWS = 200")
         result = repo.run("prepare.py")
     assert result.rc == 0, result.err
     module = import_prepare(repo)

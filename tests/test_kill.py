@@ -20,7 +20,7 @@ HARNESS = """
     import json, os, shutil, signal, sys, sysconfig
     from concurrent.futures import Future
     from pathlib import Path
-    import prepare, corpus.build, corpus.hub, pyarrow.parquet, rustbpe
+    import prepare, corpus.build, corpus.download, pyarrow.parquet, rustbpe
 
     cache = Path(os.environ["AUTORESEARCH_CACHE"])
     library = sys.argv[1]
@@ -38,7 +38,7 @@ HARNESS = """
 
     corpus.build.ProcessPoolExecutor = InThisProcess
     get_path = sysconfig.get_path
-    corpus.documents.sysconfig.get_path = lambda name, *a, **k: library if name == "stdlib" else get_path(name, *a, **k)
+    corpus.datasets.sysconfig.get_path = lambda name, *a, **k: library if name == "stdlib" else get_path(name, *a, **k)
 
     def in_child(work, kill_at=None):
         "True where the child was killed, False where it ended well"
@@ -142,7 +142,7 @@ def test_killed_before_any_write_of_downloading(make_repo, hub, library, climbmi
 raw = cache / "climbmix" / "raw"
 def work():
     raw.mkdir(parents=True, exist_ok=True)
-    corpus.hub.download_all("karpathy/climbmix-400b-shuffle", ["shard_00000.parquet", "shard_06542.parquet"], raw, 1)
+    corpus.download.download_all("karpathy/climbmix-400b-shuffle", ["shard_00000.parquet", "shard_06542.parquet"], raw, 1)
 digests = lambda: {p.name: corpus.system.sha256_files(p) for p in raw.glob("*.parquet")}
 kill_everywhere(work)
 """
@@ -150,7 +150,7 @@ kill_everywhere(work)
 
 
 DOWNLOAD_THIRD = (
-    "corpus.hub.download_all('karpathy/climbmix-400b-shuffle', ['shard_00002.parquet'], "
+    "corpus.download.download_all('karpathy/climbmix-400b-shuffle', ['shard_00002.parquet'], "
     "corpus.layout.cache_dir() / 'climbmix' / 'raw', 1)"
 )
 
@@ -162,7 +162,7 @@ def test_killed_before_any_write_of_preparing_more_shards(
     """With fewer than four shards the tokenizer changes too, and with it every file the manifest names."""
     repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)
     repo.copy_cache(prepared_climbmix)
-    repo.run_code("import corpus.hub, prepare\n" + DOWNLOAD_THIRD)
+    repo.run_code("import corpus.download, prepare\n" + DOWNLOAD_THIRD)
     saved = tmp_path / "saved"
     repo.cache.rename(saved)
     call = f"kill_everywhere(lambda: corpus.build.prepare(3), {str(saved)!r})"

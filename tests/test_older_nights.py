@@ -168,7 +168,7 @@ def test_the_old_header_is_that_of_its_files():
 @pytest.fixture
 def frozen(tmp_path):
     """(folder, header) of a tree whose rules are four files."""
-    for name in (*FROZEN, "corpus/packing.py", "frozen/clock.py", "corpus/hub.py"):
+    for name in (*FROZEN, "corpus/packing.py", "frozen/clock.py", "corpus/download.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
     listed = (*FROZEN, "corpus/packing.py", "frozen/clock.py")
@@ -192,7 +192,7 @@ def test_one_byte_in_any_file_of_the_list_is_another_set_of_rules(frozen, name):
 
 def test_a_file_that_is_not_in_the_list_does_not_count(frozen):
     folder, header = frozen
-    (folder / "corpus" / "hub.py").write_text("# downloads in another way\n")
+    (folder / "corpus" / "download.py").write_text("# downloads in another way\n")
     assert rules.changed(header, rules.tree(folder)) == []
 
 

@@ -337,13 +337,13 @@ def test_the_core_imports_one_way():
 def test_stdlib_splits_share_no_package(small_stdlib, import_prepare, monkeypatch):
     repo, folder = small_stdlib
     import_prepare(repo)
-    import corpus.documents
+    import corpus.datasets
 
-    monkeypatch.setattr(corpus.documents.sysconfig, "get_path", lambda *args: str(folder))
+    monkeypatch.setattr(corpus.datasets.sysconfig, "get_path", lambda *args: str(folder))
     modules = {}
     for split in ("train", "val", "holdout"):
         modules[split] = {
-            m for text in corpus.documents.stdlib_documents(split) for m in re.findall(r"f(\d\d)_", text)
+            m for text in corpus.datasets.stdlib_documents(split) for m in re.findall(r"f(\d\d)_", text)
         }
         assert modules[split], f"no module in {split}"
     assert sum(map(len, modules.values())) == len(set().union(*modules.values())) == 80
@@ -355,31 +355,31 @@ def test_stdlib_leaves_out_tests_and_what_was_installed(small_stdlib, import_pre
         (folder / left_out).mkdir(parents=True)
         (folder / left_out / "some.py").write_text("secret = 1\n")
     import_prepare(repo)
-    import corpus.documents
+    import corpus.datasets
 
-    monkeypatch.setattr(corpus.documents.sysconfig, "get_path", lambda *args: str(folder))
+    monkeypatch.setattr(corpus.datasets.sysconfig, "get_path", lambda *args: str(folder))
     for split in ("train", "val", "holdout"):
-        assert not any("secret" in text for text in corpus.documents.stdlib_documents(split))
+        assert not any("secret" in text for text in corpus.datasets.stdlib_documents(split))
 
 
 def test_pieces_of_a_module_put_together_are_the_module(make_repo, import_prepare):
     import_prepare(make_repo("stdlib"))
-    import corpus.documents
+    import corpus.datasets
 
     for path in sorted(Path(json.__file__).parent.parent.glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
-        assert "".join(corpus.documents.cut_module(source)) == source, path
+        assert "".join(corpus.datasets.cut_module(source)) == source, path
 
 
 def test_a_module_is_cut_before_definitions_and_a_decorator_stays_with_its_own(make_repo, import_prepare):
     import_prepare(make_repo("stdlib"))
-    import corpus.documents
+    import corpus.datasets
 
     source = (
         "import x\n\nclass A:\n    def inner(self):\n        pass\n\n@one\n@two(\n    3)\nclass B:\n    pass\n"
         "async def c():\n    pass\ndefault = 1\nclassic = 2\ndef d(): pass\n"
     )
-    starts = [piece.splitlines()[0] for piece in corpus.documents.cut_module(source)]
+    starts = [piece.splitlines()[0] for piece in corpus.datasets.cut_module(source)]
     assert starts == ["import x", "class A:", "@one", "async def c():", "def d(): pass"]
 
 

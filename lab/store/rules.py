@@ -82,7 +82,7 @@ def differing(first, other, read_first, read_other):
 
 
 def files_in(top):
-    """Paths of the frozen files in a tree: all that a list of the rules may name, and corpus/hub.py, say, beside them."""
+    """Paths of the frozen files in a tree: all that a list of the rules may name, and corpus/download.py, say, beside them."""
     top = Path(top)
     found = [path.relative_to(top).as_posix() for folder in FOLDERS for path in (top / folder).rglob("*.py")]
     return [*(name for name in FIRST_FILES if (top / name).is_file()), *sorted(found)]

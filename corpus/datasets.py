@@ -8,6 +8,11 @@ from pathlib import Path
 from constants import DATASET, MAX_SEQ_LEN
 from corpus.system import one_line
 
+HUB = {  # repositories on the Hugging Face hub
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+    "tinystories": "karpathy/tinystories-gpt4-clean",
+}
+DEFAULT_SHARDS = 10  # of climbmix
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # these two shards are fixed; 0 ... 6540 may be trained on
 TINYSTORIES_EVAL_ROWS = 10_000  # rows 0-9,999 are holdout, the next 10,000 val, the rest train
 BATCH_DOCUMENTS = 1024  # documents that are read and tokenised together
