@@ -685,9 +685,9 @@ SUMMARY_AGAIN = "---\nval_bpb:          0.500000\ntraining_seconds: 300.0\n"
         (lambda log: log.replace("499.6", "0.0"), "953 steps trained on"),
         (lambda log: log.replace("953", "953.5"), "953.5 steps"),
         (lambda log: log.replace("loss 3.14", "loss -3.14"), "negative training loss"),
-        (lambda log: log.replace("val_bpb:          0.98", "val_bpb:          -0.98"), "val_bpb in the summary is no possible number"),
-        (lambda log: log.replace("45060.2", "1e300"), "peak_vram_mb in the summary is no possible number"),
-        (lambda log: log.replace("45060.2", "inf"), "peak_vram_mb in the summary is no possible number"),
+        (lambda log: log.replace("val_bpb:          0.98", "val_bpb:          -0.98"), "val_bpb in the summary is not a possible number"),
+        (lambda log: log.replace("45060.2", "1e300"), "peak_vram_mb in the summary is not a possible number"),
+        (lambda log: log.replace("45060.2", "inf"), "peak_vram_mb in the summary is not a possible number"),
     ],
 )  # fmt: skip
 def test_a_summary_that_contradicts_itself_or_the_rules_is_refused(night, change, needle):

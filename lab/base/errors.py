@@ -18,6 +18,10 @@ class Refused(Stop):
     """Nothing was changed."""
 
 
+class Damaged(Refused):
+    """Nothing can be said of the night before this is repaired."""
+
+
 class Unfinished(Stop):
     """Stopped half-way; the same command completes it."""
 

@@ -6,7 +6,7 @@ to record, the state of the branch decides. No check is made twice: all of them 
 
 from typing import NamedTuple
 
-from lab.base.errors import Stop
+from lab.base.errors import Damaged, Stop
 from lab.loop import checks
 from lab.store import journal, names
 
@@ -34,6 +34,8 @@ def next_step(repo):
         return Step("rerun", refused.why, refused.command)
     except checks.RunInProgress as refused:
         return Step("wait", "", str(refused))
+    except Damaged:
+        raise
     except Stop as refused:
         return Step("first", "", str(refused))
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.base.errors import Refused
+from lab.base.errors import Damaged, Refused
 from lab.base.git import GitError, git
 from lab.store import names
 from lab.store.names import PREFIX
@@ -81,7 +81,7 @@ class Repo:
                 return False
             index = self.ask("rev-parse", "--git-path", "index")
             if index and re.search(r"\bindex\b", f"{error}"):
-                raise Refused(f"git cannot read its index ({error}): rm {index}, then git reset") from None
+                raise Damaged(f"git cannot read its index ({error}): rm {index}, then git reset") from None
             raise
         return True
 
