@@ -8,7 +8,7 @@ however long the night is. It does three things:
 - the doubt: after many failures in a row the tip itself is run again: `doubted`. If its gain over the keep before it
   does not hold, the branch steps back to that one: `holds`.
 - the noise σ is measured by repeats of this night, newer ones counting more, and is never taken for much larger than
-  the spread of the latest results: `noise`.
+  the spread of the latest results: `estimate`.
 
 `Search` is all that the rule knows of a branch. `begin`, `ended`, `remeasured` and `stepped_back` return the next one;
 whoever reads a log replays it through these four. All values are val_bpb, σ too; failures and runs are counts.
@@ -49,11 +49,6 @@ SIMPLER = 0.5  # σ that a simplification may be worse than the best mean on the
 HOPELESS = 2.0  # σ above it: the second run of a simplification would have to be extraordinary
 
 
-class Noise(NamedTuple):
-    sigma: float | None  # None: no commit has run twice with different results
-    dof: float  # degrees of freedom behind it, faded
-
-
 class Bar(NamedTuple):
     keep: float  # a mean below this is kept
     confirm: float  # from `keep` up to here the commit is run again; not above `keep` where nothing is
@@ -84,7 +79,8 @@ class Search(NamedTuple):
 
     line: tuple  # of Commit: the baseline, and the keeps that the branch is made of; the last one is the tip
     squares: float  # squared differences between runs of one commit, faded
-    dof: float
+    dof: float  # how many there are, faded
+    sigma: float | None = None  # as estimated when the tip was last kept or run; None: nothing ran twice
     recent: tuple = ()  # first run less the mean of the tip, of the latest experiments
     experiments: int = 0  # that ended, kept or not; the baseline is none
     repeats: int = 0  # runs of a commit that had run before; the baseline's first ones are none
@@ -120,7 +116,8 @@ def begin(values):
     values = finite(values)
     own = distinct(values)
     squares = sum((v - mean(own)) ** 2 for v in own)
-    return Search((Commit(values),), squares, len(own) - 1, runs=len(values))
+    search = Search((Commit(values),), squares, len(own) - 1, runs=len(values))
+    return search._replace(sigma=estimate(search))
 
 
 def faded(search, squared):
@@ -141,21 +138,21 @@ def ended(search, values, keep, simpler=False, on_tip=True):
         line = (*line, Commit(values, simpler=simpler))
     elif on_tip:
         line = (*line[:-1], tip._replace(failures=tip.failures + 1))
-    return search._replace(
+    search = search._replace(
         line=line, recent=recent, experiments=search.experiments + 1,
         repeats=search.repeats + len(values) - 1, runs=search.runs + len(values),
     )  # fmt: skip
+    return search._replace(sigma=estimate(search)) if keep else search  # no discard moves the number to beat
 
 
 def remeasured(search, value):
     """The tip was run once more."""
     (value,), tip = finite([value]), search.tip
     if value not in tip.values:
-        n, sigma = tip.runs, noise(search).sigma
-        expected = belief(search) if sigma is not None else tip.mean
-        search = faded(search, (value - expected) ** 2 * n / (n + 1))
+        search = faded(search, (value - belief(search)) ** 2 * tip.runs / (tip.runs + 1))
     line = (*search.line[:-1], tip._replace(values=(*tip.values, value)))
-    return search._replace(line=line, repeats=search.repeats + 1, runs=search.runs + 1)
+    search = search._replace(line=line, repeats=search.repeats + 1, runs=search.runs + 1)
+    return search._replace(sigma=estimate(search))
 
 
 def stepped_back(search):
@@ -169,19 +166,19 @@ def stepped_back(search):
 # What it means
 
 
-def noise(search):
-    """σ, the standard deviation between runs of one commit, where the branch is now.
+def estimate(search):
+    """σ, the standard deviation between runs of one commit, where the branch is now; None if nothing ran twice.
 
     It is pooled over repeats, newer ones counting more. It is not taken for larger than the spread of the latest
     results allows: effects only widen that spread, so where the results lie close together σ is small."""
     if search.dof <= 0:
-        return Noise(None, 0)
+        return None
     sigma = math.sqrt(search.squares / search.dof)
     if len(search.recent) == RECENT:
         ordered, half = sorted(search.recent), RECENT // 2
         shortest = min(high - low for low, high in zip(ordered, ordered[half:], strict=False))
         sigma = min(sigma, SPREAD * shortest / SHORTEST_HALF)
-    return Noise(max(sigma, RESOLUTION), search.dof)
+    return max(sigma, RESOLUTION)
 
 
 def belief(search, back=0):
@@ -189,16 +186,14 @@ def belief(search, back=0):
     and is taken for its mean."""
     place = len(search.line) - 1 - back
     commit = search.line[place]
-    sigma = noise(search).sigma
-    if place == 0 or sigma is None:
+    if place == 0 or search.sigma is None:
         return commit.mean
-    return commit.mean + BIAS * sigma / math.sqrt(commit.runs)
+    return commit.mean + BIAS * search.sigma / math.sqrt(commit.runs)
 
 
 def earned(search):
     """What the night has gained over the baseline, in σ; 0 where σ is unknown."""
-    sigma = noise(search).sigma
-    return max(0.0, search.line[0].mean - belief(search)) / sigma if sigma is not None else 0.0
+    return max(0.0, search.line[0].mean - belief(search)) / search.sigma if search.sigma is not None else 0.0
 
 
 def unproven(search):
@@ -221,7 +216,7 @@ def bar(search, runs=1, made=None, simpler=False):
 
     made: all its runs, those with the same result as another included. simpler: the change removes more than it adds,
     and may be SIMPLER σ worse than the best mean of the branch in two runs."""
-    made, sigma, best = made or runs, noise(search).sigma, best_mean(search)
+    made, sigma, best = made or runs, search.sigma, best_mean(search)
     if sigma is None:
         keep = math.nextafter(best, math.inf) if simpler else best  # a simplification may be exactly as good
         return Bar(keep, keep)
@@ -240,7 +235,7 @@ def judge(search, values, simpler=False):
     """The verdict on an experiment with these runs; search: what was known before the first of them."""
     values = finite(values)
     own = distinct(values)
-    middle, sigma = mean(own), noise(search).sigma
+    middle, sigma = mean(own), search.sigma
     limit = bar(search, len(own), len(values), simpler)
     runs = "one run" if len(own) == 1 else f"the mean of {len(own)} runs"
     gain = (belief(search) - middle) / sigma if sigma is not None else None
@@ -265,7 +260,7 @@ def judge_baseline(values):
 def doubted(search):
     """Whether the tip should be run once more now: so many failures in a row say that it was kept for a lucky run."""
     tip = search.tip
-    if noise(search).sigma is None or len(tip.values) >= MOST_TIP_RUNS or not affordable(search):
+    if search.sigma is None or len(tip.values) >= MOST_TIP_RUNS or not affordable(search):
         return False
     patience = FAILURES * math.exp(-UNPROVEN_SOONER * unproven(search))
     patience += FAILURES_RICH * earned(search) / (search.runs + 5)  # 5 runs: no first keep makes a run priceless
@@ -274,7 +269,7 @@ def doubted(search):
 
 def holds(search):
     """Whether the tip, run again, is still a gain over the keep before it. If not, the branch steps back."""
-    tip, sigma = search.tip, noise(search).sigma
+    tip, sigma = search.tip, search.sigma
     if len(search.line) == 1 or sigma is None:
         return True
     if tip.simpler:

@@ -201,10 +201,9 @@ class Rule:
         self.mean, self.count, self.first, self.own = (np.zeros(n) for _ in range(4))
         self.own_squares = np.zeros((n, verdict.MOST_RUNS))
         self.experiments, self.repeats, self.runs = np.zeros(n), np.zeros(n), np.full(n, float(baseline.shape[1]))
+        self.sigma = self.estimate()
 
-    def sigma(self, true):
-        if self.told:
-            return true
+    def estimate(self):
         ordered, half = np.sort(self.recent, 1), verdict.RECENT // 2
         shortest = (ordered[:, half:] - ordered[:, :-half]).min(1)  # nan as long as there are too few
         spread = verdict.SPREAD * shortest / verdict.SHORTEST_HALF
@@ -225,7 +224,7 @@ class Rule:
 
     def step(self, action, x, true):
         rows, tip, repeat, new = self.rows, action == TIP, action == REPEAT, action == NEW
-        sigma = self.sigma(true)
+        sigma = true if self.told else self.sigma
         known = self.belief(self.depth, sigma)
         # the tip again
         n = np.where(tip, self.counts[rows, self.depth], 1)
@@ -261,7 +260,8 @@ class Rule:
         for array, value in [(self.means, self.mean), (self.counts, count), (self.fails, 0)]:
             array[rows, self.depth] = np.where(keep, value, array[rows, self.depth])
         # what follows
-        sigma = self.sigma(true)
+        self.sigma = np.where(tip | keep, self.estimate(), self.sigma)
+        sigma = true if self.told else self.sigma
         gain = self.belief(np.maximum(self.depth - 1, 0), sigma) - self.belief(self.depth, sigma)
         holds = gain >= verdict.HOLD * sigma / np.sqrt(self.counts[rows, self.depth])
         back = tip & (self.depth > 0) & ~holds
