@@ -23,17 +23,18 @@ BASELINE_RUNS = 3  # under three seeds: two degrees of freedom for σ before the
 
 # By random search over the simulated settings (docs/verdict.md), then rounded. In standard errors of the mean of the
 # runs at hand, σ/√runs, where nothing else is said.
-BIAS = 0.9  # a keep was chosen for measuring low (winner's curse): it is believed to be worth its mean plus this
-BAR = 1.12  # what an experiment must gain over what the tip is believed to be worth
+BIAS = 0.95  # a keep was chosen for measuring low (winner's curse): it is believed to be worth its mean plus this
+BAR = 1.15  # what an experiment must gain over what the tip is believed to be worth
 PROOF = 0.5  # what it must gain beyond BAR for each unit of `unproven`; what gains BAR but not this is run again
-PROVEN = 3.2  # σ: once the night has gained this much over the baseline, there are gains to be had
-PATIENCE = 30  # experiments: how soon a night without gains makes the rule stricter
+PROVEN = 3.0  # σ: once the night has gained this much over the baseline, there are gains to be had
+PATIENCE = 20  # experiments: how soon a night without gains makes the rule stricter
 MOST_RUNS = 3  # of one experiment
 HOLD = 0.6  # what the mean of a doubted tip must gain over the keep before it
-FAILURES, FAILURES_RICH = 4.5, 132  # failures in a row before the tip is run again; the second for each σ that a run has
+FAILURES, FAILURES_RICH = 4.0, 130  # failures in a row before the tip is run again; the second for each σ that a run has
 #   earned in the mean of the night: where gains come easily a run is too dear, and the next keep ends the doubt
-UNPROVEN_SOONER = 0.4  # that number of failures shrinks by exp(−this·unproven)
-AGAIN = 1.9  # the n-th repeat of a tip comes n**AGAIN times as late
+EARLY = 20  # runs added to those of the night in that mean: a single early keep does not make runs priceless
+UNPROVEN_SOONER = 0.6  # that number of failures shrinks by exp(−this·unproven)
+AGAIN = 2.0  # the n-th repeat of a tip comes n**AGAIN times as late
 MOST_TIP_RUNS = 8
 REPEATS, FIRST_REPEATS = 0.12, 3  # repeats there may be for each experiment, and how many more
 
@@ -263,7 +264,7 @@ def doubted(search):
     if search.sigma is None or len(tip.values) >= MOST_TIP_RUNS or not affordable(search):
         return False
     patience = FAILURES * math.exp(-UNPROVEN_SOONER * unproven(search))
-    patience += FAILURES_RICH * earned(search) / (search.runs + 5)  # 5 runs: no first keep makes a run priceless
+    patience += FAILURES_RICH * earned(search) / (search.runs + EARLY)
     return tip.failures >= patience * len(tip.values) ** AGAIN
 
 

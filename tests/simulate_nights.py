@@ -269,7 +269,7 @@ class Rule:
         earned, unproven = self.night(sigma)
         count = self.counts[rows, self.depth]
         patience = verdict.FAILURES * np.exp(-verdict.UNPROVEN_SOONER * unproven)
-        patience = patience + verdict.FAILURES_RICH * earned / (self.runs + 5)
+        patience = patience + verdict.FAILURES_RICH * earned / (self.runs + verdict.EARLY)
         doubted = (self.fails[rows, self.depth] >= patience * count**verdict.AGAIN) & (count < verdict.MOST_TIP_RUNS)
         doubted &= self.repeats < verdict.FIRST_REPEATS + verdict.REPEATS * self.experiments
         answer = np.select([back, tip, confirm, keep], [BACK, REMEASURED, CONFIRM, KEEP], DISCARD)
