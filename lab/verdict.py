@@ -226,7 +226,7 @@ def bar(search, runs=1, made=None, simpler=False):
     keep = known - (BAR + PROOF * unproven(search)) * error
     confirm = known - BAR * error if made < MOST_RUNS and affordable(search, made - 1) else keep
     if simpler and made == 1:
-        confirm = max(confirm, best + HOPELESS * sigma)
+        confirm = best + HOPELESS * sigma
     elif simpler:
         keep = max(keep, best + SIMPLER * sigma)
     return Bar(keep, max(keep, confirm))

@@ -437,22 +437,27 @@ def test_a_long_night_without_gains_ends_no_higher_than_a_short_one():
 
 
 def test_where_sigma_falls_the_rule_finds_out():
+    """Nearly as well as where it is told; without the bound by the spread of the results it gains half as much."""
     result = compare(Setting("full", None, "σ falls"), 400, 500, seed=3)
-    assert result["new"]["end"].mean() < 0.9 * result["told"]["end"].mean()
+    assert result["new"]["end"].mean() < 0.75 * result["told"]["end"].mean()
     assert result["new"]["end"].mean() < 2 * result["lower"]["end"].mean()
 
 
 @pytest.mark.slow
-def test_the_whole_table():
-    """Fewer nights than in docs/verdict.md: what a row is short of there it may be short of here, and no row of the six
-    is short of anything else."""
+def test_at_every_length_and_in_every_setting_false_keeps_cost_less_and_repeats_are_few():
+    """The table of docs/verdict.md with fewer nights. What a row there is short of is held by nothing here; the rest,
+    with room for the error of so few nights."""
     for runs in sim.LENGTHS:
         for setting in sim.SETTINGS:
-            result = compare(setting, runs, 300 if runs < 1600 else 100, seed=2)
-            assert not {"runs", "loss"} & set(sim.misses(setting, runs, result)) - ALLOWED, sim.row(setting, runs, result)
-
-
-ALLOWED = set()
+            result = compare(setting, runs, 400 if runs < 1600 else 100, seed=2)
+            new, lower, line = result["new"], result["lower"], sim.row(setting, runs, result)
+            assert runs / new["experiments"].mean() <= 1.2, line
+            if setting.ideas != "zero":
+                assert new["loss"].mean() < 0.8 * lower["loss"].mean(), line
+            if setting.ideas in ("losses", "zero"):
+                assert new["end"].mean() < 2.5e-4 and new["false"].mean() < 1.3 * runs / 100, line
+            if setting.ideas == "dry":
+                assert new["end"].mean() < 0.95 * new["turn"].mean(), line
 
 
 def test_a_simulated_night_is_as_many_runs_for_every_rule():
