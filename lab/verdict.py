@@ -30,8 +30,9 @@ PROVEN = 3.0  # σ: once the night has gained this much over the baseline, there
 PATIENCE = 20  # experiments: how soon a night without gains makes the rule stricter
 MOST_RUNS = 3  # of one experiment
 HOLD = 0.6  # what the mean of a doubted tip must gain over the keep before it
-FAILURES, FAILURES_RICH = 4.0, 130  # failures in a row before the tip is run again; the second for each σ that a run has
-#   earned in the mean of the night: where gains come easily a run is too dear, and the next keep ends the doubt
+FAILURES = 4.0  # in a row before the tip is run again
+FAILURES_RICH = 130  # and so many more for each σ that a run has earned in the mean of the night: where gains come
+#   easily a run is too dear, and the next keep ends the doubt
 EARLY = 20  # runs added to those of the night in that mean: a single early keep does not make runs priceless
 UNPROVEN_SOONER = 0.6  # that number of failures shrinks by exp(−this·unproven)
 AGAIN = 2.0  # the n-th repeat of a tip comes n**AGAIN times as late

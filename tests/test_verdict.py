@@ -89,7 +89,7 @@ def test_a_kept_value_is_believed_less_the_fewer_its_runs():
     kept = ended(begin(BASELINE), [0.99], keep=True)._replace(sigma=SIGMA)
     assert belief(kept) == pytest.approx(0.99 + verdict.BIAS * SIGMA)
     assert belief(kept, back=1) == pytest.approx(1.0)
-    assert bar(kept).keep == pytest.approx(0.99 + (verdict.BIAS - verdict.BAR) * SIGMA)  # more is proven than verdict.PROVEN
+    assert bar(kept).keep == pytest.approx(0.99 + (verdict.BIAS - verdict.BAR) * SIGMA)
     twice = remeasured(kept, 0.991)._replace(sigma=SIGMA)
     assert belief(twice) == pytest.approx(0.9905 + verdict.BIAS * SIGMA / math.sqrt(2))
 
