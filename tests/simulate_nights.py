@@ -1,6 +1,6 @@
 """Simulated nights: what the verdict's rule is worth against "lower wins" and against the rule it replaced.
 
-    uv run python tests/simulate_nights.py                          the tables of docs/verdict.md (about ten minutes)
+    uv run python tests/simulate_nights.py                          the table of docs/verdict.md (about 20 minutes)
     uv run python tests/simulate_nights.py --nights 300             rougher ones
     uv run python tests/simulate_nights.py --runs 100 --only full   some of the rows
     uv run python tests/simulate_nights.py --set BAR=1.3            with another constant of lab/verdict.py
