@@ -147,12 +147,14 @@ def ended(search, values, keep, simpler=False, on_tip=True):
     return search._replace(sigma=estimate(search)) if keep else search  # no discard moves the number to beat
 
 
-def remeasured(search, value):
-    """The tip was run once more."""
-    (value,), tip = finite([value]), search.tip
-    if value not in tip.values:
-        search = faded(search, (value - belief(search)) ** 2 * tip.runs / (tip.runs + 1))
-    line = (*search.line[:-1], tip._replace(values=(*tip.values, value)))
+def remeasured(search, value, back=0):
+    """The tip was run once more, or the commit so many keeps before it."""
+    (value,), place = finite([value]), len(search.line) - 1 - back
+    commit = search.line[place]
+    if value not in commit.values:
+        search = faded(search, (value - belief(search, back)) ** 2 * commit.runs / (commit.runs + 1))
+    again = commit._replace(values=(*commit.values, value))
+    line = (*search.line[:place], again, *search.line[place + 1 :])
     search = search._replace(line=line, repeats=search.repeats + 1, runs=search.runs + 1)
     return search._replace(sigma=estimate(search))
 

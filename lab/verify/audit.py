@@ -171,7 +171,7 @@ def run(args):
         rows.append(examine(top, record, args, known))
     if sys.stdout.isatty():
         print(f"\r{'':30}\r", end="")
-    sigma = history.noise().sigma
+    sigma = history.sigma
     compare(rows, sigma)
     print(table(rows))
     flagged = [row for row in rows if row["flags"]]
