@@ -13,7 +13,7 @@ import unicodedata
 import zipfile
 
 import pytest
-from fakenight import CLOSE, ROOT, FakeNight
+from fakenight import ROOT, FakeNight
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -515,7 +515,7 @@ def test_on_another_branch_an_interrupted_record_is_not_touched(night):
 def test_the_fakes_close_call_is_one(template, tmp_path):
     night = FakeNight(tmp_path / "fresh")
     night.baseline()
-    assert night.experiment("close", CLOSE)[1].verdict == "confirm"
+    night.close_call()
     assert ROOT.is_dir()
 
 

@@ -46,6 +46,11 @@ class Experiment:
         return self.status == "keep" and self.val_bpb is not None
 
     @property
+    def given_up(self):
+        """Why the branch stepped back from it, if it was kept at first; None otherwise."""
+        return next((r["why"] for r in self.runs if r.get("given_up") and r["row"] and r["verdict"] == "discard"), None)
+
+    @property
     def training_minutes(self):
         """Of all its complete runs; None if runs.jsonl has none."""
         seconds = [r["summary"]["training_seconds"] for r in self.runs if r["summary"]]
@@ -148,7 +153,7 @@ class Night:
     @property
     def given_up(self):
         """Records of the keeps that the branch stepped back from, in the order of their rows."""
-        return [r for r in self.rows if r.get("given_up")]
+        return [r for r in self.rows if r.get("given_up") and r["verdict"] == "discard"]
 
     @cached_property
     def estimates(self):

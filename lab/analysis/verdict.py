@@ -244,6 +244,10 @@ def judge(search, values, simpler=False):
     runs = "one run" if len(own) == 1 else f"the mean of {len(own)} runs"
     gain = (belief(search) - middle) / sigma if sigma is not None else None
     why = f"{runs} must be below {limit.keep:.6f}"
+    if simpler and len(values) > 1 and sigma is not None:
+        why = f"as it is simpler, {why}, {SIMPLER}σ above the lowest mean on the branch"
+    elif simpler and sigma is not None:
+        why = f"as it is simpler, a second run decides, unless the first is below {limit.keep:.6f}"
     if sigma is None:
         why += ": plain comparison, as σ is not known: no commit ran twice"
     if middle < limit.keep:

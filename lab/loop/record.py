@@ -101,8 +101,6 @@ def judge(case, history, record):
         elif judged.status == "discard" and len(runs) == 1:
             judged = doubt_the_machine(search, judged, record)
     record.update(verdict=judged.status, gain=judged.gain, why=judged.why)
-    search = Night(records=[*history.records, record]).search
-    record.update(sigma=search.sigma, dof=round(search.dof))
 
 
 def judge_again(history, record):
@@ -177,6 +175,8 @@ def make_plan(case, args):
         given_up, restore = step_back(history, record)
         changed += [given_up] * bool(given_up) + [record]
         history = Night(records=runs_jsonl.merged(history.records, changed))
+        if record["summary"]:  # as the rule knows it now, this run included
+            record.update(sigma=history.sigma, dof=round(history.search.dof))
     undone = record["verdict"] in ("discard", "crash")
     best = history.best_record
     return {
