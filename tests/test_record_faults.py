@@ -362,7 +362,7 @@ def test_a_lock_that_a_living_git_holds_is_waited_for(night):
 KILL_AT = """
 import os, sys
 n, count, died = int(sys.argv.pop(1)), 0, os._exit
-GIT = {"fast-import", "update-ref", "read-tree", "update-index", "write-tree", "hash-object", "reset", "checkout"}
+GIT = {"fast-import", "update-ref", "read-tree", "update-index", "write-tree", "commit-tree", "hash-object", "reset", "checkout"}
 def changes(event, args):
     if event == "open":
         return isinstance(args[0], str) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
@@ -404,10 +404,15 @@ def scenario(night, name):
         assert night.recorded("waits", "--simpler").verdict == "confirm"
         night.git("reset", "-q", "--keep", "HEAD^")
         ready(night)
+    elif name == "step back":
+        ready(night, 0.9872)
+        night.recorded("lucky")
+        night.human_commits("on top")
+        night.run(1.0, seed=43)
     return ["record", "idea"]
 
 
-SCENARIOS = ["keep", "discard under a human's commit", "crash", "close a commit that waits, and keep"]
+SCENARIOS = ["keep", "discard under a human's commit", "crash", "close a commit that waits, and keep", "step back"]
 
 
 def what_is_left(night):
