@@ -247,12 +247,14 @@ def judge(search, values, simpler=False):
     if simpler and len(values) > 1 and sigma is not None:
         why = f"as it is simpler, {why}, {SIMPLER}σ above the lowest mean on the branch"
     elif simpler and sigma is not None:
-        why = f"as it is simpler, a second run decides, unless the first is below {limit.keep:.6f}"
+        why = f"as it is simpler, a second run decides unless the first is below {limit.keep:.6f} or above {limit.confirm:.6f}"
     if sigma is None:
         why += ": plain comparison, as σ is not known: no commit ran twice"
     if middle < limit.keep:
         return Verdict("keep", gain, why)
     if middle < limit.confirm:
+        if simpler:
+            return Verdict("confirm", gain, why)
         return Verdict("confirm", gain, f"{why}, and is run again below {limit.confirm:.6f}")
     return Verdict("discard", gain, why)
 

@@ -68,7 +68,7 @@ def on_the_branch(repo):
     if night.doubted and code == night.tip["code"]:
         return Step("doubt", doubt(night), run)
     if not place.edits or (latest and latest["verdict"] == "keep"):
-        return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {run}")
+        return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {checks.run_command(repo.top)}")
     if latest:
         tried = next((r["row"] for r in night.rows if r["code"] == code), 0)
         return Step("undo", f"{head} was tried already (row {tried:04d})", f"git reset --keep {place.base}")

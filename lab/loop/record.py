@@ -141,7 +141,7 @@ def step_back(history, record):
     *_, before, tip = history.replayed[1]
     why = f"{record['n']} runs did not confirm its gain, so the branch stepped back to row {before['row']:04d}"
     given_up = {**tip, "verdict": "discard", "given_up": record["run_id"], "why": why}
-    given_up |= {"mean": record["mean"], "n": record["n"]}
+    given_up |= {"mean": record["mean"], "n": record["n"], "gain": None}
     message = f"back to {before['short']}: {before['description']}"
     return given_up, {"from": tip["blob"], "to": before["blob"], "message": message}
 
