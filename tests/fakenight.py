@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = "# line {0}\nLR = 0.04\nDEPTH = 8\nWIDTH = 512\n"
-CLOSE = 0.9978  # against the baseline of FakeNight.baseline(): 1.1σ better, as near to the bar as can be
+CLOSE = 0.99768  # is run again after FakeNight.baseline() and one failure: below 0.99765 it would be kept, above 0.9977 not
 SUMMARY = """\
 ---
 val_bpb:          {val_bpb:.6f}
@@ -167,6 +167,18 @@ class FakeNight:
         self.run(val_bpb, **run)
         return commit, self.recorded(description, *args)
 
+    def fails(self, times=1):
+        """So many experiments that are far from a gain."""
+        for i in range(times):
+            assert self.experiment(f"in vain {i}", 1.02 + 0.01 * i)[1].verdict == "discard"
+
+    def close_call(self, description="close", **run):
+        """A failure, which makes the rule stricter, and an experiment that is run again; its commit and the result."""
+        self.fails()
+        commit, result = self.experiment(description, CLOSE, **run)
+        assert result.verdict == "confirm", result.out
+        return commit, result
+
     # --- what is there ---
 
     def rows(self):
@@ -217,7 +229,7 @@ class FakeNight:
             self.git("show", "--quiet", row[0])
         numbered = [r for r in self.records() if r["row"]]
         assert sorted(r["row"] for r in numbered) == list(range(1, len(rows) + 1))
-        expected = {f"{r['row']:04d}-{r['short']}" for r in numbered if r["verdict"] == "keep"}
+        expected = {f"{r['row']:04d}-{r['short']}" for r in numbered if r["verdict"] == "keep" or r.get("given_up")}
         assert {name for name in self.archives()} == expected
         assert not (self.path / ".lab" / "journal.json").exists()
         assert not list((self.path / ".lab").glob("*.tmp"))

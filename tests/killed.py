@@ -79,7 +79,8 @@ if [ "$1" = train.py ]; then exec {python} {place}/training.py; fi
 exec {python} "$@"
 """
 PLAN = [
-    ["close, and does not hold", "# effect: -0.0022\n# under 43: 0.003", ""],
+    ["a loss", "# effect: 0.03", ""],
+    ["close, and does not hold", "# effect: -0.00232\n# under 43: 0.003", ""],
     ["a gain", "# effect: -0.03", ""],
     ["explodes", "# crash", ""],
 ]

@@ -221,6 +221,13 @@ def test_what_a_dead_agent_left_for_longer_is_ended(tree):
 # --- the end ------------------------------------------------------------------
 
 
+def test_the_agent_is_told_when_the_night_ends(tree):
+    began = time.time()
+    status, _ = tree.through(f"echo $AUTORESEARCH_NIGHT_ENDS >> ends; {RECORD}; sleep 0.2", hours=0.4)
+    ends = [float(line) for line in tree.read("ends").split()]
+    assert status == 0 and began + 1000 <= ends[0] <= time.time() + 1440  # of 1440 s, which pass a thousand times as fast
+
+
 def test_a_training_in_progress_when_the_hours_are_over_ends_and_is_recorded(tree):
     agent = f"{sys.executable} train.py 2 > run.log 2>&1; sleep 0.3; {RECORD}; echo x >> ended; sleep 900"
     status, log = tree.through(agent, hours=0.05, speed=100)  # 1.8 s

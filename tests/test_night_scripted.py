@@ -130,8 +130,9 @@ def test_a_scripted_night(tree):
 
     # the baseline, then what the verdict makes of close and clear cases
     assert verdict(agent.baseline()) == "keep"
-    tried("close, and does not hold", "# effect: -0.0022\n# under 43: 0.003", expect="discard")
-    tried("close, and holds", "# effect: -0.0022\n# under 43: -0.002", expect="keep")
+    tried("a loss at first", "# effect: 0.02", expect="discard")
+    tried("close, and does not hold", "# effect: -0.00232\n# under 43: 0.003", expect="discard")
+    tried("close, and holds", "# effect: -0.0024\n# under 43: -0.004", expect="keep")
     tried("equal", "# effect: 0", expect="discard")
     tried("a loss", "# effect: 0.03", expect="discard")
     tried("a gain", "# effect: -0.03", expect="keep")
@@ -199,11 +200,11 @@ def test_a_scripted_night(tree):
     chain = ["one more gain", "human: program", "less code", "preempted first", "a gain", "close, and holds", "start"]
     rows, records = check_night(tree, agent, chain)
     assert [row[3] for row in rows] == (
-        ["keep", "discard", "keep", "discard", "discard", "keep", *["crash"] * 4, "keep", "keep", "keep"]
+        ["keep", "discard", "discard", "keep", "discard", "discard", "keep", *["crash"] * 4, "keep", "keep", "keep"]
     )
     assert len(records) == len(rows) + 2 + 1 + 1 + 1  # repeats: baseline, two close calls, the simplification
     assert (tree / "program.md").read_text().endswith("half a sentence of the human")
-    assert os.readlink(tree / "runs" / "best") == f"0013-{rows[-1][0]}"
+    assert os.readlink(tree / "runs" / "best") == f"0014-{rows[-1][0]}"
 
 
 def test_a_night_kept_by_lab_night_whose_agent_dies_three_times(tree, tmp_path):

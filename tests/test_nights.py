@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakenight import CLOSE, ROOT, FakeNight
+from fakenight import ROOT, FakeNight
 
 from lab.analysis.history import read_night
 from lab.base.errors import Refused
@@ -212,10 +212,10 @@ def test_only_crashes_have_no_baseline(tmp_path):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """A night by lab record itself: baseline of three runs, a close call of two, a keep, a crash."""
+    """A night by lab record itself: baseline of three runs, a discard, a close call of two, a keep, a crash."""
     night = FakeNight(tmp_path_factory.mktemp("recorded") / "tree")
     night.baseline()
-    night.experiment("close", CLOSE, seconds=150.0)
+    night.close_call(seconds=150.0)
     night.run(1.001, seed=43, seconds=150.0)
     night.recorded()
     night.experiment("wider", 0.99)
@@ -230,6 +230,7 @@ def test_each_row_has_its_own_runs_in_order_and_its_archive(recorded):
     night = read_night(recorded.path)
     assert [(e.status, len(e.runs)) for e in night.experiments] == [
         ("keep", 3),
+        ("discard", 1),
         ("discard", 2),
         ("keep", 1),
         ("crash", 1),
@@ -237,9 +238,9 @@ def test_each_row_has_its_own_runs_in_order_and_its_archive(recorded):
     assert [r["header"]["seed"] for r in night.experiments[0].runs] == [42, 43, 44]
     assert [r["summary"]["val_bpb"] for r in night.experiments[0].runs] == [1.0, 1.002, 0.998]
     assert all(r["commit"].startswith(e.commit) for e in night.experiments for r in e.runs)
-    first, third = recorded.archives()
-    assert [e.archive and e.archive.name for e in night.experiments] == [first, None, third, None]
-    assert [e.training_minutes for e in night.experiments] == [15, 5, 5, None]
+    first, fourth = recorded.archives()
+    assert [e.archive and e.archive.name for e in night.experiments] == [first, None, None, fourth, None]
+    assert [e.training_minutes for e in night.experiments] == [15, 5, 5, 5, None]
     assert night.notes == ()
 
 
@@ -250,7 +251,7 @@ def test_sigma_is_the_one_that_record_judged_by(recorded):
 def test_nothing_is_written_and_git_is_not_asked(recorded, monkeypatch):
     before = recorded.state(), sorted(recorded.path.rglob("*"))
     monkeypatch.setenv("PATH", "")
-    assert len(read_night(recorded.path).experiments) == 4
+    assert len(read_night(recorded.path).experiments) == 5
     monkeypatch.undo()
     assert (recorded.state(), sorted(recorded.path.rglob("*"))) == before
 
@@ -270,7 +271,7 @@ def lines(records):
 
 def test_runs_an_hour_count_repeats(recorded, tmp_path):
     night = night_of(tmp_path, recorded.read("results.tsv"), runs_jsonl=lines(spread(recorded.records(), 9)))
-    assert night.runs_per_hour == pytest.approx(7 / 1.0)
+    assert night.runs_per_hour == pytest.approx(8 / (7 * 9 + 6) * 60)
 
 
 def test_damaged_lines_of_runs_jsonl_are_told_and_the_others_count(recorded, tmp_path):
@@ -281,7 +282,7 @@ def test_damaged_lines_of_runs_jsonl_are_told_and_the_others_count(recorded, tmp
     text = lines(good) + lines(bad) + "{cut in the mid\n" + '{"last line, cut sho'
     night = night_of(tmp_path, recorded.read("results.tsv"), runs_jsonl=text)
     assert night.notes == ("runs.jsonl: 6 lines are no record of a run; left out",)
-    assert [len(e.runs) for e in night.experiments] == [3, 2, 1, 1]
+    assert [len(e.runs) for e in night.experiments] == [3, 1, 2, 1, 1]
 
 
 def test_another_tags_records_and_another_nights_are_left_aside(recorded, tmp_path):
@@ -297,7 +298,7 @@ def test_another_tags_records_and_another_nights_are_left_aside(recorded, tmp_pa
 def test_a_runs_jsonl_that_cannot_be_read_costs_the_noise_only(recorded, tmp_path):
     (tmp_path / "runs.jsonl").mkdir()
     night = night_of(tmp_path, recorded.read("results.tsv"))
-    assert len(night.experiments) == 4 and night.sigma is None and "runs.jsonl" in night.notes[0]
+    assert len(night.experiments) == 5 and night.sigma is None and "runs.jsonl" in night.notes[0]
 
 
 def test_a_commit_name_from_a_table_reaches_no_other_folder(tmp_path):
@@ -310,7 +311,7 @@ def test_a_commit_name_from_a_table_reaches_no_other_folder(tmp_path):
 def test_the_same_commit_in_two_rows_shares_no_runs(recorded, tmp_path):
     first, *others = recorded.read("results.tsv").splitlines()[1:]
     night = night_of(tmp_path, HEADER + "\n".join([first, *others, first]) + "\n", runs_jsonl=lines(recorded.records()))
-    assert [len(e.runs) for e in night.experiments] == [1, 2, 1, 1, 0]
+    assert [len(e.runs) for e in night.experiments] == [1, 1, 2, 1, 1, 0]
 
 
 def test_reading_a_night_loads_nothing_heavy():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from fakenight import CLOSE, ROOT, FakeNight
+from fakenight import ROOT, FakeNight
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -62,7 +62,7 @@ def recorded(folder):
     """This project's kind, by lab record itself: a night with runs.jsonl, of which a run began every 9 minutes."""
     night = FakeNight(folder)
     night.baseline()
-    night.experiment("a close call", CLOSE, seconds=150.0)
+    night.close_call("a close call", seconds=150.0)
     night.run(1.001, seed=43, seconds=150.0)
     night.recorded()
     night.experiment("wider", 0.99)
@@ -149,7 +149,7 @@ def test_a_recorded_night_is_told_with_its_noise_and_its_time(shown):
     _, out = shown["recorded"]
     lines = out.text["load"].splitlines()
     assert lines[:3] == [
-        "4 experiments: 2 keep, 1 discard, 1 crash",
+        "5 experiments: 2 keep, 2 discard, 1 crash",
         "kept: 1 of 3 after the baseline (33%)",
         "baseline: 1.000000 (row 1, the first that is not a crash)",
     ]
@@ -158,14 +158,14 @@ def test_a_recorded_night_is_told_with_its_noise_and_its_time(shown):
     assert out.text["gains-table"].splitlines()[0] == "1 gain over the best before"
     head, _, row = out.text["gains-table"].splitlines()[1:]
     assert head.split() == ["commit", "val_bpb", "gain", "in", "σ", "description"]
-    assert row.split()[0] == "3" and row.split()[2:4] == ["0.99", "0.01"] and row.endswith("wider")
+    assert row.split()[0] == "4" and row.split()[2:4] == ["0.99", "0.01"] and row.endswith("wider")
     assert out.text["effort-table"].splitlines()[0] == (
         "1 gain, each at the cost of 2.0 experiments and 10 minutes of training; 1 experiment since the last"
     )
     assert out.text["effort-table"].splitlines()[3].split() == ["3", "2", "10", "0.01", "wider"]
-    # 7 runs from 0:00 to 1:00; 4 of them of five minutes and 2 of half of that
+    # 8 runs from 0:00 to 1:09; 5 of them of five minutes and 2 of half of that
     assert out.text["pace-line"].strip() == (
-        "4.0 experiments an hour: 4 experiments in 7 runs and 1.00 hours, of which 42% was training"
+        "4.3 experiments an hour: 5 experiments in 8 runs and 1.15 hours, of which 43% was training"
     )
 
 
@@ -240,7 +240,7 @@ def test_a_recorded_night_has_its_runs_in_the_frame_and_an_estimate_of_its_best(
     recorded(tmp_path / "tree")
     night = notebook.load(tmp_path / "tree")
     frame = notebook.experiments(night)
-    assert list(frame.runs) == [3, 2, 1, 1] and list(frame.minutes[:3]) == [15.0, 5.0, 5.0]
+    assert list(frame.runs) == [3, 1, 2, 1, 1] and list(frame.minutes[:4]) == [15.0, 5.0, 5.0, 5.0]
     assert night.by_estimate and "lowest kept value" not in notebook.outcomes(night)
 
 

@@ -35,8 +35,8 @@ def undisturbed(tmp_path_factory):
     finally:
         night.kill()
     outcome = night.outcome()
-    assert [row[1] for row in outcome["rows"]] == ["keep", "discard", "keep", "crash"]
-    assert outcome["sigma"] and len(outcome["runs"]) == 3 + 2 + 2 and outcome["best"] == "0003"
+    assert [row[1] for row in outcome["rows"]] == ["keep", "discard", "discard", "keep", "crash"]
+    assert outcome["sigma"] and len(outcome["runs"]) == 3 + 1 + 2 + 2 and outcome["best"] == "0004"
     return outcome, len((night.place / "calls").read_text().splitlines())
 
 

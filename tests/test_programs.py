@@ -34,6 +34,7 @@ HARM = [
     "git checkout -b autoresearch/x -f", "git switch -c autoresearch/x --discard-changes", "git checkout program.md",
     "git checkout main", "git restore program.md", "git stash", "git add -A", "git add prepare.py", "git commit -am x",
     "git commit -m x prepare.py", "git commit --amend -m x train.py", "git commit -m x --amend train.py",
+    "git show HEAD^ | git apply", "git apply x.patch", "git apply --include=train.py x.patch --include=*",
     "git diff --output=prepare.py", "git log --output prepare.py", "git -c core.pager=sh log", "git config a.b c",
     "uv add numpy", "uv sync", "uv pip install x", "pip install x", "uv run python -c pass", "uv run prepare.py --num-shards 3",
     "uv run -m lab night --agent x", "uv run -m lab sample --output prepare.py", "uv run -m lab sandbox -- sh -c true",

@@ -85,16 +85,15 @@ def test_a_discard_undoes_the_commit_and_keeps_it_to_be_looked_at(begun):
 @pytest.mark.parametrize("second, expected", [(0.995, "keep"), (1.001, "discard")])
 def test_a_close_call_is_run_again_under_a_new_seed_and_the_mean_decides(begun, second, expected):
     base = begun.head()
-    commit, first = begun.experiment("close", CLOSE)
-    assert first.verdict == "confirm"
+    commit, first = begun.close_call()
     assert next_command(first) == "next: AUTORESEARCH_SEED=43 uv run train.py > run.log 2>&1"
-    assert begun.head() == commit and len(begun.rows()) == 1
-    assert [line.split()[0].rpartition("/")[2] for line in begun.refs().splitlines()] == ["0001", "log"]
+    assert begun.head() == commit and len(begun.rows()) == 2
+    assert [line.split()[0].rpartition("/")[2] for line in begun.refs().splitlines()] == ["0001", "0002", "log"]
     begun.run(second, seed=43)
     last = begun.recorded()
     assert last.verdict == expected
     assert begun.head() == (commit if expected == "keep" else base)
-    assert begun.rows()[1:] == [[commit[:7], f"{(CLOSE + second) / 2:.6f}", "44.0", expected, "close"]]
+    assert begun.rows()[2:] == [[commit[:7], f"{(CLOSE + second) / 2:.6f}", "44.0", expected, "close"]]
     record = begun.records()[-1]
     assert record["n"] == 2 and record["dof"] == 3 and record["parent"] == base
     begun.check()
@@ -102,32 +101,31 @@ def test_a_close_call_is_run_again_under_a_new_seed_and_the_mean_decides(begun, 
 
 def test_recording_another_commit_closes_one_that_waits_as_a_discard(begun):
     base = begun.head()
-    waiting, _ = begun.experiment("close", CLOSE)
+    waiting, _ = begun.close_call()
     begun.git("reset", "-q", "--keep", base)
     commit, result = begun.experiment("good", 0.99)
-    assert result.verdict == "keep" and f"closed: row 0002 {waiting[:7]} is a discard" in result.out
-    assert [row[3:] for row in begun.rows()] == [["keep", "baseline"], ["discard", "close"], ["keep", "good"]]
+    assert result.verdict == "keep" and f"closed: row 0003 {waiting[:7]} is a discard" in result.out
+    assert [row[3:] for row in begun.rows()] == [["keep", "baseline"], ["discard", "in vain 0"], ["discard", "close"], ["keep", "good"]]
     assert begun.chain() == ["good", "start"]
     begun.check()
 
 
 def test_an_experiment_on_top_of_one_that_waits_is_judged_and_undone_with_it(begun):
     base = begun.head()
-    begun.experiment("close", CLOSE)
+    begun.close_call()
     _, result = begun.experiment("worse on top", 1.01)
     assert result.verdict == "discard" and begun.head() == base
-    assert [row[3] for row in begun.rows()] == ["keep", "discard", "discard"]
+    assert [row[3] for row in begun.rows()] == ["keep", "discard", "discard", "discard"]
     begun.check()
 
 
 def test_a_commit_that_waits_can_be_given_up_without_its_repeat(begun):
     base = begun.head()
-    commit, first = begun.experiment("close", CLOSE)
-    assert first.verdict == "confirm"
+    commit, _ = begun.close_call()
     result = begun.recorded("--discard")
     assert result.verdict == "discard" and begun.head() == base
-    assert begun.rows()[-1] == [commit[:7], "0.997800", "44.0", "discard", "close"]
-    assert len(begun.records()) == 4
+    assert begun.rows()[-1] == [commit[:7], "0.997680", "44.0", "discard", "close"]
+    assert len(begun.records()) == 5
     begun.check()
 
 
@@ -259,18 +257,19 @@ def test_the_same_code_in_another_commit_is_the_same_experiment(begun):
 
 
 def test_a_repeat_at_another_speed_is_said_to_be_the_machines_doing(begun):
-    begun.experiment("close", CLOSE)
+    begun.close_call()
     begun.run(CLOSE, seed=43, steps=900)
     assert "5.6% slower than this code's first run: that is the machine's doing" in begun.recorded().out
 
 
 def test_the_commands_it_prints_are_those_of_program_md(begun):
     begun.human_commits("Run it: `uv run -m lab sandbox > run.log 2>&1`\n")
-    _, result = begun.experiment("close", CLOSE)
+    _, result = begun.close_call()
     assert next_command(result) == "next: AUTORESEARCH_SEED=43 uv run -m lab sandbox > run.log 2>&1"
 
 
 def test_what_it_prints_is_short(begun):
+    begun.fails()
     for value in (CLOSE, 1.01, 0.99):
         _, result = begun.experiment("a long description " * 20, value)
         assert len(result.out) + len(result.err) <= 1000
@@ -407,7 +406,7 @@ def test_a_run_is_recorded_once(begun):
 
 
 def test_a_repeat_under_a_used_seed_is_refused(begun):
-    begun.experiment("close", CLOSE)
+    begun.close_call()
     begun.run(0.99)
     assert "AUTORESEARCH_SEED=43 uv run train.py" in begun.refused()
 

@@ -13,7 +13,7 @@ import unicodedata
 import zipfile
 
 import pytest
-from fakenight import CLOSE, ROOT, FakeNight
+from fakenight import ROOT, FakeNight
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -363,7 +363,7 @@ def test_a_lock_that_a_living_git_holds_is_waited_for(night):
 KILL_AT = """
 import os, sys
 n, count, died = int(sys.argv.pop(1)), 0, os._exit
-GIT = {"fast-import", "update-ref", "read-tree", "update-index", "write-tree", "hash-object", "reset", "checkout"}
+GIT = {"fast-import", "update-ref", "read-tree", "update-index", "write-tree", "commit-tree", "hash-object", "reset", "checkout"}
 def changes(event, args):
     if event == "open":
         return isinstance(args[0], str) and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
@@ -405,10 +405,15 @@ def scenario(night, name):
         assert night.recorded("waits", "--simpler").verdict == "confirm"
         night.git("reset", "-q", "--keep", "HEAD^")
         ready(night)
+    elif name == "step back":
+        ready(night, 0.9872)
+        night.recorded("lucky")
+        night.human_commits("on top")
+        night.run(1.0, seed=43)
     return ["record", "idea"]
 
 
-SCENARIOS = ["keep", "discard under a human's commit", "crash", "close a commit that waits, and keep"]
+SCENARIOS = ["keep", "discard under a human's commit", "crash", "close a commit that waits, and keep", "step back"]
 
 
 def what_is_left(night):
@@ -516,7 +521,7 @@ def test_on_another_branch_an_interrupted_record_is_not_touched(night):
 def test_the_fakes_close_call_is_one(template, tmp_path):
     night = FakeNight(tmp_path / "fresh")
     night.baseline()
-    assert night.experiment("close", CLOSE)[1].verdict == "confirm"
+    night.close_call()
     assert ROOT.is_dir()
 
 

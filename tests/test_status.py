@@ -61,6 +61,10 @@ def test_each_step_of_an_experiment_is_followed_by_the_next(begun):
     assert "the last run was killed" in status(begun)[1]
     begun.run(tail="FAIL: loss is nan\n")
     assert "is over and not recorded" in status(begun)[1]
+    begun.recorded("explodes")
+    begun.fails()
+    begun.change_train()
+    commit = begun.commit("idea")
     begun.run(CLOSE)
     assert f'the run of {commit[:7]} is over and not recorded: uv run -m lab record "what this tried"' in status(begun)[1]
     begun.recorded("idea")
@@ -152,6 +156,7 @@ def test_an_idea_before_the_baseline_is_sent_back_before_it_runs(tmp_path):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_repeat_that_was_killed_is_run_again_under_a_new_seed(begun, kept):
+    begun.fails()
     begun.experiment("idea", 0.99 if kept else CLOSE)
     begun.run(tail="", seed=43)
     again = f"AUTORESEARCH_SEED=43 {RUN}"
@@ -174,6 +179,7 @@ def test_a_crash_of_the_baseline_is_mended_first(tmp_path):
 
 @pytest.mark.parametrize("value, verdict", [(0.99, "keep"), (1.02, "discard"), (CLOSE, "confirm"), (None, "crash")])
 def test_record_ends_with_what_status_says(begun, value, verdict):
+    begun.fails()
     tail = {"tail": "FAIL: loss is nan\n"} if value is None else {}
     _, result = begun.experiment("idea", value, **tail)
     said = result.out.rpartition("next: ")[2].strip().removeprefix("train.py is as it was before this experiment. ")

@@ -6,9 +6,12 @@
 Lower val_bpb is better. A crash is missing data: its 0.000000 is never a value. Runs of the same train.py (`code`, its
 sha256) belong together, whatever commit they came in.
 
-The best is the kept experiment with the lowest estimated true val_bpb (lab.analysis.verdict), which is not always the
-one with the lowest number: a `--simpler` keep may be a little worse, and a low value that nothing came near was probably
-chosen for its noise. A table without records can only have its lowest kept value; by_estimate says which it is.
+Night.search is the night as the rule knows it (lab.analysis.verdict): its records, replayed in their order. Verdicts
+that were recorded count as they are, whichever rule they came from.
+
+The best is the kept experiment that the rule believes to be worth the least val_bpb. That is the tip of the branch, or,
+if a `--simpler` keep is a little worse, the keep before it; it is not always the one with the lowest number, as a single
+run may have measured too low. A table without records can only have its lowest kept value; by_estimate says which it is.
 """
 
 import re
@@ -17,10 +20,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from lab.analysis import verdict
 from lab.store import names, results_tsv, runs_jsonl
 
+SLOWED = 0.03  # a run that something other than its code slowed by more is no fair measurement of the code
+PACE = 10  # runs: what an experiment costs in time is taken from the latest ones, as an edit may change it
 LOWEST = "the lowest kept value, as runs.jsonl has no records to estimate it from"  # what a best is if not by_estimate
 
 
@@ -38,6 +44,11 @@ class Experiment:
     @property
     def kept(self):
         return self.status == "keep" and self.val_bpb is not None
+
+    @property
+    def given_up(self):
+        """Why the branch stepped back from it, if it was kept at first; None otherwise."""
+        return next((r["why"] for r in self.runs if r.get("given_up") and r["row"] and r["verdict"] == "discard"), None)
 
     @property
     def training_minutes(self):
@@ -58,10 +69,10 @@ class Night:
         self.baseline_record = next((r for r in self.records if r["baseline"] and r["summary"]), None)
         self.kept = [r for r in self.records if r["verdict"] == "keep" and r["row"]]
         self.rows = sorted((r for r in self.records if r["row"]), key=lambda r: r["row"])
-        self.complete = [r for r in self.records if r["summary"]]
         self.by_code = {}
-        for r in self.complete:
-            self.by_code.setdefault(r["code"], []).append(r)
+        for r in self.records:
+            if r["summary"]:
+                self.by_code.setdefault(r["code"], []).append(r)
         self.experiments = tuple(self.from_records() if experiments is None else experiments)
 
     def from_records(self):
@@ -111,36 +122,44 @@ class Night:
         latest = {r["code"]: r for r in self.records}
         return next((r for r in latest.values() if r["verdict"] == "confirm"), None)
 
-    # --- noise and estimates ---
-
-    def noise(self):
-        if not self.baseline_record:
-            return verdict.Noise(None, 0)
-        others = [self.values(code) for code in self.by_code if not self.is_baseline(code)]
-        return verdict.noise(self.values(self.baseline_record["code"]), others)
+    # --- what the rule knows ---
 
     @cached_property
+    def replayed(self):
+        """(Search, the records of the keeps in its line); (None, []) before the first complete run of a baseline."""
+        return replay(self.records)
+
+    @property
+    def search(self):
+        """The lab.analysis.verdict.Search of the branch; None before the first complete run of its baseline."""
+        return self.replayed[0]
+
+    @property
+    def tip(self):
+        """The record of the keep that experiments are measured against; None before the baseline is kept."""
+        line = self.replayed[1]
+        return line[-1] if line and line[-1]["row"] else None
+
+    @property
     def sigma(self):
         """Noise of one run in val_bpb; None if it is not known."""
-        return self.noise().sigma if self.records else self._sigma
+        return (self.search and self.search.sigma) if self.records else self._sigma
 
-    def failures(self, anchor):
-        """How many experiments were measured against the anchor and discarded."""
-        return sum(r["verdict"] == "discard" and r["parent"] == anchor["commit"] for r in self.rows)
+    @property
+    def doubted(self):
+        """Whether the next run should be one of the tip."""
+        return self.tip is not None and not self.waiting and verdict.doubted(self.search)
 
-    def best_known(self, anchor, noise):
-        """Estimated true val_bpb of the code of a keep or of the baseline, from all its runs."""
-        failures = self.failures(anchor)
-        return verdict.best_known(self.values(anchor["code"]), failures, noise, self.is_baseline(anchor["code"]))
-
-    def price(self, best):
-        return verdict.price(verdict.mean(self.values(self.baseline_record["code"])), best, len(self.complete))
+    @property
+    def given_up(self):
+        """Records of the keeps that the branch stepped back from, in the order of their rows."""
+        return [r for r in self.rows if r.get("given_up") and r["verdict"] == "discard"]
 
     @cached_property
     def estimates(self):
-        """{row number: estimated true val_bpb} of the keeps in the records."""
-        noise = self.noise()
-        return {r["row"]: self.best_known(r, noise) for r in self.kept if self.values(r["code"])}
+        """{row number: what the rule believes it to be worth, in val_bpb} of the keeps in the records."""
+        search, line = self.replayed
+        return {r["row"]: verdict.belief(search, len(line) - 1 - i) for i, r in enumerate(line) if r["row"]}
 
     # --- the best: one definition ---
 
@@ -222,15 +241,77 @@ class Night:
         return len(self.records) / hours if len(self.records) > 1 and hours > 0 else None
 
 
+    @property
+    def cost(self):
+        """(seconds from one run to the next, seconds of it that are training) in the mean of the latest complete runs,
+        with the gaps between them; None before there is one. The median of the gaps: a night that was interrupted has
+        a gap of hours."""
+        recent = [r for r in self.records if r["summary"] and "total_seconds" in r["summary"]][-PACE:]
+        if not recent:
+            return None
+        times = [(r["start"], r["end"]) for r in self.records[-PACE - 1 :] if r["start"] and r["end"]]
+        times = [tuple(map(datetime.fromisoformat, pair)) for pair in times]
+        gaps = [max(0.0, (b[0] - a[1]).total_seconds()) for a, b in zip(times, times[1:], strict=False)]
+        total, training = (verdict.mean([r["summary"][key] for r in recent]) for key in ("total_seconds", "training_seconds"))
+        return total + (median(gaps) if gaps else 0.0), training
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the rule is fed
+
+
+def replay(records):
+    """(verdict.Search, the records of the keeps in its line) of the records of a branch, oldest first.
+
+    A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if it is
+    called a discard, the branch stepped back from that keep, whose row then says `given_up`: it counts as a keep up to
+    there. Crashes are left out: they measured nothing."""
+    search, line, runs = None, [], {}
+    run_ids = {r["run_id"] for r in records}
+    code_of = {r["commit"]: r["code"] for r in records}
+    for r in records:
+        if r["summary"] is None:
+            continue
+        value, own = r["summary"]["val_bpb"], runs.setdefault(r["code"], [])
+        own.append(r)
+        codes = [keep["code"] for keep in line]
+        kept = r["verdict"] == "keep" or r.get("given_up") in run_ids
+        if not line or r["baseline"] and r["code"] == codes[0] and not line[0]["row"]:
+            if r["baseline"] or kept:  # without its baseline a damaged log begins with its first keep
+                search, line = verdict.begin([other["summary"]["val_bpb"] for other in own]), [r]
+        elif r["row"] and r["verdict"] in ("keep", "discard"):
+            on_tip = code_of.get(r["parent"]) == codes[-1]
+            counted = [other["summary"]["val_bpb"] for other in measured(own)]
+            search = verdict.ended(search, counted, kept, bool(r.get("simpler")), on_tip)
+            line = [*line, r] if kept else line
+        elif r["code"] in codes and r["verdict"] in ("keep", "discard"):
+            search = verdict.remeasured(search, value, codes[::-1].index(r["code"]))
+            if r["verdict"] == "discard" and r["code"] == codes[-1] and len(line) > 1:
+                search, line = verdict.stepped_back(search), line[:-1]
+    return search, line
+
+
+def measured(runs):
+    """Those of the runs of an experiment that count: what the machine slowed does not, once there is a run that it did
+    not slow. The choice is by speed and not by value, so it favours nothing."""
+    return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED] or list(runs)
+
+
+def steps_per_second(run):
+    """Of a complete run; 0.0 if it did not train."""
+    seconds = run["summary"]["training_seconds"]
+    return run["summary"].get("num_steps", 0) / seconds if seconds > 0 else 0.0
+
+
 def kept_record(experiment):
     """The record by which it was kept; None if runs.jsonl does not have it."""
     return next((r for r in experiment.runs if r["verdict"] == "keep" and r["row"]), None)
 
 
 def speed(runs):
-    """Mean tokens per second of these runs; None if they do not tell."""
+    """Mean tokens per second of these runs, as counted, or by the summary's rounded number; None if they do not tell."""
     speeds = [
-        r["summary"]["total_tokens_M"] * 1e6 / r["summary"]["training_seconds"]
+        (r.get("tokens") or r["summary"]["total_tokens_M"] * 1e6) / r["summary"]["training_seconds"]
         for r in runs
         if r["summary"]["training_seconds"] > 0 and r["summary"]["total_tokens_M"] > 0
     ]

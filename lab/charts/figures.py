@@ -81,6 +81,9 @@ def scatter(axes, seen, x):
     for name, experiments, style in styles:
         if near := [e for e in experiments if seen.clamped(e) == e.val_bpb]:
             axes.scatter([x(e) for e in near], [e.val_bpb for e in near], label=f"{name} ({len(experiments)})", **style)
+    if back := [e for e in seen.others if e.given_up and seen.clamped(e) == e.val_bpb]:
+        axes.scatter([x(e) for e in back], [e.val_bpb for e in back], s=1.6 * size, facecolors="none", edgecolors=KEPT,
+                     linewidths=1.2, zorder=4, label=f"given up ({len(back)})")  # fmt: skip
     far = seen.beyond(seen.kept + seen.others)
     for name, height, marker, out in [
         ("above the view", ABOVE, "^", [e for e in far if e.val_bpb > seen.high]),
@@ -100,7 +103,7 @@ def scatter(axes, seen, x):
 
 def write_legend(axes):
     """Writes the legend on one line above the axes, the most important entry first."""
-    order = ["kept", "kept,", "baseline", "best", "±σ", "not", "crashed", "above", "below"]
+    order = ["kept", "kept,", "baseline", "best", "±σ", "not", "given", "crashed", "above", "below"]
     entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda e: order.index(e[1].split()[0]))
     if entries:
         axes.legend(*zip(*entries, strict=True), loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(entries),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lab.analysis import holdout
 from lab.analysis.history import read_night
 from lab.base import files
 from lab.base.errors import Stop, os_reason
@@ -16,6 +17,7 @@ from lab.charts import figures, view
 from lab.store import results_tsv
 
 LARGEST = 15  # gains in the table: as many as fit on a page
+BRIEF = 80  # characters of a description in a sentence
 ROWS = 200  # of a longer table pandas shows the first and the last; a night has about 100 experiments
 NOTES = 10  # lines of a broken file that are named one by one
 
@@ -96,6 +98,8 @@ def outcomes(night):
             f"best: {best.val_bpb:.6f} (row {best.number}, {best.commit}), {gain:.6f}{in_sigma} below the baseline{how}",
             f"noise of one run: {noise}",
         ]
+        lines += [f"stepped back: row {r['row']} ({r['description'][:BRIEF]}): {r['why']}" for r in night.given_up]
+        lines += filter(None, [holdout.sentence(holdout.read_gaps(night.tree)) if night.tree else None])
     elif night.experiments:
         lines.append(view.NOTHING)
     return "\n".join(lines)

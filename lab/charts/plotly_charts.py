@@ -53,7 +53,7 @@ def traces(night, x):
     for name, experiments, marker in styles:
         experiments = [e for e in experiments if x(e) is not None]
         marker["symbol"] = [
-            "circle" if seen.clamped(e) == e.val_bpb else f"triangle-{'up' if e.val_bpb > seen.high else 'down'}"
+            ("circle-open" if e.given_up else "circle") if seen.clamped(e) == e.val_bpb else f"triangle-{'up' if e.val_bpb > seen.high else 'down'}"
             for e in experiments
         ]
         made.append(points(name, experiments, [x(e) for e in experiments], [*map(seen.clamped, experiments)], marker))

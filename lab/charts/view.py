@@ -1,7 +1,7 @@
 """What the charts of a night have in common: figures.py draws them with matplotlib, plotly_charts.py for the dashboard.
 
-A kept experiment is a disc, a discard is a faint disc, and an experiment without a value (a crash) is a cross near the
-lower edge, never a value. A value far outside is a triangle at the edge of the view, so that one run that diverged does
+A kept experiment is a disc, a discard is a faint disc, with a ring if the branch stepped back from it, and an experiment
+without a value (a crash) is a cross near the lower edge, never a value. A value far outside is a triangle at the edge of the view, so that one run that diverged does
 not squeeze all others into a line. The colours differ for the colour-blind too, and the shapes differ without colours.
 """
 

@@ -128,9 +128,10 @@ class Keeper:
             with contextlib.suppress(OSError):  # a full disk
                 f.write(f"\n--- start {self.starts}, {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
             self.words_start = f.tell()
+            ends = {names.NIGHT_ENDS: f"{time.time() + self.end - self.now():.0f}"}
             self.process = subprocess.Popen(
                 self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                start_new_session=True, env=os.environ | cleanup.environment(self.root),
+                start_new_session=True, env=os.environ | cleanup.environment(self.root) | ends,
             )  # fmt: skip
         self.say(f"start {self.starts} of the agent, process {self.process.pid}")
 

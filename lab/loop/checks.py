@@ -42,6 +42,7 @@ class Place(NamedTuple):
     anchor: dict | None  # the record that the experiment is based on; None for the first run of a baseline
     edits: list  # commits of the experiment, newest first; [] for the baseline and for another run of the anchor
     baseline: bool  # whether this is a run of the baseline before it is kept
+    base: str | None  # the commit on the branch that the experiment stands on; it has the anchor's train.py
 
 
 class Case(NamedTuple):
@@ -58,6 +59,7 @@ class Case(NamedTuple):
     anchor: dict | None
     edits: list
     baseline: bool
+    base: str | None
 
 
 def night_of(repo):
@@ -214,7 +216,7 @@ def place(repo, history):
                 f"the baseline comes first, and {first} changes train.py already: git reset --keep {first}^, run and "
                 f"record that three times, then git cherry-pick {repo.short(own[0])}"
             )
-        return Place(repo.head(), blob, None, [], baseline=True)
+        return Place(repo.head(), blob, None, [], baseline=True, base=None)
     by_commit = {r["commit"]: r for r in reversed(history.anchors)}
     by_blob = {r["blob"]: r for r in reversed(history.anchors)}
     for depth, edit in enumerate(edits):  # noqa: B007 (it is used below)
@@ -222,9 +224,9 @@ def place(repo, history):
             break
     else:
         raise Refused(f"HEAD is not based on anything kept: git reset --keep {history.anchors[0]['short']}, go on there")
-    mine = [edit.commit for edit in edits[:depth]]
+    mine, base = [edit.commit for edit in edits[:depth]], repo.short(edit.commit)
     if not mine:
-        return Place(anchor["commit"], blob, anchor, [], baseline=not history.kept)
+        return Place(anchor["commit"], blob, anchor, [], not history.kept, base)
     for commit, files in repo.files(mine).items():
         if others := [name for name in files if name != names.TRAIN]:
             short = repo.short(commit)
@@ -233,7 +235,7 @@ def place(repo, history):
                 f"git reset --soft {short}^; git commit -m ... -- train.py; {undo_of(repo, commit, others)}. "
                 f"What train.py needs of them, put into train.py. Then: {run_command(repo.top)}"
             )
-    return Place(mine[0], blob, anchor, mine, baseline=False)
+    return Place(mine[0], blob, anchor, mine, False, base)
 
 
 def undo_of(repo, commit, others):
@@ -251,8 +253,8 @@ def check_seed(repo, case):
     crashed = next((r["row"] for r in case.history.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
     if case.edits and crashed and not case.log.summary:
         raise NothingToRecord(
-            f"this very train.py crashed before (row {crashed:04d}): git reset --keep {case.anchor['short']} and make "
-            "another experiment"
+            f"this very train.py crashed before (row {crashed:04d}): git reset --keep {case.base} and make another "
+            "experiment"
         )
     if not case.log.summary or case.log.header["seed"] not in [r["header"]["seed"] for r in runs]:
         return
@@ -262,7 +264,7 @@ def check_seed(repo, case):
     if case.edits and row:
         raise NothingToRecord(
             f"this very train.py was tried before under seed {seed} (row {row:04d}): git reset --keep "
-            f"{case.anchor['short']} and make another experiment"
+            f"{case.base} and make another experiment"
         )
     if row:
         raise NothingToRecord(

@@ -46,7 +46,7 @@ def of_records(records):
     return {
         "branch": records[-1]["tag"], "counts": count(r["verdict"] for r in history.rows), "rows": len(history.rows),
         "best": best and {key: best[key] for key in ("mean", "n", "row", "short", "description")},
-        "baseline": history.kept[0]["mean"] if history.kept else None, "sigma": history.noise().sigma,
+        "baseline": history.kept[0]["mean"] if history.kept else None, "sigma": history.sigma,
         "last": max(ends).timestamp() if ends else None, "kind": kind(header), "by_estimate": history.by_estimate,
     }  # fmt: skip
 

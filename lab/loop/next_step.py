@@ -15,7 +15,7 @@ ANYTHING = "what this tried"  # in place of the description that the agent will 
 
 
 class Step(NamedTuple):
-    kind: str  # record, wait, rerun, run, repeat, edit, undo, mend; "first": what a refusal asks for
+    kind: str  # record, wait, rerun, run, repeat, doubt, edit, undo, mend; "first": what a refusal asks for
     why: str  # the state of the night; "" if `do` says it
     do: str  # the command, or an instruction with its command last
 
@@ -67,9 +67,20 @@ def on_the_branch(repo):
         return Step("repeat", f"{waiting['short']} waits for a repeat", run)
     if not night.anchors:
         return Step("run", "the baseline has not run", run)
+    if night.doubted and code == night.tip["code"]:
+        return Step("doubt", doubt(night), run)
     if not place.edits or (latest and latest["verdict"] == "keep"):
-        return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {run}")
+        return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {checks.run_command(repo.top)}")
     if latest:
-        where = f"git reset --keep {night.anchors[0]['short']}"
-        return Step("undo", f"{head} was tried already (row {latest['row'] or 0:04d})", where)
+        tried = next((r["row"] for r in night.rows if r["code"] == code), 0)
+        return Step("undo", f"{head} was tried already (row {tried:04d})", f"git reset --keep {place.base}")
     return Step("run", f"{head} has not run yet", run)
+
+
+def doubt(night):
+    """Why the tip runs again."""
+    failures, runs = night.search.tip.failures, len(night.search.tip.values)
+    return (
+        f"{failures} experiments in a row did not beat row {night.tip['row']:04d}, which {runs} run{'s' * (runs > 1)} "
+        f"decided: {night.tip['short']} runs again"
+    )

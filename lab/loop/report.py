@@ -1,69 +1,138 @@
-"""What record prints: the verdict, the evidence for it, and what to do next."""
+"""What record prints: the verdict, the number to beat, what it means, and what to do next."""
 
-from lab.analysis.history import speed
+import os
+import time
+from statistics import median
+
+from lab.analysis import verdict
+from lab.analysis.history import SLOWED, speed, steps_per_second
 from lab.loop.next_step import RECORD
+from lab.store import names
 
-OFF = 0.01  # if a repeat's speed differs by more from its first run's, something else slowed the machine
 STEPS_OFF = 1.5  # steps: of a short run a difference this small is rounding
 BRIEF = 80  # characters of the best's description
+LATELY = 12  # experiments: how large ideas have been lately
+PLATEAU = 10  # experiments in a row without a keep, in a night that has gained less than verdict.PROVEN σ, or
+PLATEAU_RICH = 25  # after more: larger steps are wanted. Half of the published night's keeps came within 3 of the one before
 
 
 def number(record):
     return f"{record['mean']:.6f}" + (f" (mean of {record['n']})" if record["n"] > 1 else "")
 
 
-def noise(record):
-    if record["sigma"] is None:
-        return "σ unknown"
-    return f"σ {record['sigma']:.6f} from {record['dof']} degree{'s' * (record['dof'] != 1)} of freedom"
+# ---------------------------------------------------------------------------------------------------
+# What the rule knows, in words
 
 
-def pace(run):
-    """Steps a second; 0.0 if the run did not train."""
-    seconds = run["summary"]["training_seconds"]
-    return run["summary"]["num_steps"] / seconds if seconds > 0 else 0.0
+def to_beat(night):
+    """The number that decides on the next run, as a sentence; None before the baseline is kept."""
+    if not night.tip:
+        return None
+    waiting = night.waiting
+    if not waiting:
+        return f"keep below {verdict.bar(night.search).keep:.6f}: one run of the next experiment"
+    runs = waiting["n"] + 1
+    keep = verdict.bar(night.search, runs, len(night.runs(waiting["code"])) + 1, waiting["simpler"]).keep
+    return f"keep below {keep:.6f}: the mean of {runs} runs of {waiting['short']}"
+
+
+def lately(night):
+    """How large the latest ideas have been against the noise; None if none was measured in σ."""
+    gains = [r["gain"] for r in night.rows if r["gain"] is not None][-LATELY:]
+    if not gains:
+        return None
+    if len(gains) == 1:
+        return f"the last experiment gained {gains[0]:+.1f}σ"
+    return f"the last {len(gains)} experiments gained {max(gains):+.1f}σ at most, {median(gains):+.1f}σ in the median"
+
+
+def noise(night):
+    """σ and how large ideas have been lately against it."""
+    if night.sigma is None:
+        return "noise: σ is not known, as no commit ran twice"
+    recent = lately(night)
+    return f"noise: σ {night.sigma:.6f}" + (f"; {recent}" if recent else "")
+
+
+def plateau(night):
+    """A sentence if the night has stopped gaining; None otherwise."""
+    if not night.tip:
+        return None
+    failures, unproven = night.search.tip.failures, verdict.unproven(night.search)
+    if failures < (PLATEAU if unproven > 0 else PLATEAU_RICH):
+        return None
+    gained = f", and the night has gained {verdict.earned(night.search):.1f}σ in all" if unproven > 0 else ""
+    return (
+        f"plateau: {failures} experiments in a row did not beat row {night.tip['row']:04d}{gained}. Larger steps are wanted: "
+        "programs/plateau.md"
+    )
+
+
+def cost(night):
+    """What a run costs in wall-clock time, and how many fit into the rest of the night if its end is known; None before
+    the first run."""
+    if not night.cost:
+        return None
+    seconds, training = night.cost
+    told = f"time: {seconds:.0f} s from one run to the next, {training:.0f} s of it training"
+    try:
+        left = float(os.environ.get(names.NIGHT_ENDS, "")) - time.time()
+    except ValueError:
+        return told
+    return f"{told}; {max(0, int(left / seconds))} more fit into the night" if seconds > 0 else told
+
+
+# ---------------------------------------------------------------------------------------------------
+# One record
 
 
 def speeds(record, history):
-    """Tokens a second compared with the best's; for a repeat, whether the machine was as fast as before."""
-    runs, own = history.runs(record["code"]), speed([record])
-    if len(runs) > 1 and pace(runs[0]):
-        change = pace(runs[-1]) / pace(runs[0]) - 1
-        slack = max(OFF, STEPS_OFF / max(runs[0]["summary"]["num_steps"], 1))
-        if abs(change) > slack:
-            slower = "slower" if change < 0 else "faster"
-            return [f"speed: {abs(change):.1%} {slower} than this code's first run: that is the machine's doing"]
+    """Tokens a second compared with the best's, and how far something other than the code slowed the run."""
+    said, runs, own = [], history.runs(record["code"]), speed([record])
     best = history.best_record
     reference = speed(history.runs(best["code"])) if best and best["code"] != record["code"] else None
-    if not own:
-        return []
-    against = f", {own / reference - 1:+.1%} against the best's" if reference else ""
-    return [f"speed: {own:,.0f} tokens/s{against}"]
+    if own:
+        against = f", {own / reference - 1:+.1%} against the best's" if reference else ""
+        said.append(f"speed: {own:,.0f} tokens/s{against}")
+    first = steps_per_second(runs[0])
+    if len(runs) > 1 and first:
+        change = steps_per_second(runs[-1]) / first - 1
+        if abs(change) > max(SLOWED, STEPS_OFF / max(runs[0]["summary"]["num_steps"], 1)):
+            slower = "slower" if change < 0 else "faster"
+            said.append(f"slowed: {abs(change):.1%} {slower} than this code's first run: that is the machine's doing")
+    elif record["slowed"] > SLOWED:
+        said.append(
+            f"slowed: its steps were {record['slowed']:.0%} slower in the mean than the fastest quarter of them: that is "
+            "the machine's doing, unless the code changes what a step does"
+        )
+    return said
 
 
-def lines(case, record, history, closed):
-    """All but what to do next."""
+def lines(case, record, history, changed):
+    """All but what to do next. changed: earlier records that this one changes."""
     said = []
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]
     else:
-        gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ against {record['best_known']:.6f}"
-        said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}", f"noise: {noise(record)}"]
+        gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
+        said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
         said += speeds(record, history)
-    for other in closed:
-        said.append(f"closed: row {other['row']:04d} {other['short']} is a {other['verdict']}: {other['why']}")
+    for other in changed:
+        what = "given up" if other.get("given_up") else "closed"
+        said.append(f"{what}: row {other['row']:04d} {other['short']} is a {other['verdict']}: {other['why']}")
     if record["row"]:
         kept = f", archived in runs/{record['row']:04d}-{record['short']}" if record["verdict"] == "keep" else ""
         said.append(f"row {record['row']:04d}: {record['short']} {record['verdict']}{kept}")
     if best := history.best_record:
-        said.append(f"best: {best['mean']:.6f}, row {best['row']:04d} {best['short']} ({best['description'][:BRIEF]})")
-    return said
+        said.append(f"best: row {best['row']:04d} {best['short']} ({best['description'][:BRIEF]})")
+    return [*said, *filter(None, [noise(history), to_beat(history), plateau(history), cost(history)])]
 
 
 def what_next(step, plan):
     """The last lines: the Step that follows once the plan is carried out."""
-    if step.kind == "repeat":
-        return [f"next: {step.do}", f"then: {RECORD}"]
+    if step.kind in ("repeat", "doubt"):
+        why = [f"doubt: {step.why}"] if step.kind == "doubt" else []
+        return [*why, f"next: {step.do}", f"then: {RECORD}"]
     if step.kind != "edit":
         return [f"next: {step.sentence}"]
     undone = "train.py is as it was before this experiment. " if plan["drop"] else ""

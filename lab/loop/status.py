@@ -9,22 +9,23 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from lab.analysis import verdict
 from lab.base import locks
 from lab.base.errors import Refused
-from lab.loop import checks
-from lab.loop.next_step import next_step
+from lab.loop import checks, report
+from lab.loop.next_step import doubt, next_step
 from lab.store import archive, names, records_in_git, run_log
 from lab.store.repository import Repo
 
 HELP = "where the night stands, and what to do next"
 NEAR = -0.5  # σ: a discard that gained at least this much is a near miss
-LAST_ROWS, LAST_DEAD_ENDS, LAST_NEAR_MISSES = 8, 15, 6  # on one screen; --all shows all
+LAST_ROWS, LAST_DEAD_ENDS, LAST_NEAR_MISSES, LAST_STEPS_BACK = 8, 15, 6, 2  # on one screen; --all shows all
 WIDTH = 90  # characters of a description
 
 
 def add_arguments(parser):
     parser.description = (
-        "Prints the best so far, the noise, the last rows, what failed, what nearly worked, whether a run "
+        "Prints the best so far, the number to beat, the noise, the last rows, what failed, what nearly worked, whether a run "
         "is going on, and what to do next. Changes nothing."
     )
     parser.add_argument("--all", action="store_true", help="every row, dead end and near miss")
@@ -49,12 +50,16 @@ def gather(path):
         return {**known, "next": f"{refused}"}
     history = checks.night_of(repo)
     note = records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), history.records)
-    noise, best, waiting = history.noise(), history.best_record, history.waiting
+    best, waiting, search = history.best_record, history.waiting, history.search
     return {
         **known,
-        "best": best and row(best) | {"best_known": history.best_known(best, noise)},
+        "best": best and row(best) | {"best_known": history.estimates.get(best["row"])},
         "baseline": history.kept[0]["mean"] if history.kept else None,
-        "sigma": noise.sigma, "dof": noise.dof,
+        "sigma": history.sigma, "dof": round(search.dof) if search else 0,
+        "keep_below": verdict.bar(search).keep if history.tip else None,
+        "lately": report.lately(history), "to_beat": report.to_beat(history), "plateau": report.plateau(history),
+        "cost": report.cost(history), "doubt": doubt(history) if history.doubted else None,
+        "given_up": [row(r) | {"why": r["why"]} for r in history.given_up],
         "counts": Counter(r["verdict"] for r in history.rows),
         "runs": len(history.records), "runs_an_hour": history.runs_per_hour,
         "rows": [row(r) for r in history.rows],
@@ -71,8 +76,8 @@ def row(r):
 
 
 def near(r):
-    """Whether a discard came close to the best of its time: two of them together may be a gain."""
-    return r["verdict"] == "discard" and r["gain"] is not None and r["gain"] >= NEAR
+    """Whether a discard came close to the tip of its time: two of them together may be a gain."""
+    return r["verdict"] == "discard" and not r.get("given_up") and r["gain"] is not None and r["gain"] >= NEAR
 
 
 def combined(r, rows):
@@ -112,10 +117,12 @@ def text(known, everything=False):
     if best := known["best"]:
         gain = f", {known['baseline'] - best['mean']:.6f} below the baseline" if known["baseline"] != best["mean"] else ""
         lines.append(f"best: {best['mean']:.6f} (mean of {best['n']}), row {best['row']:04d} {best['short']}{gain}")
-        lines.append(f"      believed to be worth {best['best_known']:.6f}: what the next one must beat")
-    sigma = "not known yet" if known["sigma"] is None else f"σ {known['sigma']:.6f}"
-    lines.append(f"noise: {sigma}, {known['dof']} degrees of freedom")
+    sigma = "not known yet" if known["sigma"] is None else f"σ {known['sigma']:.6f}, {known['dof']} degrees of freedom"
+    lines.append(f"noise: {sigma}" + (f"; {known['lately']}" if known["lately"] else ""))
+    lines += filter(None, [known["to_beat"], known["plateau"], known["doubt"] and f"doubt: {known['doubt']}", known["cost"]])
     lines.append(f"rows: {counts['keep']} keep, {counts['discard']} discard, {counts['crash']} crash")
+    back = known["given_up"] if everything else known["given_up"][-LAST_STEPS_BACK:]
+    lines += [f"stepped back: row {r['row']:04d} {r['short']} ({short(r['description'])}): {r['why']}" for r in back]
     lines += listed("last rows", known["rows"], limit(LAST_ROWS))
     lines += listed("dead ends, not to be tried again", known["dead_ends"], limit(LAST_DEAD_ENDS))
     near = "near misses (when you try two together, name their numbers in the description)"

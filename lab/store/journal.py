@@ -17,6 +17,7 @@ from lab.base.text import json_of
 from lab.store import names, runs_jsonl
 
 PLAN = {"run_id": str, "tag": str, "records": list, "best": str | None, "drop": list, "say": list}
+RESTORE = ("from", "to", "message")  # of plan["restore"], None where the branch does not step back: two blobs, a text
 
 
 def read(top):
@@ -35,8 +36,14 @@ def sound(plan):
         isinstance(plan, dict)
         and all(key in plan and isinstance(plan[key], kind) for key, kind in PLAN.items())
         and all(isinstance(item, str) for key in ("drop", "say") for item in plan[key])
+        and restoration(plan.get("restore"))
         and bool(plan["records"]) and bool(plan["say"]) and all(map(runs_jsonl.whole, plan["records"]))
     )  # fmt: skip
+
+
+def restoration(value):
+    """Whether it is None, or all that a step back needs."""
+    return value is None or isinstance(value, dict) and all(isinstance(value.get(key), str) for key in RESTORE)
 
 
 def pending(top):

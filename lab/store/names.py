@@ -18,6 +18,8 @@ JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", 
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
 
+NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
+
 PREFIX = "autoresearch/"  # of a night's branch
 LOG_REF = "log"  # beside the numbers of recorded commits
 

@@ -24,6 +24,7 @@ LARGEST = 1e15  # no number of a run is as large
 MAX_OVERRUN = 10  # seconds that training may take beyond its budget, at most: one long step
 ROUNDING = 0.05e6  # tokens: total_tokens_M has one decimal
 UNEVEN = 4  # how far tokens a step may be from what the progress lines show: batches may grow and rows be short
+FEW = 8  # progress lines: fewer say nothing about how even the speed was
 TRACE = 3600  # characters of a crash's trace that are shown
 SUMMARY = [
     "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
@@ -33,6 +34,7 @@ HEADER = ["run_id", "start", "train_sha256", "rules_sha256", "data_sha256", "dat
 STEP = re.compile(r"step (\d{1,12}) \((\d{1,3}(?:\.\d+)?)%\)(.*)")
 FIELDS = {"loss": r"loss (-?[\d.]+)", "milliseconds": r"([\d,]+) ms", "tokens_per_second": r"([\d,]+) tok/s",
           "mfu_percent": r"mfu ([\d.]+)%", "epoch": r"epoch (\d+)", "seconds_left": r"(\d+) s left"}  # fmt: skip
+BATCH = re.compile(r"device batch: (\d{1,9}) x (\d{1,9}) tokens, (\d{1,9}) micro-batches a step")
 PROGRESS = re.compile(r"step \d+ \(.*")
 # What a run in good health says of itself before its summary: one that ends with such a line was killed. One that
 # ends with anything else said why it gave up.
@@ -56,6 +58,26 @@ class RunLog(NamedTuple):
     end: str  # when the file was last written, UTC
     lines: list  # the last lines that are not progress, oldest first
     wrong: str | None = None  # what contradicts itself or the rules, if the end is "contradictory"
+    told: tuple = ()  # its progress lines, as progress_of() reads them
+
+    @property
+    def slowed(self):
+        """How far the run's steps were slowed by something that did not last: the fraction by which their speed in the
+        mean is below that of the fastest quarter, from the progress lines. 0.0 if there are fewer than FEW."""
+        speeds = sorted(told["tokens_per_second"] for told in self.told if told["tokens_per_second"])
+        if len(speeds) < FEW:
+            return 0.0
+        return 1 - len(speeds) / sum(1 / v for v in speeds) / speeds[-(len(speeds) // 4)]
+
+    @property
+    def tokens(self):
+        """Tokens that the run trained on, as counted: its steps times the tokens of one, if the log tells them and they
+        agree with the summary's rounded number. None otherwise."""
+        batch = next((found for line in reversed(self.lines) if (found := BATCH.match(line))), None)
+        if not self.summary or not batch:
+            return None
+        counted = math.prod(map(int, batch.groups())) * int(self.summary["num_steps"])
+        return counted if abs(counted - self.summary["total_tokens_M"] * 1e6) <= 1.1 * ROUNDING else None
 
     @property
     def run_id(self):
@@ -101,10 +123,11 @@ def read(path):
     lines = [line.rstrip() for line in after.split("\n")]
     lines = [line for line in lines if line and not PROGRESS.match(line)]
     ended = how_it_ended(after, header, block, summary)
-    wrong = contradiction(text, after, header, summary, time_budget(path)) if ended == "complete" else None
+    told = tuple(found for line in after.split("\n") if (found := progress_of(line)))
+    wrong = contradiction(text, after, header, summary, time_budget(path), told) if ended == "complete" else None
     ended, summary = ("contradictory", None) if wrong else (ended, summary)
     end = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
-    return RunLog(ended, header, summary, digest, end, lines[-200:], wrong)
+    return RunLog(ended, header, summary, digest, end, lines[-200:], wrong, told)
 
 
 def last_header(text):
@@ -180,10 +203,11 @@ def not_finite(summary):
     return wrong or (["val_bpb"] if summary["val_bpb"] <= 0 else [])
 
 
-def contradiction(text, after, header, summary, budget):
+def contradiction(text, after, header, summary, budget, told):
     """Why a log with a summary is not a result: a clause without its end; None if nothing is wrong.
 
-    text: the whole log; after: what follows its last header; budget: TIME_BUDGET in seconds, or None if unknown.
+    text: the whole log; after: what follows its last header; budget: TIME_BUDGET in seconds, or None if unknown; told: its
+    progress lines.
     Numbers that are not finite are left to not_finite()."""
     if len(re.findall(r"^run: \{", text, re.MULTILINE)) > 1:
         return "holds two runs: one run, one log"
@@ -204,7 +228,6 @@ def contradiction(text, after, header, summary, budget):
         return f"says that training took {seconds:g} s, and the budget is {budget:g} s"
     if steps != int(steps):
         return f"says that training took {steps:g} steps"
-    told = [found for line in after.split("\n") if (found := progress_of(line))]
     if told and told[-1]["step"] > steps:
         return f"has a progress line of step {told[-1]['step']}, and its summary says {steps:.0f} steps"
     if any(found["loss"] is not None and found["loss"] < 0 for found in told):

@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from lab.analysis import holdout
 from lab.analysis.history import Night
 from lab.base import files, locks, text
 from lab.base.errors import Refused
@@ -117,6 +118,7 @@ def compare(rows, sigma):
             continue
         row["val_gain"] = base["val_again"] - row["val_again"]
         row["holdout_gain"] = base["holdout"] - row["holdout"]
+        row["gap"] = row["val_gain"] - row["holdout_gain"]
         if sigma is not None and row["val_gain"] > SURE * sigma and row["holdout_gain"] < FRACTION * row["val_gain"]:
             row["flags"].append("the gain is on val alone: was it trained on the validation rows?")
 
@@ -133,8 +135,10 @@ def table(rows):
     """The printed table, with aligned columns."""
     head = ["row", "commit", "val logged", "val again", "holdout", "val gain", "holdout gain"]
     lines = [[*head, "", ""], *map(cells, rows)]
+    gaps = ["gap", *(f"{row['gap']:+.6f}" if "gap" in row else "" for row in rows)]
     shown = []
-    for *line, flags, description in lines:
+    for (*line, flags, description), gap in zip(lines, gaps, strict=True):
+        line.append(gap)
         last = description[:60] if flags in ("", "ok") else f"{description[:60]}\n      FLAGGED: {flags}"
         shown.append([*line, last])
     return "\n".join(aligned(shown))
@@ -171,7 +175,7 @@ def run(args):
         rows.append(examine(top, record, args, known))
     if sys.stdout.isatty():
         print(f"\r{'':30}\r", end="")
-    sigma = history.noise().sigma
+    sigma = history.sigma
     compare(rows, sigma)
     print(table(rows))
     flagged = [row for row in rows if row["flags"]]
@@ -179,6 +183,8 @@ def run(args):
     if "holdout" not in rows[0] and len(rows) > 1:
         known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
     print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
+    if trend := holdout.sentence([row["gap"] for row in rows if "gap" in row]):
+        print(trend)
     files.write(top / names.AUDIT_TSV, "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
     if not any("holdout" in row for row in rows):
         raise Refused("none of these runs could be scored: the table has the reasons")

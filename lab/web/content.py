@@ -66,7 +66,7 @@ def brief(experiment, gains, best):
         "number": experiment.number, "commit": experiment.commit, "val_bpb": experiment.val_bpb,
         "memory_gb": experiment.memory_gb, "status": experiment.status, "description": experiment.description,
         "gain": gains.get(experiment.number), "runs": len(experiment.runs), "archived": experiment.archive is not None,
-        "best": experiment is best, "linked": HEX.fullmatch(experiment.commit) is not None,
+        "given_up": experiment.given_up, "best": experiment is best, "linked": HEX.fullmatch(experiment.commit) is not None,
     }  # fmt: skip
 
 

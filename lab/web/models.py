@@ -13,6 +13,7 @@ class Experiment(BaseModel):
     gain: float | None  # of a kept experiment over the best before it
     runs: int  # how many runs.jsonl has
     archived: bool
+    given_up: str | None  # why the branch stepped back from it, if it was kept at first
     best: bool
     linked: bool  # whether the other routes accept its commit
 
