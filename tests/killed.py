@@ -38,7 +38,7 @@ header = {"run_id": uuid.uuid4().hex, "start": datetime.now(timezone.utc).isofor
     "clock": "monotonic", "versions": {}}
 print("run: " + json.dumps(header), flush=True)
 for i in range(3):
-    print(f"step {i:05d} ({30 * i}.0%) | loss 3.1 | lrm 1.00 | 318 ms | 1 tok/s | mfu 0.0% | epoch 1 | 1 s left", flush=True)
+    print(f"step {i:05d} ({30 * i}.0%) | loss 3.1 | lrm 1.00 | 318 ms | 1,648,000 tok/s | mfu 0.0% | epoch 1 | 1 s left", flush=True)
     time.sleep(seconds / 3)
 effects = [float(x) for x in re.findall(rb"^# effect: (\\S+)", code, re.M)]
 under = re.findall(rb"^# under %d: (\\S+)" % seed, code, re.M)
