@@ -150,19 +150,19 @@ def test_a_recorded_night_is_told_with_its_noise_and_its_time(shown):
     lines = out.text["load"].splitlines()
     assert lines[:3] == [
         "5 experiments: 2 keep, 2 discard, 1 crash",
-        "kept: 1 of 3 after the baseline (33%)",
+        "kept: 1 of 4 after the baseline (25%)",
         "baseline: 1.000000 (row 1, the first that is not a crash)",
     ]
-    assert lines[3].startswith("best: 0.990000 (row 3, ") and "), 0.010000 = " in lines[3]
+    assert lines[3].startswith("best: 0.990000 (row 4, ") and "), 0.010000 = " in lines[3]
     assert lines[4].startswith("noise of one run: σ 0.00")
     assert out.text["gains-table"].splitlines()[0] == "1 gain over the best before"
     head, _, row = out.text["gains-table"].splitlines()[1:]
     assert head.split() == ["commit", "val_bpb", "gain", "in", "σ", "description"]
     assert row.split()[0] == "4" and row.split()[2:4] == ["0.99", "0.01"] and row.endswith("wider")
     assert out.text["effort-table"].splitlines()[0] == (
-        "1 gain, each at the cost of 2.0 experiments and 10 minutes of training; 1 experiment since the last"
+        "1 gain, each at the cost of 3.0 experiments and 15 minutes of training; 1 experiment since the last"
     )
-    assert out.text["effort-table"].splitlines()[3].split() == ["3", "2", "10", "0.01", "wider"]
+    assert out.text["effort-table"].splitlines()[3].split() == ["4", "3", "15", "0.01", "wider"]
     # 8 runs from 0:00 to 1:09; 5 of them of five minutes and 2 of half of that
     assert out.text["pace-line"].strip() == (
         "4.3 experiments an hour: 5 experiments in 8 runs and 1.15 hours, of which 43% was training"

@@ -94,6 +94,12 @@ def test_a_step_back_is_replayed_as_it_was_and_only_if_the_run_that_showed_it_is
     assert Night(records=given_up).tip["row"] == 2
 
 
+def test_a_keep_that_is_simpler_is_remembered_as_one():
+    found = made(("keep", 1.0, 2))
+    found[-1]["simpler"] = True
+    assert search_of(found).tip.simpler and not search_of(found[:3]).tip.simpler
+
+
 def test_the_same_result_under_two_seeds_counts_once_and_the_order_of_ties_changes_nothing():
     same = made(("keep", 0.99, 1))
     same.append(again(same, 2, same[-1]["summary"]["val_bpb"], "twice"))

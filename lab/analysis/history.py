@@ -48,7 +48,7 @@ class Experiment:
     @property
     def given_up(self):
         """Why the branch stepped back from it, if it was kept at first; None otherwise."""
-        return next((r["why"] for r in self.runs if r.get("given_up") and r["row"] and r["verdict"] == "discard"), None)
+        return next((str(r.get("why")) for r in self.runs if r.get("given_up") and r["row"] and r["verdict"] == "discard"), None)
 
     @property
     def training_minutes(self):
@@ -275,12 +275,12 @@ def replay(records):
         value, own = r["summary"]["val_bpb"], runs.setdefault(r["code"], [])
         own.append(r)
         codes = [keep["code"] for keep in line]
-        kept = r["verdict"] == "keep" or r.get("given_up") in run_ids
+        kept = r["verdict"] == "keep" or str(r.get("given_up")) in run_ids
         if not line or r["baseline"] and r["code"] == codes[0] and not line[0]["row"]:
             if r["baseline"] or kept:  # without its baseline a damaged log begins with its first keep
                 search, line = verdict.begin([other["summary"]["val_bpb"] for other in own]), [r]
         elif r["row"] and r["verdict"] in ("keep", "discard"):
-            on_tip = code_of.get(r["parent"]) == codes[-1]
+            on_tip = code_of.get(str(r["parent"])) == codes[-1]
             counted = [other["summary"]["val_bpb"] for other in measured(own)]
             search = verdict.ended(search, counted, kept, bool(r.get("simpler")), on_tip)
             line = [*line, r] if kept else line

@@ -98,7 +98,8 @@ def outcomes(night):
             f"best: {best.val_bpb:.6f} (row {best.number}, {best.commit}), {gain:.6f}{in_sigma} below the baseline{how}",
             f"noise of one run: {noise}",
         ]
-        lines += [f"stepped back: row {r['row']} ({r['description'][:BRIEF]}): {r['why']}" for r in night.given_up]
+        back = [e for e in night.experiments if e.given_up]
+        lines += [f"stepped back: row {e.number} ({e.description[:BRIEF]}): {e.given_up}" for e in back]
         lines += filter(None, [holdout.sentence(holdout.read_gaps(night.tree)) if night.tree else None])
     elif night.experiments:
         lines.append(view.NOTHING)

@@ -100,7 +100,7 @@ def speeds(record, history):
         if abs(change) > max(SLOWED, STEPS_OFF / max(runs[0]["summary"]["num_steps"], 1)):
             slower = "slower" if change < 0 else "faster"
             said.append(f"slowed: {abs(change):.1%} {slower} than this code's first run: that is the machine's doing")
-    elif record["slowed"] > SLOWED:
+    elif (record.get("slowed") or 0.0) > SLOWED:
         said.append(
             f"slowed: its steps were {record['slowed']:.0%} slower in the mean than the fastest quarter of them: that is "
             "the machine's doing, unless the code changes what a step does"

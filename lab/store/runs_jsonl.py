@@ -57,6 +57,7 @@ def whole(record):
             and all(isinstance(record[key], bool) for key in ("discard", "simpler", "baseline"))
             and all(isinstance(record[key], int) and 0 <= record[key] < 1e9 for key in ("n", "dof"))
             and all(record[key] is None or is_number(record[key]) for key in ("mean", "gain", "best_known", "sigma"))
+            and newer(record)
             and is_number(record["memory_gb"]) and instant(record["start"]) and instant(record["end"])
             and record["verdict"] in VERDICTS and COMMIT.fullmatch(record["commit"]) is not None
             and SHORT.fullmatch(record["short"]) is not None
@@ -68,6 +69,11 @@ def whole(record):
         )  # fmt: skip
     except (KeyError, TypeError):
         return False
+
+
+def newer(record):
+    """Whether the fields that older records do not have are each of their kind."""
+    return all(record.get(key) is None or is_number(record[key]) for key in ("slowed", "tokens"))
 
 
 def merged(records, changed):
@@ -110,7 +116,7 @@ def sound(record):
         and all(isinstance(record[key], str) for key in ("run_id", "tag", "commit", "verdict", "code"))
         and (record["row"] is None or isinstance(record["row"], int))
         and (header is None or isinstance(header, dict))
-        and instant(record["start"]) and instant(record["end"])
+        and instant(record["start"]) and instant(record["end"]) and newer(record)
         and (summary is not None or record["verdict"] not in ("keep", "discard", "confirm"))
         and (summary is None or isinstance(summary, dict) and is_number(summary.get("val_bpb"))
              and all(is_number(summary.get(key)) for key in ("training_seconds", "total_tokens_M", "peak_vram_mb")))
