@@ -13,7 +13,7 @@ STEPS_OFF = 1.5  # steps: of a short run a difference this small is rounding
 BRIEF = 80  # characters of the best's description
 LATELY = 12  # experiments: how large ideas have been lately
 PLATEAU = 10  # experiments in a row without a keep, in a night that has gained less than verdict.PROVEN σ, or
-PLATEAU_RICH = 25  # after more: larger steps are wanted. Half of the published night's keeps came within 3 of the one before
+PLATEAU_RICH = 25  # after more: larger steps are wanted
 
 
 def number(record):
