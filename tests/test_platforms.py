@@ -71,6 +71,7 @@ class WindowsNight(FakeNight):
 # --- Windows ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_night_is_recorded_without_locks_signals_and_links(tmp_path):
     night = WindowsNight(tmp_path / "tree")
     night.baseline()

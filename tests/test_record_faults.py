@@ -425,7 +425,9 @@ def what_is_left(night):
     return rows, [len(files), best[:4]], night.chain(), night.git("status", "--porcelain"), night.read("train.py")
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [name if name == "crash" else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS]
+)
 def test_killed_at_any_step_the_same_command_completes_it(template, tmp_path, name):
     first = template.copy(tmp_path / "first")
     args = scenario(first, name)

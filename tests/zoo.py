@@ -61,7 +61,7 @@ def deceives(what, **options):
 # ================================================================================================
 # Honest: averages of weights
 
-@honest("keeps a moving average of the weights and is scored with it", quick=True)
+@honest("keeps a moving average of the weights and is scored with it")
 def ema(t):
     t.add("""
         AVERAGE = {}
@@ -553,7 +553,7 @@ def counting_buffer(t):
     t.logits("self.calls += 1")
 
 
-@honest("makes its masks when they are first needed, as buffers", quick=True)
+@honest("makes its masks when they are first needed, as buffers")
 def lazy_masks(t):
     t.logits("""
         if not hasattr(self, "positions") or self.positions.numel() != idx.size(1):
@@ -726,7 +726,7 @@ def trains_in_a_thread(t):
     """)
 
 
-@stopped("run", CHANGED, "learns from the inputs that it is scored on, in a forward hook", quick=True)
+@stopped("run", CHANGED, "learns from the inputs that it is scored on, in a forward hook")
 def trains_in_a_hook(t):
     t.before_evaluation("""
         def learn(module, inputs, output):
@@ -904,7 +904,7 @@ def circular_fft(t):
     t.knob("MATRIX_LR", "0.2")
 
 
-@stopped("run", FUTURE + "|" + ROWS, "normalizes with the statistics of the batch when it is scored", quick=True)
+@stopped("run", FUTURE + "|" + ROWS, "normalizes with the statistics of the batch when it is scored")
 def batch_norm_batch(t):
     t.layer(
         "nn.BatchNorm1d(config.n_embd, track_running_stats=False)",
@@ -1009,7 +1009,7 @@ def checkpoint_by_numpy(t):
     """)
 
 
-@stopped("run", READS, "reads the evaluation rows through numpy", quick=True)
+@stopped("run", READS, "reads the evaluation rows through numpy")
 def reads_evaluation_rows(t):
     t.before(r"^ +model\.to\(device\)", """
         import numpy as np
@@ -1050,7 +1050,7 @@ def chooses_by_evaluation_rows(t):
 # ================================================================================================
 topic("The folder and its files")
 
-@stopped("run", r"helper", "imports a module that git does not hold", quick=True)
+@stopped("run", r"helper", "imports a module that git does not hold")
 def untracked_module(t):
     t.files["helper.py"] = ("FACTOR = 1.0\n", False)
     t.after(r"^import torch\.nn\.functional as F", "from helper import FACTOR  # noqa")

@@ -69,7 +69,7 @@ def check(repo, slot):
         raise Refused(f"a run is in progress in {folder}: wait for it, or end it")
     if changed := Repo(folder).git("status", "--porcelain", "--untracked-files=no").split("\n")[0][3:]:
         raise Refused(f"{changed} in {folder} has uncommitted changes: commit them there, or git checkout -- {changed}")
-    if journal.pending(folder):
+    if journal.read(folder) != (None, False):  # a damaged one, too, holds a record that was interrupted
         raise Refused(f"a record was interrupted in {folder}: there, uv run -m lab record")
     log, records = run_log.read(folder / names.RUN_LOG), archive.records_of(folder, tag_of(slot))
     if log and log.ended in ("complete", "crash") and log.header:

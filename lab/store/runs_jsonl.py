@@ -115,6 +115,7 @@ def sound(record):
         FIELDS <= record.keys()
         and all(isinstance(record[key], str) for key in ("run_id", "tag", "commit", "verdict", "code"))
         and (record["row"] is None or isinstance(record["row"], int))
+        and (record["parent"] is None or isinstance(record["parent"], str))
         and (header is None or isinstance(header, dict))
         and instant(record["start"]) and instant(record["end"]) and newer(record)
         and (summary is not None or record["verdict"] not in ("keep", "discard", "confirm"))
