@@ -170,7 +170,7 @@ class FakeNight:
     def fails(self, times=1):
         """So many experiments that are far from a gain."""
         for i in range(times):
-            assert self.experiment(f"in vain {i}", 1.02 + 0.01 * i)[1].verdict == "discard"
+            assert self.experiment(f"no gain {i}", 1.02 + 0.01 * i)[1].verdict == "discard"
 
     def close_call(self, description="close", **run):
         """A failure, which makes the rule stricter, and an experiment that is run again; its commit and the result."""

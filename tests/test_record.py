@@ -105,7 +105,7 @@ def test_recording_another_commit_closes_one_that_waits_as_a_discard(begun):
     begun.git("reset", "-q", "--keep", base)
     commit, result = begun.experiment("good", 0.99)
     assert result.verdict == "keep" and f"closed: row 0003 {waiting[:7]} is a discard" in result.out
-    assert [row[3:] for row in begun.rows()] == [["keep", "baseline"], ["discard", "in vain 0"], ["discard", "close"], ["keep", "good"]]
+    assert [row[3:] for row in begun.rows()] == [["keep", "baseline"], ["discard", "no gain 0"], ["discard", "close"], ["keep", "good"]]
     assert begun.chain() == ["good", "start"]
     begun.check()
 
