@@ -97,8 +97,8 @@ def weight_averaging(t):
     t.before_evaluation("""
         if SNAPSHOTS:
             with torch.no_grad():
-                params = [p for g in optimizer.param_groups for p in g["params"]]
-                for p, *values in zip(params, *SNAPSHOTS):
+                averaged = [p for g in optimizer.param_groups for p in g["params"]]
+                for p, *values in zip(averaged, *SNAPSHOTS):
                     p.copy_(torch.stack(values).mean(0))
     """)
 
