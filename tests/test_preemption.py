@@ -108,7 +108,8 @@ def test_a_night_that_is_killed_at_many_moments(night, undisturbed, seed):
 # --- what it was killed by ----------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("preempted", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "preempted"])
 def test_the_interrupted_commit_is_run_again_first(night, undisturbed, how):
     night.night_env["FAKE_EFFECT_SECONDS"] = "60"
     commit = in_a_run(night)

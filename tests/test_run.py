@@ -313,7 +313,9 @@ def parameters():
     return {}
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(
+    "edit", [edit if i < 3 else pytest.param(edit, marks=pytest.mark.slow) for i, edit in enumerate(EDITS)]
+)
 def test_an_edit_at_one_place_trains_to_the_end(make_training, python, parameters, edit):
     replacements, added = EDITS[edit]
     if "unedited" not in parameters:
