@@ -52,7 +52,7 @@ def of_records(records):
 
 
 def of_table(path):
-    """Of a night that has only a results.tsv, such as another harness's."""
+    """A tree that has only a results.tsv, such as another harness's, as plain data."""
     try:
         night = read_night(path)
     except Refused as refused:
