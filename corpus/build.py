@@ -208,7 +208,7 @@ def build(root, raw, num_shards, workers):
 
 
 def complete_manifest(root, num_shards):
-    """The manifest if it has at least so many training shards and all files have the right size; None otherwise."""
+    """The manifest if it has at least num_shards training shards and all files have the right size; None otherwise."""
     manifest = read_manifest(root / "manifest.json")
     if manifest and manifest["train_shards"] >= num_shards and not damaged_file(root, manifest["files"]):
         return manifest

@@ -41,7 +41,7 @@ LIMITS = {"climbmix": 0.0002, "tinystories": 0.0005, "stdlib": 0.0005}
 LIMIT = LIMITS[DATASET]
 Z = 1.96  # of a 95 % interval; there are hundreds of differences or more
 FEWEST_CUTS = 250  # below it an interval says little: short rows are cut more than once at each position
-CUT_SHARE = 0.4  # cut rows per scored row, where the rows are long enough for a choice: about 30 % of the evaluation
+CUT_SHARE = 0.4  # cut rows per scored row, if rows are long enough for a choice: about 30 % of the evaluation
 RESCORED = 2  # batches that are scored again at the end; passes in which half of the rows are replaced
 ROUNDING = 1e-5  # nats: how much a loss in float32 changes when sums are added in another order
 

@@ -63,7 +63,7 @@ def mfu_percent(device_name, flops_per_token, tokens, seconds):
 
 def fetch_attention_kernel():
     """Downloads FlashAttention-3 into the Hugging Face cache if the GPU is a Hopper. A failure is only printed:
-    train.py then uses another attention and says so."""
+    train.py then uses another attention and prints that."""
     if not shutil.which("nvidia-smi"):
         return
     import torch

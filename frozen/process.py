@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 LOOK_SECONDS = 0.2  # between two checks of the watchdog's deadline
-# A hang that holds the interpreter's lock also stops the watchdog's thread: faulthandler, which needs no lock, ends
-# the process so many seconds after the deadline.
+# A hang that holds the interpreter's lock also stops the watchdog's thread: faulthandler, which needs no lock, ends the
+# process this many seconds after the deadline.
 FALLBACK_SECONDS = 10
 LOCK_ATTEMPTS, LOCK_WAIT_SECONDS = 20, 0.05  # `lab status` and the dashboard hold the lock for some milliseconds
 

@@ -171,7 +171,7 @@ def stepped_back(search):
 
 
 def estimate(search):
-    """σ, the standard deviation between runs of one commit, where the branch is now; None if nothing ran twice.
+    """σ, the standard deviation between runs of one commit, for the present branch; None if nothing ran twice.
 
     It is pooled over repeats, with more weight on newer ones, and bounded by the spread of the latest results: effects
     only widen that spread, so if the results are close together, σ is small."""

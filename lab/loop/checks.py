@@ -19,7 +19,7 @@ TOUCHED = 3  # files that a refusal names, of those that an experiment may not t
 
 
 class NothingToRecord(Refused):
-    """run.log has no run that is still to be recorded: what comes next depends on the branch alone."""
+    """run.log has no run that is still to be recorded: what comes next depends only on the branch."""
 
 
 class RunInProgress(Refused):

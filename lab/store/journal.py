@@ -46,7 +46,7 @@ def restoration(value):
 
 
 def pending(top):
-    """The plan of a record that was interrupted; None if there is none that can be read."""
+    """The plan of a record that was interrupted; None if no such plan can be read."""
     return read(top)[0]
 
 

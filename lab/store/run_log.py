@@ -143,7 +143,7 @@ def last_header(text):
 
 
 def is_header(header):
-    """Whether a JSON object has the fields of a `run:` line, each of its kind."""
+    """Whether a JSON object has the fields of a `run:` line, with the right types."""
     return all(type(header.get(key)) is (int if key == "seed" else str) for key in HEADER) and is_time(header["start"])
 
 
