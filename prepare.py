@@ -14,9 +14,9 @@ Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE replaces it). A tour
     evaluate_bpb(...)                stops the clock, audits the model, scores it        "Metric"
     clock.summary(...)               the block of numbers that ends a run                "The run"
 
-What the data look like and how they are made is in corpus/; device, watchdog and lock are in frozen/. All of it is
-covered by the hash of the rules (corpus/rules.py). A refusal is a SystemExit with one sentence. torch is imported
-inside the functions that use it: preparing the data does not need it, and loading it costs seconds and memory.
+corpus/ has the format of the data and makes them; frozen/ has metric, audit, device, watchdog and lock. The hash of the
+rules (corpus/rules.py) covers all of it. A refusal is a SystemExit with one sentence. torch is imported inside the
+functions that use it: preparing the data does not need it, and loading it costs seconds and memory.
 """
 
 import argparse
@@ -52,10 +52,10 @@ from frozen.process import Watchdog, end_on_signals, lock_folder, process_age
 # ---------------------------------------------------------------------------------------------------
 # The clock
 
-# Training may end this late: one last step that was expected to fit, synchronising, a machine that hiccups.
+# Training may overrun by this much: a last step that was expected to fit, synchronising, a short stall of the machine.
 SLACK = max(0.01 * TIME_BUDGET, 1)  # seconds
-MEDIAN_STEPS = 9  # the length of the next step is the median of so many last ones
-NEAR_END = 5  # steps before the end from which on progress() waits for the device, which may lag behind
+MEDIAN_STEPS = 9  # the next step is expected to take the median of this many last ones
+NEAR_END = 5  # for this many steps before the end progress() waits for the device, which may lag behind
 
 
 class Clock:
@@ -70,7 +70,7 @@ class Clock:
         self.started = self.last = self.now()
 
     def settle(self):
-        """Waits until the device has done what it was asked to; a plain clock has none."""
+        """Waits until the device has finished its work; a plain Clock has no device."""
 
     def progress(self):
         """Fraction of the time budget that has passed, in [0, 1]. Call it once a step: it also times the steps.
@@ -119,8 +119,8 @@ _run = None  # the run in progress: evaluate_bpb stops its clock without relying
 TRAINING_LIMIT = TIME_BUDGET + SLACK + 30  # seconds
 DEFAULT_SEED = 42
 SEED_AT_IMPORT = os.environ.get("AUTORESEARCH_SEED")  # before code of train.py could set it
-# An untrained model has a loss of about ln V or more. Below this fraction of it, it has seen the text: a model that
-# knows no more than how often each token occurs stays above.
+# An untrained model has a loss of about ln V or more. Below this fraction of it, the model has been trained on the
+# text: one that knows only how often each token occurs stays above.
 UNTRAINED_LOSS = 0.7
 
 
@@ -144,7 +144,7 @@ class Run(Clock):
     def start(self, model, batch_size):
         """Checks the untrained model, then starts the clock: from here every second and every step counts.
 
-        batch_size: rows of the later evaluation, whose memory and whose only graph are tried here."""
+        batch_size: rows per batch of the later evaluation, whose memory and only compiled graph are tried here."""
         if self.started is not None:
             raise SystemExit("clock.start: the clock was started already; a run has one clock")
         self.check_code()
@@ -163,7 +163,7 @@ class Run(Clock):
         self.watchdog.enter("evaluation", GRACE)
 
     def check_code(self):
-        """What a run has loaded and read since it began; a test with a clock of its own may do as it likes."""
+        """Checks what a run has read and loaded since it began; a test with its own clock may load any module."""
         guard.check_refusals()
         if not self.injected and (sentence := guard.foreign_module(self.train_file)):
             raise SystemExit(sentence)
@@ -222,7 +222,7 @@ def check_untrained(model, batch_size, device):
 
 
 def choose_seed(injected):
-    """The seed of this run, with which all generators begin: AUTORESEARCH_SEED, or the same one in every run."""
+    """Seeds all generators and returns the seed: AUTORESEARCH_SEED if it is set, else the same one in every run."""
     import torch
 
     text = os.environ.get("AUTORESEARCH_SEED")
@@ -258,7 +258,7 @@ def begin_run(train_file, *, now=time.monotonic, watchdog_now=time.monotonic):
         raise SystemExit("begin_run: this process has begun a run already; a process has one run")
     make_output_safe()
     with guard.prepare_reads():
-        if DATASET == "stdlib":  # takes seconds and no network, so a run does it by itself
+        if DATASET == "stdlib":  # takes seconds and no network, so a run prepares it itself
             from corpus.build import prepare
 
             prepare()
@@ -295,7 +295,7 @@ def begin_run(train_file, *, now=time.monotonic, watchdog_now=time.monotonic):
 
 
 def make_output_safe():
-    """A run that is killed keeps every line of its log, and no character stops it that stdout cannot encode (a
+    """Flushes after every line, so that a killed run keeps its log, and escapes characters that stdout cannot encode (a
     non-ASCII path under cp1252 or ascii)."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
@@ -341,7 +341,7 @@ def make_dataloader(tokenizer, B, T, split="train"):
     state, run, device = Counter(), the_run(), the_run().device
     with guard.prepare_reads():
         packed = pack_rows(endless_documents(open_shards(), state), T + 1, state)
-    # Two pinned buffers in turn: before one is filled again, the non-blocking copy that reads it must be done.
+    # Two pinned buffers alternate: before one is filled again, the non-blocking copy that reads it must be done.
     pinned = device.type == "cuda"
     buffers = [torch.empty(B * (T + 1), dtype=torch.int16, pin_memory=pinned) for _ in range(2 if pinned else 1)]
     copied = [torch.cuda.Event() if pinned else None for _ in buffers]
@@ -374,8 +374,8 @@ def make_dataloader(tokenizer, B, T, split="train"):
 def evaluate_bpb(model, tokenizer, batch_size):
     """Stops the clock and returns the run's val_bpb (bits per byte, lower is better), or refuses the run.
 
-    Before the stop, so that it costs training time, the model is put into eval mode and called once; after it nothing
-    may learn: no data are handed out, and parameters and losses must stay what they were."""
+    The model is put into eval mode and called once before the stop, so that this costs training time. After the stop it
+    may not learn: the loader returns no data, and parameters and losses must not change."""
     run = the_run()
     run.check_running()
     model.eval()

@@ -32,7 +32,7 @@ from corpus.tokenizer import NUM_ORDINARY, SPLIT_PATTERN, Tokenizer
 # The tokenizer is trained on the first shards only, so that more shards later do not change it, and on the beginning
 # of each document, so that a few very long ones do not decide it.
 TOKENIZER_SHARDS, TOKENIZER_CHARACTERS, DOCUMENT_CHARACTERS = 4, 1_000_000_000, 10_000
-BATCHES_IN_FLIGHT = 3  # for each worker: one in work, one waiting, one finished and not yet written
+BATCHES_IN_FLIGHT = 3  # for each worker: one being tokenised, one waiting, one finished and not yet written
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def build(root, raw, num_shards, workers):
 
 
 def complete_manifest(root, num_shards):
-    """The manifest if it has at least so many training shards and all files have the right size; None otherwise."""
+    """The manifest if it has at least num_shards training shards and all files have the right size; None otherwise."""
     manifest = read_manifest(root / "manifest.json")
     if manifest and manifest["train_shards"] >= num_shards and not damaged_file(root, manifest["files"]):
         return manifest

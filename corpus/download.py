@@ -1,6 +1,6 @@
 """Downloads from the Hugging Face hub: in parallel, resumed after a broken connection, checked when complete.
 
-HF_ENDPOINT and HF_TOKEN mean what they mean to other tools. Every failure is a SystemExit with one sentence.
+HF_ENDPOINT and HF_TOKEN have the same meaning as in other tools. Every failure is a SystemExit with one sentence.
 """
 
 import os
@@ -42,7 +42,8 @@ def hub_session():
 
 
 def hub_request(session, method, repo, name, **kwargs):
-    """The response for the file `name` of the data set `repo`; SystemExit if there is none or it is an error."""
+    """The response for the file `name` of the data set `repo`; SystemExit if the file does not exist or the request
+    fails."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/datasets/{repo}/resolve/main/{name}"
     try:

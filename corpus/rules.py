@@ -1,7 +1,7 @@
 """Which files decide a score, and the hash over them that every run prints in its header.
 
-A header holds `rules_files`, the SHA-256 of each file, and `rules_sha256`, one hash over all of them: runs compare
-only if it is the same.
+A header holds `rules_files`, the SHA-256 of each file, and `rules_sha256`, one hash over all of them: two runs are
+comparable only if it is the same.
 
 Imports nothing but the standard library, so that `lab` can read headers without loading the data or torch.
 """

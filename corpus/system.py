@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def usable_cores():
-    """Number of CPU cores that this process may run on. macOS and Windows do not tell, and count all of them."""
+    """Number of CPU cores that this process may run on. macOS and Windows do not report it: there it is all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

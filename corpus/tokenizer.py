@@ -33,7 +33,7 @@ class Tokenizer:
         self.bos_id = len(ranks)
 
     def pieces(self, text):
-        """The text in pieces that are short enough for tiktoken. They are tokenised one by one."""
+        """The text in pieces that are short enough for tiktoken, each tokenised separately."""
         return [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
 
     def encode(self, text):

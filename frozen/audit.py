@@ -1,25 +1,27 @@
-"""Scores a model and measures, on the same passes, what of the score was not earned.
+"""Scores a model and measures, during the same evaluation, how much of the score was not earned.
 
-**Unearned bits.** For a position p everything after p is replaced by the text of another row. What the intact row
-earns on p's own target x beyond that was read from the future. The token o that took the place of x tells the same from
-the other side: a model that sees it gives it a better loss in the cut row than in the intact one. The mean of the two,
+**Unearned bits.** To test a position p, everything after p is replaced by text of another row. If the loss of p's
+target x is lower in the intact row than in this cut row, the model has read the future. The token o that took the place
+of x gives a second measurement: a model that sees it gives it a lower loss in the cut row than in the intact one. The
+mean of the two,
 
     u = ((loss of x, cut - loss of x, intact) + (loss of o, intact - loss of o, cut)) / 2    in nats,
 
-is 0 for a causal model, and moves by no more than its logits do by rounding. It never understates a model that reads
-ahead by much: x is often easy to predict, so that nothing is earned by reading it; o hardly ever is. Every position is
-cut once (more often in short rows), each in a row and with a suffix of its own, so the u are independent, and their mean
-has an ordinary 95 % interval. Other rows of a cut's batch differ from those of its scored batch, so a dependence on
-them is measured, too; two passes in which a random half of the rows is replaced and the losses of the kept half are
-compared do the same with all of their targets. Rows, order and replacements follow from `draw` (a run's id): nobody can
-tune to them. Cut batches come in random order between the scored ones: no counter tells one from the other.
+is 0 for a causal model, up to the rounding of its logits. It never understates by much how far a model reads ahead: x
+is often easy to predict, so that reading it earns nothing, but o is hardly ever easy. Every position is cut once (more
+often in short rows), each time in a different row and with a different suffix, so the u are independent, and their mean
+has an ordinary 95 % interval. The other rows in a cut's batch differ from those in its scored batch, so a dependence on
+them is measured, too. Two more passes measure it on all of their targets: each replaces a random half of the rows and
+compares the losses of the other half. `draw` (a run's id) determines rows, order and replacements, so nobody can tune
+to them. Cut batches are in random order among the scored ones, so a model that counts its passes cannot distinguish
+them.
 
-**The limit.** Exactly zero passes at once. Otherwise the whole interval has to lie within plus and minus the limit. That
-it must be narrow is what keeps noise from hiding a leak. Power: a leak worth L bpb passes with a standard error s of at
-most limit / 1.96 only if the estimate is low by (L - limit) / s + 1.96 standard errors. For L = 0.001 that is 9.8 with
-the limit of climbmix and 3.9 with 0.0005: once in 20,000 runs. A leak at few positions (the edges of chunks) widens the
-interval by itself: one position of K that reads its next token has u of 3 nats or more, a mean of 3 / K and an upper end
-of 9 / K nats, 0.0014 bpb at 2,048 positions. tests/test_unearned.py tries chunk sizes, distances and noise.
+**The limit.** Exactly zero passes at once. Otherwise the whole interval has to lie within plus and minus the limit, so
+it must be narrow, and noise cannot hide a leak. Power: the standard error s is at most limit / 1.96, so a leak worth L
+bpb passes only if the estimate is low by (L - limit) / s + 1.96 standard errors. For L = 0.001 that is 9.8 with the
+limit of climbmix and 3.9 with 0.0005: once in 20,000 runs. A leak at few positions (the edges of chunks) also widens
+the interval: one position of K that reads its next token has u of 3 nats or more, a mean of 3 / K and an upper end of 9
+/ K nats, 0.0014 bpb at 2,048 positions. tests/test_unearned.py tries chunk sizes, distances and noise.
 """
 
 import hashlib
@@ -39,9 +41,9 @@ LIMITS = {"climbmix": 0.0002, "tinystories": 0.0005, "stdlib": 0.0005}
 LIMIT = LIMITS[DATASET]
 Z = 1.96  # of a 95 % interval; there are hundreds of differences or more
 FEWEST_CUTS = 250  # below it an interval says little: short rows are cut more than once at each position
-CUT_SHARE = 0.4  # cut rows per scored row, where the rows are long enough for a choice: about 30 % of the evaluation
-RESCORED = 2  # batches that are scored again at the end, and those rows that are replaced by halves
-ROUNDING = 1e-5  # nats: what a loss in float32 moves by when sums are added in another order
+CUT_SHARE = 0.4  # cut rows per scored row, if rows are long enough for a choice: about 30 % of the evaluation
+RESCORED = 2  # batches that are scored again at the end; passes in which half of the rows are replaced
+ROUNDING = 1e-5  # nats: how much a loss in float32 changes when sums are added in another order
 
 
 class Interval(NamedTuple):
@@ -95,7 +97,7 @@ class Audit:
         return token_nats(checked_logits(self.model, x), y)
 
     def asked(self, logits, which, slots):
-        """Losses of own and other target (n, 2) of the cuts `which`, which are in these rows of the logits."""
+        """Losses of own and other target (n, 2) of the cuts `which`. slots: their rows in the logits."""
         import torch
 
         tokens = np.stack([self.own[which], self.other[which]], axis=1)
@@ -103,7 +105,7 @@ class Audit:
         return -logits[slots, position].float().log_softmax(-1).gather(1, tokens)
 
     def run(self):
-        """The bits per byte of the rows."""
+        """Scores and audits the rows; returns their bits per byte."""
         import torch
 
         R, T, B = len(self.rows), self.rows.shape[1] - 1, self.batch_size
@@ -158,7 +160,7 @@ class Audit:
         return (np.where(index < R, index, 0) + 1 + self.random.integers(max(R - 1, 1), size=len(index))) % R
 
     def interval(self, nats):
-        """Of differences in nats a target, (n,)."""
+        """The Interval of differences (n,), given in nats per target."""
         nats = nats.cpu().double()
         if not nats.any():
             return Interval(0, 0)
@@ -191,13 +193,14 @@ class Audit:
         return f"the model sees its own future: unearned bits {self.cuts}, limit {LIMIT}: refused", None
 
     def two_passes(self):
-        """What a batch gains from being shown twice in a row."""
+        """The Interval of what a batch gains when it is scored twice in a row."""
         x, y = to_device(filled(self.rows, 0, self.batch_size), self.device)
         return self.interval((self.nats(x, y) - self.nats(x, y)).flatten())
 
     def rows_depend(self):
-        """Whether a loss moves when other rows change. Any two row numbers differ in a bit: for each bit and value the
-        rows that have it are replaced, the others watched. Only asked after a refusal, to say why."""
+        """Whether a loss changes when other rows change. Any two row numbers differ in a bit: for each bit and value,
+        the rows that have it are replaced, and the losses of the others compared. Called only after a refusal, to find
+        the reason."""
         import torch
 
         B = self.batch_size

@@ -1,4 +1,4 @@
-"""The device of a run: which one, its name, its peak speed, and FlashAttention-3, which one kind of GPU can use.
+"""The device of a run: which one, its name, its peak speed, and FlashAttention-3, which only Hopper can use.
 
 torch is imported inside the functions: `uv run prepare.py` does not need it.
 """
@@ -36,7 +36,7 @@ def pick_device():
 
 
 def synchronize(device):
-    """Waits until the device has finished everything that was asked of it."""
+    """Waits until the device has finished all queued work."""
     import torch
 
     getattr(torch, device.type).synchronize()
@@ -63,7 +63,7 @@ def mfu_percent(device_name, flops_per_token, tokens, seconds):
 
 def fetch_attention_kernel():
     """Downloads FlashAttention-3 into the Hugging Face cache if the GPU is a Hopper. A failure is only printed:
-    train.py then uses another attention and says so."""
+    train.py then uses another attention and prints that."""
     if not shutil.which("nvidia-smi"):
         return
     import torch

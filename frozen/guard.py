@@ -2,10 +2,10 @@
 
 Three checks. `running_code_differs`: the code that runs is the one whose hash the header has. `foreign_module`: all
 modules of the run's folder are train.py or frozen. And an audit hook on open(), from the import of prepare on, which
-refuses weights, prepared data, and files of the run's folder that git does not decide.
+refuses weights, prepared data, and files of the run's folder that are neither code in git nor written by the run.
 
 The hook stops what Python opens: open, torch.load, numpy.load, safetensors, imports. Native readers (pyarrow,
-torch.jit.load) and child processes raise no event. README.md says what does hide files from those.
+torch.jit.load) and child processes raise no event. README.md names the command that hides files from those.
 """
 
 import os

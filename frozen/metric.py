@@ -44,7 +44,8 @@ def to_device(rows, device):
 
 
 def filled(rows, start, batch_size):
-    """batch_size rows from `start` on. Behind the last one comes row 0, so that all batches have one shape."""
+    """batch_size rows from `start` on. After the last row, row 0 fills the batch, so that all batches have one
+    shape."""
     index = np.arange(start, start + batch_size)
     return rows[np.where(index < len(rows), index, 0)]
 

@@ -8,15 +8,15 @@ import threading
 import time
 from pathlib import Path
 
-LOOK_SECONDS = 0.2  # between two looks of the watchdog at its deadline
-# A hang that holds the interpreter's lock also stops the watchdog's thread: faulthandler, which needs no lock, ends
-# the process so many seconds after the deadline.
+LOOK_SECONDS = 0.2  # between two checks of the watchdog's deadline
+# A hang that holds the interpreter's lock also stops the watchdog's thread: faulthandler, which needs no lock, ends the
+# process this many seconds after the deadline.
 FALLBACK_SECONDS = 10
 LOCK_ATTEMPTS, LOCK_WAIT_SECONDS = 20, 0.05  # `lab status` and the dashboard hold the lock for some milliseconds
 
 
 def process_age():
-    """Seconds since this process started: a run's total includes its imports. 0.0 if the system does not tell."""
+    """Seconds since this process started: a run's total includes its imports. 0.0 if the system does not report it."""
     try:
         started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -41,7 +41,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self):
-        """Ends the watch."""
+        """Stops watching."""
         self.current = (None, 0, float("inf"))
         faulthandler.cancel_dump_traceback_later()
 
@@ -72,8 +72,9 @@ def end_on_signals():
 def lock_folder(folder):
     """Locks the folder of train.py until this process ends, and returns the file descriptor that holds the lock.
 
-    Two runs in one folder would overwrite each other's checkpoint.pt, and `lab record` must know if a run is still
-    going. None if there is no flock (Windows, some network file systems). SystemExit if another run holds the lock."""
+    Two runs in one folder would overwrite each other's checkpoint.pt, and `lab record` must know if a run is in
+    progress. None if there is no flock (Windows, some network file systems). SystemExit if another run holds the
+    lock."""
     try:
         import fcntl
 

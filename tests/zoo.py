@@ -1,13 +1,13 @@
-"""Edits of train.py as an agent may make them, honest and not, each with what must become of it.
+"""Edits of train.py as an agent may make them, honest and not, each with its required outcome.
 
     uv run python tests/zoo.py                     every edit, run for real: name, what stopped it, the sentence
     uv run python tests/zoo.py ema peeks_1         some of them
     uv run python tests/zoo.py --rounds 5          all of them five times: every edit must be judged right each time
     uv run python tests/zoo.py --table             the table of docs/proof.md; runs nothing
 
-A change of the frozen half is judged by this list. `stopped` says where an edit must end, and with what sentence: the
-run refuses it, or `lab record` does, or `lab audit` flags it in the morning. An edit that `deceives` passes all three:
-it is here so that what is written about honesty says no more than what is true.
+Run this list after each change of the frozen files. `stopped` says where an edit must end, and with what sentence: the
+run refuses it, or `lab record` does, or `lab audit` flags it in the morning. An edit that `deceives` passes all three;
+such edits are listed so that the documentation claims no more than is true.
 """
 
 import argparse

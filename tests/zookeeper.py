@@ -5,7 +5,8 @@
         outcome = zoo.judge(edit)        what stopped it, and the sentence
 
 The rules are tiny: rows of 128 tokens, a budget of a second, a model with two layers. The baseline has a learning rate
-of 0, so that whatever trains at all is kept, archived and audited. Nothing is injected: the clock is the real one.
+of 0, so that any edit that trains at all is kept, archived and audited. Nothing is replaced by a test double: the clock
+is the real one.
 """
 
 import json

@@ -6,12 +6,13 @@
 Lower val_bpb is better. A crash is missing data: its 0.000000 is never a value. Runs of the same train.py (`code`, its
 sha256) belong together, whatever commit they came in.
 
-Night.search is the night as the rule knows it (lab.analysis.verdict): its records, replayed in their order. Verdicts
-that were recorded count as they are, whichever rule they came from.
+Night.search is the night as the rule knows it (lab.analysis.verdict): its records, replayed in their order. Recorded
+verdicts are used as they are, even if they come from an older rule.
 
-The best is the kept experiment that the rule believes to be worth the least val_bpb. That is the tip of the branch, or,
-if a `--simpler` keep is a little worse, the keep before it; it is not always the one with the lowest number, as a single
-run may have measured too low. A table without records can only have its lowest kept value; by_estimate says which it is.
+The best is the kept experiment with the lowest estimated true val_bpb. That is the tip of the branch, or, if a
+`--simpler` keep is a little worse, the keep before it; it is not always the one with the lowest number, as a single run
+may have measured too low. Without records, the best is the lowest kept value in the table; by_estimate says which of
+the two applies.
 """
 
 import re
@@ -25,8 +26,8 @@ from statistics import median
 from lab.analysis import verdict
 from lab.store import names, results_tsv, runs_jsonl
 
-SLOWED = 0.03  # a run that something other than its code slowed by more is no fair measurement of the code
-PACE = 10  # runs: what an experiment costs in time is taken from the latest ones, as an edit may change it
+SLOWED = 0.03  # a run that something other than its code slowed by more does not measure the code fairly
+PACE = 10  # runs: only the latest ones give the time that an experiment takes, as an edit may change it
 LOWEST = "the lowest kept value, as runs.jsonl has no records to estimate it from"  # what a best is if not by_estimate
 
 
@@ -52,7 +53,7 @@ class Experiment:
 
     @property
     def training_minutes(self):
-        """Of all its complete runs; None if runs.jsonl has none."""
+        """Minutes of training of all its complete runs; None if runs.jsonl has no such run."""
         seconds = [r["summary"]["training_seconds"] for r in self.runs if r["summary"]]
         return sum(seconds) / 60 if seconds else None
 
@@ -76,7 +77,7 @@ class Night:
         self.experiments = tuple(self.from_records() if experiments is None else experiments)
 
     def from_records(self):
-        """The Experiments that the rows of the records are."""
+        """The Experiments that follow from the rows of the records."""
         by_commit = {}
         for r in self.records:
             by_commit.setdefault(r["commit"], []).append(r)
@@ -100,7 +101,7 @@ class Night:
         return next((r for r in reversed(self.records) if r["code"] == code), None)
 
     def record_of(self, log):
-        """The record of the run that this run_log.RunLog is of; None if it was not recorded."""
+        """The record of the run in this run_log.RunLog; None if it was not recorded."""
         return next((r for r in self.records if r["run_id"] == log.run_id or r["log"] == log.identity), None)
 
     def is_kept(self, code):
@@ -165,7 +166,7 @@ class Night:
 
     @property
     def baseline(self):
-        """The first experiment that is not a crash; None if there is no such one yet."""
+        """The first experiment that is not a crash; None before there is one."""
         return next((e for e in self.experiments if e.val_bpb is not None), None)
 
     @property
@@ -180,13 +181,13 @@ class Night:
 
     @cached_property
     def worth(self):
-        """{experiment number: the val_bpb that it is compared by} of those that stand: the estimated true one, or what
-        the table has if any of them is not in the records."""
+        """{experiment number: the val_bpb that it is compared by} of `standing`: the estimated true one, or the table's
+        value if any of them is not in the records."""
         return self.estimated if self.by_estimate else {e.number: e.val_bpb for e in self.standing}
 
     @cached_property
     def estimated(self):
-        """{experiment number: estimated true val_bpb} of those that stand and are in the records."""
+        """{experiment number: estimated true val_bpb} of those in `standing` and in the records."""
         rows = {e.number: kept_record(e) for e in self.standing}
         return {number: self.estimates[r["row"]] for number, r in rows.items() if r and r["row"] in self.estimates}
 
@@ -196,8 +197,8 @@ class Night:
         return bool(self.standing) and len(self.estimated) == len(self.standing)
 
     def is_better(self, e, best):
-        """Whether e, the later of the two, takes the place of the best. Of equal estimates the later one does, as the
-        branch went on from there; of equal values the first one stays."""
+        """Whether e, the later of the two, replaces the best. Of equal estimates the later one wins, as the branch
+        continued from there; of equal values the first one wins."""
         new, old = self.worth[e.number], self.worth[best.number]
         return new <= old if self.by_estimate else new < old
 
@@ -234,7 +235,8 @@ class Night:
 
     @property
     def runs_per_hour(self):
-        """Repeats count; from the first run's start to the last one's end. None before there are two."""
+        """Runs per hour, repeats included, from the first run's start to the last one's end; None before there are
+        two."""
         ends = self.records[:1] + self.records[-1:]
         times = [datetime.fromisoformat(r[key]) for r in ends for key in ("start", "end") if r[key]]
         hours = (max(times) - min(times)).total_seconds() / 3600 if times else 0
@@ -243,8 +245,8 @@ class Night:
 
     @property
     def cost(self):
-        """(seconds from one run to the next, seconds of it that are training) in the mean of the latest complete runs,
-        with the gaps between them; None before there is one. The median of the gaps: a night that was interrupted has
+        """(seconds from one run to the next, seconds of it that are training): means over the latest complete runs;
+        None before there is one. The first includes the median gap between runs, not the mean: an interrupted night has
         a gap of hours."""
         recent = [r for r in self.records if r["summary"] and "total_seconds" in r["summary"]][-PACE:]
         if not recent:
@@ -257,15 +259,15 @@ class Night:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the rule is fed
+# What the rule receives
 
 
 def replay(records):
     """(verdict.Search, the records of the keeps in its line) of the records of a branch, oldest first.
 
-    A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if it is
-    called a discard, the branch stepped back from that keep, whose row then says `given_up`: it counts as a keep up to
-    there. Crashes are left out: they measured nothing."""
+    A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if its
+    verdict is discard, the branch stepped back from that keep, whose row then says `given_up`: it counts as a keep up
+    to there. Crashes are left out: they measured nothing."""
     search, line, runs = None, [], {}
     run_ids = {r["run_id"] for r in records}
     code_of = {r["commit"]: r["code"] for r in records}
@@ -292,13 +294,13 @@ def replay(records):
 
 
 def measured(runs):
-    """Those of the runs of an experiment that count: what the machine slowed does not, once there is a run that it did
-    not slow. The choice is by speed and not by value, so it favours nothing."""
+    """The runs of an experiment that count: those that the machine slowed are ignored once there is one that it did not
+    slow. The choice depends on speed and not on value, so it adds no bias."""
     return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED] or list(runs)
 
 
 def steps_per_second(run):
-    """Of a complete run; 0.0 if it did not train."""
+    """Steps per second of a complete run; 0.0 if it did not train."""
     seconds = run["summary"]["training_seconds"]
     return run["summary"].get("num_steps", 0) / seconds if seconds > 0 else 0.0
 
@@ -309,7 +311,7 @@ def kept_record(experiment):
 
 
 def speed(runs):
-    """Mean tokens per second of these runs, as counted, or by the summary's rounded number; None if they do not tell."""
+    """Mean tokens per second of these runs, as counted, or by the summary's rounded number; None if it is unknown."""
     speeds = [
         (r.get("tokens") or r["summary"]["total_tokens_M"] * 1e6) / r["summary"]["training_seconds"]
         for r in runs
@@ -323,7 +325,8 @@ def speed(runs):
 
 
 def runs_by_row(rows, records):
-    """For each row the records of its commit, oldest first. A commit in several rows is told apart by row number."""
+    """For each row the records of its commit, oldest first. If several rows have the same commit, each gets the records
+    of its own row number."""
     by_commit = {}
     lengths = {len(row["commit"]) for row in rows if len(row["commit"]) >= 4}
     for r in records:
@@ -354,7 +357,7 @@ def read_night(tree, results=None):
     rows, notes = results_tsv.parse(results_tsv.text_of(path), path)
     records, more = runs_jsonl.read_sound(path.parent / names.RUNS_JSONL)
     runs = runs_by_row(rows, records)
-    if rows and not any(runs):  # what is left of another night
+    if rows and not any(runs):  # left over from another night
         records = []
     experiments = []
     for i, (row, own) in enumerate(zip(rows, runs, strict=True), 1):

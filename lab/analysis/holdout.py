@@ -1,8 +1,8 @@
 """Whether a night fits its validation rows: the gap between the gains on val and on the holdout, over the kept commits in
 order. Pure functions of numbers, and the reader of audit.tsv.
 
-A branch that is chosen on one validation set hundreds of times fits it: part of each gain is then on val alone. Both
-scores are of the same checkpoint, so the noise of training is in both and the gap is steadier than either gain.
+A branch that is selected hundreds of times on one validation set overfits it: part of each gain is then on val alone.
+Both scores are of the same checkpoint, so the noise of training is in both and the gap is steadier than either gain.
 """
 
 import csv
@@ -30,7 +30,7 @@ def widening(gaps):
 
 
 def sentence(gaps):
-    """What the gaps say, for the audit and the notebook; None before there is one."""
+    """The sentence about the gaps, for the audit and the notebook; None if there are no gaps."""
     if not gaps:
         return None
     if found := widening(gaps):

@@ -1,8 +1,8 @@
 """Standard deviations and 95 % intervals of a few runs. Pure functions of numbers.
 
-The interval of the gain between two commits is Welch's: their noise may differ, and three runs of each tell nothing
-about it but their own spread. It is computed here, and not by scipy's ttest_ind, which warns about runs with equal
-values; tests/test_intervals.py compares the two, and simulates how often the interval covers the truth.
+The interval of the gain between two commits is Welch's: their noise may differ, and is known only from the spread of
+their own few runs. It is computed here, and not by scipy's ttest_ind, which warns about runs with equal values;
+tests/test_intervals.py compares the two, and simulates how often the interval covers the truth.
 """
 
 import math

@@ -1,17 +1,17 @@
 """Keep, discard, or measure again: the verdict on a commit. Pure functions of numbers, no files.
 
 A single val_bpb is the true one plus the noise of one run. The rule should end the night with the lowest true val_bpb,
-however long the night is. It does three things:
+however long the night is. It has three parts:
 
-- the bar: an experiment must measure lower than what the tip (the latest keep) is believed to be worth by a number of
-  standard errors. That number to beat is known before the experiment is run: `bar`.
+- the bar: an experiment must measure a number of standard errors below the estimated true val_bpb of the tip (the
+  latest keep). This number to beat is known before the experiment is run: `bar`.
 - the doubt: after many failures in a row the tip itself is run again: `doubted`. If its gain over the keep before it
   does not hold, the branch steps back to that one: `holds`.
-- the noise σ is measured by repeats of this night, newer ones counting more, and is never taken for much larger than
-  the spread of the latest results: `estimate`.
+- the noise: σ is estimated from the repeats of this night, with more weight on newer ones, and is bounded by the spread
+  of the latest results: `estimate`.
 
 `Search` is all that the rule knows of a branch. `begin`, `ended`, `remeasured` and `stepped_back` return the next one;
-whoever reads a log replays it through these four. All values are val_bpb, σ too; failures and runs are counts.
+a reader of the log replays it through these four. All values are val_bpb, σ too; failures and runs are counts.
 
 The constants come from tests/simulate_nights.py. docs/verdict.md has its table and says how they were found.
 """
@@ -21,31 +21,31 @@ from typing import NamedTuple
 
 BASELINE_RUNS = 3  # under three seeds: two degrees of freedom for σ before the first experiment
 
-# By random search over the simulated settings (docs/verdict.md), then rounded. In standard errors of the mean of the
-# runs at hand, σ/√runs, where nothing else is said.
-BIAS = 0.95  # a keep was chosen for measuring low (winner's curse): it is believed to be worth its mean plus this
-BAR = 1.15  # what an experiment must gain over what the tip is believed to be worth
+# By random search over the simulated settings (docs/verdict.md), then rounded. The unit is the standard error of the
+# mean of the runs, σ/√runs, unless a comment says otherwise.
+BIAS = 0.95  # a keep was chosen for measuring low (winner's curse): its true value is estimated as its mean plus this
+BAR = 1.15  # what an experiment must gain over the estimated true value of the tip
 PROOF = 0.5  # what it must gain beyond BAR for each unit of `unproven`; what gains BAR but not this is run again
 PROVEN = 3.0  # σ: once the night has gained this much over the baseline, there are gains to be had
 PATIENCE = 20  # experiments: how soon a night without gains makes the rule stricter
 MOST_RUNS = 3  # of one experiment
 HOLD = 0.6  # what the mean of a doubted tip must gain over the keep before it
 FAILURES = 4.0  # in a row before the tip is run again
-FAILURES_RICH = 130  # and so many more for each σ that a run has earned in the mean of the night: where gains come
-#   easily a run is too dear, and the next keep ends the doubt
-EARLY = 20  # runs added to those of the night in that mean: a single early keep does not make runs priceless
+FAILURES_RICH = 130  # and this many more for each σ that a run has gained on average in the night: if gains are
+#   frequent, a repeat costs too much, and the next keep ends the doubt
+EARLY = 20  # runs added to those of the night in that mean, so that a single early keep does not dominate it
 UNPROVEN_SOONER = 0.6  # that number of failures shrinks by exp(−this·unproven)
 AGAIN = 2.0  # the n-th repeat of a tip comes n**AGAIN times as late
 MOST_TIP_RUNS = 8
 REPEATS, FIRST_REPEATS = 0.12, 3  # repeats there may be for each experiment, and how many more
 
 HALF_LIFE = 12  # repeats after which an older one counts half in σ: the noise changes with the code
-SELECTED = 1.2  # the second run of a close call differs more from the first than any two runs, as the first was
-#   selected for being close: with the squared difference divided by this, σ² is right in the mean
+SELECTED = 1.2  # the second run of a close call differs more from the first than two other runs do, as the first was
+#   selected for being close: dividing the squared difference by this makes σ² right on average
 RECENT = 12  # experiments whose spread bounds σ
 SHORTEST_HALF = 1.349  # width in σ of the shortest interval that holds half of a normal distribution
-SPREAD = 1.4  # σ is at most this times what that interval says: of 12 normal values it comes out a quarter too short
-RESOLUTION = 1e-6  # val_bpb is printed with six decimals: σ is never taken for smaller
+SPREAD = 1.4  # σ is at most this times the σ from that interval, which for 12 normal values is a quarter too short
+RESOLUTION = 1e-6  # val_bpb is printed with six decimals: σ is never smaller than this
 
 SIMPLER = 0.5  # σ that a simplification may be worse than the best mean on the branch
 HOPELESS = 2.0  # σ above it: the second run of a simplification would have to be extraordinary
@@ -53,12 +53,12 @@ HOPELESS = 2.0  # σ above it: the second run of a simplification would have to 
 
 class Bar(NamedTuple):
     keep: float  # a mean below this is kept
-    confirm: float  # from `keep` up to here the commit is run again; not above `keep` where nothing is
+    confirm: float  # from `keep` up to here the commit is run again; if not above `keep`, nothing is run again
 
 
 class Verdict(NamedTuple):
     status: str  # keep, discard or confirm
-    gain: float | None  # of the mean of the runs over what the tip is believed to be worth, in σ; None: σ is unknown
+    gain: float | None  # of the mean of the runs over the estimated true value of the tip, in σ; None: σ is unknown
     why: str
 
 
@@ -84,8 +84,8 @@ class Search(NamedTuple):
     dof: float  # how many there are, faded
     sigma: float | None = None  # as estimated when the tip was last kept or run; None: nothing ran twice
     recent: tuple = ()  # first run less the mean of the tip, of the latest experiments
-    experiments: int = 0  # that ended, kept or not; the baseline is none
-    repeats: int = 0  # runs of a commit that had run before; the baseline's first ones are none
+    experiments: int = 0  # that ended, kept or not, without the baseline
+    repeats: int = 0  # runs of a commit that had run before, without the baseline's first ones
     runs: int = 0  # all complete runs
 
     @property
@@ -110,7 +110,7 @@ def finite(values):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What happened, told in order
+# Events, in order
 
 
 def begin(values):
@@ -128,8 +128,8 @@ def faded(search, squared):
 
 
 def ended(search, values, keep, simpler=False, on_tip=True):
-    """An experiment with these runs was kept or discarded. on_tip: it was measured against the tip of now; if not (a
-    team's tip has moved on meanwhile), it tells about the noise but nothing about the tip."""
+    """An experiment with these runs was kept or discarded. on_tip: it was measured against the present tip; if not (a
+    team's tip has changed meanwhile), it counts for the noise but not for the tip."""
     values = finite(values)
     tip, own = search.tip, distinct(values)
     for n in range(1, len(own)):
@@ -148,7 +148,7 @@ def ended(search, values, keep, simpler=False, on_tip=True):
 
 
 def remeasured(search, value, back=0):
-    """The tip was run once more, or the commit so many keeps before it."""
+    """The tip was run once more, or the commit `back` keeps before it."""
     (value,), place = finite([value]), len(search.line) - 1 - back
     commit = search.line[place]
     if value not in commit.values:
@@ -167,14 +167,14 @@ def stepped_back(search):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What it means
+# Estimates and verdicts
 
 
 def estimate(search):
-    """σ, the standard deviation between runs of one commit, where the branch is now; None if nothing ran twice.
+    """σ, the standard deviation between runs of one commit, for the present branch; None if nothing ran twice.
 
-    It is pooled over repeats, newer ones counting more. It is not taken for larger than the spread of the latest
-    results allows: effects only widen that spread, so where the results lie close together σ is small."""
+    It is pooled over repeats, with more weight on newer ones, and bounded by the spread of the latest results: effects
+    only widen that spread, so if the results are close together, σ is small."""
     if search.dof <= 0:
         return None
     sigma = math.sqrt(search.squares / search.dof)
@@ -186,8 +186,8 @@ def estimate(search):
 
 
 def belief(search, back=0):
-    """What the tip is believed to be worth, or the commit so many keeps before it. The baseline was nobody's choice
-    and is taken for its mean."""
+    """The estimated true val_bpb of the tip, or of the commit `back` keeps before it. The baseline was not selected, so
+    its estimate is its mean."""
     place = len(search.line) - 1 - back
     commit = search.line[place]
     if place == 0 or search.sigma is None:
@@ -196,13 +196,13 @@ def belief(search, back=0):
 
 
 def earned(search):
-    """What the night has gained over the baseline, in σ; 0 where σ is unknown."""
+    """What the night has gained over the baseline, in σ; 0 if σ is unknown."""
     return max(0.0, search.line[0].mean - belief(search)) / search.sigma if search.sigma is not None else 0.0
 
 
 def unproven(search):
-    """How much speaks for a night without gains: 0 at first and once PROVEN σ are gained. Otherwise it grows with the
-    logarithm of the number of experiments that have brought nothing."""
+    """How strong the evidence is for a night without gains: 0 at first and once PROVEN σ are gained. Otherwise it grows
+    with the logarithm of the number of experiments without a gain."""
     return max(0.0, 1 - earned(search) / PROVEN) * math.log1p(search.experiments / PATIENCE)
 
 
@@ -216,7 +216,7 @@ def best_mean(search):
 
 
 def bar(search, runs=1, made=None, simpler=False):
-    """What the mean of so many runs of an experiment must be below, known before they are made.
+    """What the mean of this many runs of an experiment must be below, known before they are made.
 
     made: all its runs, those with the same result as another included. simpler: the change removes more than it adds,
     and may be SIMPLER σ worse than the best mean of the branch in two runs."""
@@ -268,7 +268,8 @@ def judge_baseline(values):
 
 
 def doubted(search):
-    """Whether the tip should be run once more now: so many failures in a row say that it was kept for a lucky run."""
+    """Whether the tip should be run once more now: after this many failures in a row it was probably kept for a lucky
+    run."""
     tip = search.tip
     if search.sigma is None or len(tip.values) >= MOST_TIP_RUNS or not affordable(search):
         return False

@@ -10,7 +10,7 @@ DIRECTIONS = [225, 250, 200, 180, 270, 290, 315, 45, 90, 70, 20, 0, 340, 135, 16
 DISTANCES = [10, 22, 40, 65, 95]  # from the point to the label; at 95 it is still clear which point is meant
 GAP = 3  # between two labels
 CLOSE = 7  # a leader must not come closer to a point that is not its own: about the radius of a disc
-# The price of a place, of which the lowest wins; one step in DIRECTIONS costs 1.
+# The cost of a place; the place with the lowest cost wins. One step in DIRECTIONS costs 1.
 PER_PIXEL = 0.3  # of distance: some three directions are tried before the next distance
 PER_COVERED = 8  # for each soft point under the label: worth half of the directions
 CENTRED = 0.3  # |cos| or |sin| of the direction below which the label is centred on the point along that axis

@@ -1,4 +1,4 @@
-"""Sentences and tables of a night for analysis.ipynb. The tables are pandas DataFrames, to go on with in other cells.
+"""Sentences and tables of a night for analysis.ipynb. The tables are pandas DataFrames, for further use in other cells.
 
 The numbers come from lab.analysis.history.
 """

@@ -10,7 +10,7 @@ KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
 RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
 SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
-KEPT_LARGER = 4  # pixels: by so much a kept one is larger
+KEPT_LARGER = 4  # pixels: how much larger a kept one is
 
 
 def escaped(text):

@@ -1,8 +1,9 @@
 """What the charts of a night have in common: figures.py draws them with matplotlib, plotly_charts.py for the dashboard.
 
-A kept experiment is a disc, a discard is a faint disc, with a ring if the branch stepped back from it, and an experiment
-without a value (a crash) is a cross near the lower edge, never a value. A value far outside is a triangle at the edge of the view, so that one run that diverged does
-not squeeze all others into a line. The colours differ for the colour-blind too, and the shapes differ without colours.
+A kept experiment is a disc and a discard a faint disc, with a ring if the branch stepped back from it. An experiment
+without a value (a crash) is a cross near the lower edge, never a value. A value far outside is a triangle at the edge
+of the view, so that one diverged run does not squeeze all others into a line. Colour-blind readers can distinguish the
+colours, and the shapes differ without colours.
 """
 
 from statistics import median
@@ -13,7 +14,7 @@ EDGE = 0.02  # height of the crosses, as a fraction of the axes: just above the 
 MANY = 300  # points; with more of them the discs are smaller
 
 # How much of val_bpb is in view. Tried on nights of 1 to 1000 rows, simulated and published: the gains should take a
-# good part of the height, and most discards should be visible.
+# large part of the height, and most discards should be visible.
 FLAT = 20  # a first gain this many times as large as all later gains together is drawn at the edge: a broken baseline
 ROOM = 0.35  # of the range of the running best: shown above and below it at least
 SIGMAS = 4  # σ: shown above and below at least, which holds nearly every repeat of one commit

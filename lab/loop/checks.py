@@ -1,5 +1,5 @@
-"""What a record looks at before it changes anything, and what it refuses: each refusal is one sentence that says
-what to do instead. lab.loop.next_step asks the same checks."""
+"""The checks that `lab record` makes before it changes anything. Each refusal is one sentence that says what to do
+instead. lab.loop.next_step makes the same checks."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ TOUCHED = 3  # files that a refusal names, of those that an experiment may not t
 
 
 class NothingToRecord(Refused):
-    """run.log has no run that is still to be recorded: what comes next depends on the branch alone."""
+    """run.log has no run that is still to be recorded: what comes next depends only on the branch."""
 
 
 class RunInProgress(Refused):
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     anchor: dict | None  # the record that the experiment is based on; None for the first run of a baseline
     edits: list  # commits of the experiment, newest first; [] for the baseline and for another run of the anchor
     baseline: bool  # whether this is a run of the baseline before it is kept
-    base: str | None  # the commit on the branch that the experiment stands on; it has the anchor's train.py
+    base: str | None  # the commit on the branch that the experiment is based on; it has the anchor's train.py
 
 
 class Case(NamedTuple):
@@ -77,7 +77,7 @@ def run_command(top):
 
 
 def next_run(top, history, code):
-    """The command for the next run of this code: a repeat is under a seed that it has not run under."""
+    """The command for the next run of this code: a repeat has a seed that the code has not run under."""
     seeds = [r["header"]["seed"] for r in history.runs(code)]
     return f"AUTORESEARCH_SEED={max(seeds) + 1} {run_command(top)}" if seeds else run_command(top)
 
@@ -130,7 +130,8 @@ def refuse_uncommitted(repo, history, log):
 
 
 def check_new(repo, history, log, code, discard):
-    """There is a log, and not of a run that was recorded; that may only be given up while it waits for a repeat."""
+    """There is a log, and its run is not recorded yet. A recorded run can only be given up, while it waits for a
+    repeat."""
     if log is None:
         raise NothingToRecord(f"there is no run.log: {next_run(repo.top, history, code)}")
     if log.ended == "nothing":
@@ -187,7 +188,7 @@ def check_rules(repo, first, header):
 
 
 def check_end(log, discard, again):
-    """The run came to an end that is a result or a crash. With --discard any end is given up as a crash."""
+    """The run ended with a result or a crash. With --discard any end is given up as a crash."""
     last = log.lines[-1][:300] if log.lines else ""
     if log.summary and (wrong := run_log.not_finite(log.summary)) and not discard:
         raise Refused(
@@ -239,8 +240,8 @@ def place(repo, history):
 
 
 def undo_of(repo, commit, others):
-    """The commands that make the files other than train.py as they were before the commit, so that nothing is left
-    that a run could load and git does not hold."""
+    """The commands that make the files other than train.py as they were before the commit, so that no file remains that
+    a run could load and git does not hold."""
     old = [name for name in others if repo.ask("cat-file", "-e", f"{commit}^:{name}") is not None]
     new = [name for name in others if name not in old]
     commands = [f"git checkout {repo.short(commit)}^ -- {shlex.join(old)}"] * bool(old)
@@ -248,7 +249,7 @@ def undo_of(repo, commit, others):
 
 
 def check_seed(repo, case):
-    """A repeat runs under a new seed: a used one would say nothing new. Nor would a second crash."""
+    """A repeat runs under a new seed: a used one would give no new information. Nor would a second crash."""
     runs = case.history.runs(case.code)
     crashed = next((r["row"] for r in case.history.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
     if case.edits and crashed and not case.log.summary:

@@ -1,6 +1,6 @@
 """Many working trees in one table: the slots of a fleet, the tasks of a Slurm array, those of several users.
 
-read(path) reads one tree from its files alone, without git; table() makes the text of many. A tree may be a night's
+read(path) reads one tree from its files only, without git; table() formats many as text. A tree may be a night's
 working tree, or a folder with its runs.jsonl or results.tsv.
 """
 
@@ -52,7 +52,7 @@ def of_records(records):
 
 
 def of_table(path):
-    """Of a night that has only a results.tsv, such as another harness's."""
+    """A tree that has only a results.tsv, such as another harness's, as plain data."""
     try:
         night = read_night(path)
     except Refused as refused:

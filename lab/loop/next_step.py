@@ -41,7 +41,7 @@ def next_step(repo):
 
 
 def after_the_run(repo):
-    """The Step if nothing stands in the way of the run in run.log; raises what examine and place raise."""
+    """The Step if the run in run.log can be recorded; raises what examine and place raise."""
     try:
         case = checks.examine(repo, ANYTHING)
     except checks.NothingToRecord:
@@ -50,7 +50,7 @@ def after_the_run(repo):
 
 
 def description_for(case):
-    """What `lab record` must be told about the run: nothing if a record of this code tells it."""
+    """The description that `lab record` needs for the run: none if a record of this code has it."""
     if case.history.latest(case.code):
         return ""
     return ' "baseline"' if case.baseline else f' "{ANYTHING}"'

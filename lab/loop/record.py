@@ -1,4 +1,4 @@
-"""Records the run in run.log: checks that it is what it says, judges it, and leaves the branch ready to go on.
+"""Records the run in run.log: checks it against git, judges it, and leaves the branch ready for the next run.
 
 Reads run.log, checkpoint.pt and git; writes runs.jsonl, results.tsv, runs/, the branch, and in
 refs/autoresearch/TAG/ the recorded commits (NNNN) and the records of all runs (log).
@@ -115,14 +115,14 @@ def judge_again(history, record):
 
 
 def slowed(log, runs):
-    """How far the latest of these runs of one code, whose log this is, was slowed by something other than its code: the
-    larger of what the spread of its own steps says, and of what faster runs of the same code say."""
+    """How far something other than the code slowed the latest of these runs of one code. log: that run's. It is the
+    larger of two estimates: from the spread of the run's own steps, and from faster runs of the same code."""
     pace, fastest = steps_per_second(runs[-1]), max(map(steps_per_second, runs))
     return max(0.0, log.slowed, 1 - pace / fastest if fastest else 0.0)
 
 
 def doubt_the_machine(search, judged, record):
-    """Confirm instead of a discard if the machine slowed the run so far that it could have decided."""
+    """Confirm instead of a discard if the machine slowed the run so much that this could explain the discard."""
     explained = WORTH * record["slowed"] * record["mean"]
     if record["slowed"] <= SLOWED or record["mean"] - explained >= verdict.bar(search).keep or not verdict.affordable(search):
         return judged
@@ -207,7 +207,7 @@ def steps(repo):
             if r["row"]:
                 repo.set_number(plan["tag"], r["row"], r["commit"])
 
-    whole_night = []  # its records with the plan's, once change_branch has brought back what this branch left
+    whole_night = []  # its records with the plan's, once change_branch has restored what this branch left
 
     def all_records(plan):
         if not whole_night:

@@ -9,11 +9,11 @@ from lab.analysis.history import SLOWED, speed, steps_per_second
 from lab.loop.next_step import RECORD
 from lab.store import names
 
-STEPS_OFF = 1.5  # steps: of a short run a difference this small is rounding
+STEPS_OFF = 1.5  # steps: in a short run a difference this small is rounding
 BRIEF = 80  # characters of the best's description
 LATELY = 12  # experiments: how large ideas have been lately
-PLATEAU = 10  # experiments in a row without a keep, in a night that has gained less than verdict.PROVEN σ, or
-PLATEAU_RICH = 25  # after more: larger steps are wanted
+PLATEAU = 10  # experiments in a row without a keep: then `record` suggests larger steps
+PLATEAU_RICH = 25  # the same, once the night has gained verdict.PROVEN σ
 
 
 def number(record):
@@ -109,7 +109,7 @@ def speeds(record, history):
 
 
 def lines(case, record, history, changed):
-    """All but what to do next. changed: earlier records that this one changes."""
+    """All lines except what to do next. changed: earlier records that this one changes."""
     said = []
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]

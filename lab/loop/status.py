@@ -1,7 +1,7 @@
-"""Where a night stands, from what is on disk: the first thing to read for an agent that has lost its context.
+"""The state of a night, from what is on disk: the first thing to read for an agent that has lost its context.
 
 Changes nothing, and imports neither train.py nor prepare.py nor torch. gather(path) returns the state as plain data;
-text() makes the screen of it.
+text() formats it for the screen.
 """
 
 import json

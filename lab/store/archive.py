@@ -1,4 +1,4 @@
-"""The folder of a keep, runs/NNNN-<commit>/: all that is needed to look at a result, or run it, another day.
+"""The folder of a keep, runs/NNNN-<commit>/: all that is needed to inspect a result, or run it again, later.
 
 train.py, run.log, checkpoint.pt, model_info.txt, git_log.txt, results.tsv as it was; sample_output.txt comes a
 little later, from `lab sample` in the background. runs/best is a symbolic link to the best of them (on a system without

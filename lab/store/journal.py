@@ -1,11 +1,10 @@
 """What makes a record safe to kill at any moment.
 
-Before anything is changed, the whole plan of a record is written to .lab/journal.json. Its steps are then carried
-out in order, each of which changes nothing where it was carried out before. A record that finds a journal
-finishes it first.
+Before anything is changed, the whole plan of a record is written to .lab/journal.json. Its steps are then carried out
+in order. A step that was already carried out changes nothing. A record that finds a journal finishes it first.
 
 A journal that is damaged (by a disk, by hand) holds no plan: the record that was interrupted is then made again from
-run.log, and what was in the file is kept beside it.
+run.log, and the damaged contents are kept in a file beside it.
 """
 
 import json
@@ -17,7 +16,7 @@ from lab.base.text import json_of
 from lab.store import names, runs_jsonl
 
 PLAN = {"run_id": str, "tag": str, "records": list, "best": str | None, "drop": list, "say": list}
-RESTORE = ("from", "to", "message")  # of plan["restore"], None where the branch does not step back: two blobs, a text
+RESTORE = ("from", "to", "message")  # of plan["restore"], None if the branch does not step back: two blobs, a text
 
 
 def read(top):
@@ -47,12 +46,13 @@ def restoration(value):
 
 
 def pending(top):
-    """The plan of a record that was interrupted; None if there is none that can be read."""
+    """The plan of a record that was interrupted; None if no such plan can be read."""
     return read(top)[0]
 
 
 def carry_out(top, plan, steps):
-    """Writes the plan down, carries out each step(plan), forgets the plan. Returns what the steps had to say."""
+    """Writes the plan down, carries out each step(plan), forgets the plan. Returns the sentences that the steps
+    returned."""
     if not sound(plan):  # it could not be read again after a kill
         raise Refused(f"the run has values that no record can hold: see {names.RUN_LOG}")
     path, notes = top / names.LAB / names.JOURNAL, []

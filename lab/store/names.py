@@ -1,4 +1,4 @@
-"""What a night leaves on disk and in git is called: every name once.
+"""The names of what a night leaves on disk and in git, each defined once.
 
 In a working tree: run.log, checkpoint.pt and train.py of the latest run; runs.jsonl and results.tsv, the records;
 runs/NNNN-<commit>/, the archived keeps; .lab/, what lab keeps for itself. In git: branches autoresearch/TAG, and

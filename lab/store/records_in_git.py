@@ -2,10 +2,10 @@
 
 refs/autoresearch/TAG/log is a commit whose tree holds one file a run, 0007/0712-<run_id>.json: the number of the run in
 its night, in folders of a hundred, so that a record adds one small file and two short trees to git, however long the
-night. Each commit has the one before it as its parent: so nothing is ever left for `git gc` to throw away, and
+night. Each commit has the one before it as its parent, so `git gc` never removes one, and
 `git log -p refs/autoresearch/TAG/log` shows what each record changed.
 
-runs.jsonl is the copy for reading. Where the two differ, git counts.
+runs.jsonl is the copy for reading. If the two differ, git's version counts.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lab.store.names import PREFIX
 
 FOLDER = 100  # runs in a folder of the tree
 FILE = re.compile(r"\d{4}/(\d{4,})-([\w-]+)\.json", re.ASCII)
-# Loose objects and refs reach the disk before git says so: on the morning after a power cut the night must be there.
+# git writes loose objects and refs through to the disk before it reports success, so that they survive a power cut.
 DURABLE = ["-c", "core.fsync=loose-object,pack,pack-metadata,reference"]
 
 
@@ -74,9 +74,9 @@ def blobs(top, wanted):
 
 
 def completed(top, tag, known, path):
-    """The records of a night in their order: those in git, and those of `known` that git does not have yet. A record that
-    git cannot read is taken from `known`. known: the records in runs.jsonl, which is at `path`: a line that is in git to
-    the byte need not be read from there."""
+    """The records of a night in their order: those in git, and those of `known` that git does not have yet. A record
+    that git cannot read is taken from `known`. known: the records in runs.jsonl, which is at `path`: a record whose
+    line is identical in git is not read from there."""
     stored = files(top, tag)
     if not stored:
         return known
@@ -132,7 +132,7 @@ def save(repo, tag, records, changed):
 
 
 def restored(tag, in_file, records):
-    """A sentence on what runs.jsonl lacked, or had otherwise than git; None if nothing."""
+    """A sentence on the records that runs.jsonl lacked, or that differed from git's; None if there were none."""
     known = {r["run_id"]: r for r in in_file}
     missing = sum(r["run_id"] not in known for r in records)
     other = sum(r["run_id"] in known and known[r["run_id"]] != r for r in records)
@@ -145,15 +145,15 @@ def restored(tag, in_file, records):
 
 
 def run_of_head(repo):
-    """Whether run.log is of train.py as it is."""
+    """Whether run.log is of the present train.py."""
     log, train = run_log.read(repo.top / names.RUN_LOG), repo.top / names.TRAIN
     return bool(log and log.header and train.is_file() and log.header["train_sha256"] == names.sha256(train))
 
 
 def check_not_lost(repo, tag, records):
-    """Refuses a night whose commits are numbered in git and whose records are gone: to go on would judge by a best that
-    is not the best, and undo commits that were kept. The latest commit to train.py may be numbered and not recorded if
-    run.log is of it: its record was interrupted, and is made again."""
+    """Refuses a night whose commits are numbered in git and whose records are gone: continuing would judge by a wrong
+    best and undo commits that were kept. The latest commit to train.py may be numbered and not recorded if run.log is
+    of it: its record was interrupted, and is made again."""
     known = {r["commit"] for r in records}
     lost = {number: commit for number, commit in repo.numbers(tag).items() if commit not in known}
     if not lost:

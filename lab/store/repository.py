@@ -1,7 +1,7 @@
 """What record and status ask of git, and the few changes that record makes, by git's own command line.
 
-A chain is the first-parent history of HEAD, newest first. "Touches train.py" is what decides between an
-experiment's commit and one of the human's, who commits to program.md on the same branch.
+A chain is the first-parent history of HEAD, newest first. A commit that touches train.py is an experiment's; any other
+is the human's, who commits to program.md on the same branch.
 """
 
 import re
@@ -40,7 +40,7 @@ class Repo:
         return git(self.top, *args, **kwargs)
 
     def ask(self, *args, **kwargs):
-        """What git prints, stripped; None where it fails."""
+        """What git prints, stripped; None if it fails."""
         try:
             return self.git(*args, **kwargs).strip()
         except GitError:
@@ -111,7 +111,7 @@ class Repo:
         return {lines[0]: [line for line in lines[1:] if line] for lines in blocks}
 
     def own_edits(self, tag):
-        """Commits to train.py that are on no other branch; [] where there is no other branch to tell them by."""
+        """Commits to train.py that are on no other branch; [] if there is no other branch to compare with."""
         refs = self.git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes", "refs/tags").split()
         others = [ref for ref in refs if not ref.endswith(f"/{PREFIX}{tag}")]
         if not others:
@@ -149,11 +149,11 @@ class Repo:
             (self.top / self.git("rev-parse", "--git-common-dir").strip() / ref).unlink(missing_ok=True)
 
     def drop(self, commits):
-        """Takes the commits off the chain of HEAD, as if they had never been; the human's on top of them and
-        between them stay, with their messages, authors and dates, and so do uncommitted edits. Dropped commits
-        touch train.py alone, and the others do not touch it: so each remaining commit keeps its tree but for
-        train.py. A second call changes nothing. Returns False where a commit to train.py that is not dropped
-        stands on top of a dropped one: then nothing is changed."""
+        """Removes the commits from the chain of HEAD. The human's commits on top of them and between them stay, with
+        their messages, authors and dates, and so do uncommitted edits. Dropped commits touch only train.py, and the
+        others do not touch it, so each remaining commit keeps its tree except for train.py. A second call changes
+        nothing. Returns False, and changes nothing, if a commit to train.py that is not dropped is on top of a dropped
+        one."""
         edits = self.edits()
         on_chain = [i for i, edit in enumerate(edits) if edit.commit in commits]
         if not on_chain:
@@ -208,7 +208,7 @@ class Repo:
         lines, parents, signed = [], 0, False
         for line in head.split(b"\n"):
             signed = line.startswith(b"gpgsig") or (signed and line.startswith(b" "))
-            if signed:  # it would no longer be true
+            if signed:  # the signature would no longer be valid
                 continue
             if line.startswith(b"tree "):
                 line = b"tree " + tree.encode()

@@ -1,6 +1,7 @@
-"""results.tsv: one row per commit. Written from the records of runs.jsonl; read tolerantly, whoever wrote it.
+"""results.tsv: one row per commit. Written from the records of runs.jsonl; read tolerantly, as other tools may have
+written it.
 
-Known from the field: a byte order mark, CRLF, quotes as a spreadsheet writes them, blank and ragged lines, columns in
+Seen in real files: a byte order mark, CRLF, quotes as a spreadsheet writes them, blank and ragged lines, columns in
 another order or beside others, bytes that are not UTF-8, a status in capitals, a word instead of a number.
 """
 
@@ -128,8 +129,8 @@ def text_of(path):
 
 
 def parse(text, path):
-    """([fields of a row by column], notes) of the text of a results.tsv. Columns may stand in any order, beside
-    others. Refuses a text without the five columns."""
+    """([fields of a row by column], notes) of the text of a results.tsv. Columns may be in any order, among others.
+    Refuses a text without the five columns."""
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return [], []

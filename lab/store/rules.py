@@ -1,9 +1,9 @@
 """The rules of a run: the files that decide a score. Whether two runs, a run and a tree, or two commits have the same.
 
 A run prints them in its header: `rules_files`, {path: sha256, or null for a file that was missing}, and `rules_sha256`,
-one hash over them. Headers before there was a list have rules_sha256 alone, of constants.py and prepare.py one after the
-other. Which files count is read from the header, so a night that was begun under other frozen files is compared by its
-own list. Nothing here imports the frozen code.
+one hash over them. Older headers have no list, only a rules_sha256 of constants.py and prepare.py one after the other.
+Which files count is read from the header, so a night that was begun under other frozen files is compared by its own
+list. Nothing here imports the frozen code.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from lab.store import names
 FIRST_FILES = (names.CONSTANTS, "prepare.py")  # the rules of a header without a list; every list has them
 FOLDERS = ("corpus", "frozen")  # of the frozen half: it needs them, and a list of the rules names files in them
 UNKNOWN = "constants.py or prepare.py"  # all that can be said of two hashes over both
-PATH = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # below the tree: a header is an agent's to write
+PATH = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # below the tree: an agent can write the header
 
 
 def listed(header):
@@ -63,7 +63,7 @@ def changed(header, read):
 
 def differing(first, other, read_first, read_other):
     """Paths of the rules' files in which two runs differ; [] if they ran under the same rules. A header without a list
-    is compared by the files of its run, where read_first and read_other still find them."""
+    is compared by the files of its run, if read_first and read_other still find them."""
     ours, theirs = listed(first), listed(other)
     if ours and theirs:
         return sorted(path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path))
@@ -78,11 +78,12 @@ def differing(first, other, read_first, read_other):
 
 
 # ---------------------------------------------------------------------------------------------------
-# All frozen files, for what has no header: a commit that never ran, a memory of scores
+# All frozen files, for what has no header: a commit that never ran, cached scores
 
 
 def files_in(top):
-    """Paths of the frozen files in a tree: all that a list of the rules may name, and corpus/download.py, say, beside them."""
+    """Paths of the frozen files in a tree: all that a list of the rules may name, and others such as
+    corpus/download.py."""
     top = Path(top)
     found = [path.relative_to(top).as_posix() for folder in FOLDERS for path in (top / folder).rglob("*.py")]
     return [*(name for name in FIRST_FILES if (top / name).is_file()), *sorted(found)]

@@ -1,8 +1,8 @@
-"""What a run left in run.log: who it was, how it ended, its summary. Reads a long log's beginning and end only.
+"""What a run left in run.log: its header, how it ended, its summary. Of a long log, only beginning and end are read.
 
-A run's own lines are documented in prepare.py: `run: {json}` near the start, and after a line `---` the nine
-lines of the summary. One run, one log: a log with two runs, two summaries or numbers that contradict each other is
-not a result, and says why (RunLog.wrong).
+A run's own lines are documented in prepare.py: `run: {json}` near the start, and after a line `---` the nine lines of
+the summary. One run, one log: a log with two runs, two summaries or numbers that contradict each other is not a result;
+RunLog.wrong says why.
 """
 
 import ast
@@ -36,8 +36,8 @@ FIELDS = {"loss": r"loss (-?[\d.]+)", "milliseconds": r"([\d,]+) ms", "tokens_pe
           "mfu_percent": r"mfu ([\d.]+)%", "epoch": r"epoch (\d+)", "seconds_left": r"(\d+) s left"}  # fmt: skip
 BATCH = re.compile(r"device batch: (\d{1,9}) x (\d{1,9}) tokens, (\d{1,9}) micro-batches a step")
 PROGRESS = re.compile(r"step \d+ \(.*")
-# What a run in good health says of itself before its summary: one that ends with such a line was killed. One that
-# ends with anything else said why it gave up.
+# Lines that a healthy run prints before its summary. A log that ends with such a line is of a run that was killed. A #
+# log that ends with anything else has the reason for the failure.
 HEALTHY = re.compile(
     r"run: \{|step \d+ \(|(stdlib|climbmix|tinystories) is prepared|dtype: |model: |attention: |torch\.compile: |"
     r"device batch: |warm-up again: |audit: |graphs compiled "
@@ -52,18 +52,18 @@ NOT_STARTED = re.compile(r"^(error: |bash: |sh: |zsh: |uv: |.*command not found)
 
 class RunLog(NamedTuple):
     ended: str  # complete, contradictory, incomplete, crash, preempted, interrupted, killed, refused, nothing
-    header: dict | None  # None: the run ended before it said who it was
+    header: dict | None  # None: the run ended before it printed its header
     summary: dict | None  # the nine numbers of a complete run
     identity: str  # of this very file: its size, time and contents
     end: str  # when the file was last written, UTC
     lines: list  # the last lines that are not progress, oldest first
-    wrong: str | None = None  # what contradicts itself or the rules, if the end is "contradictory"
+    wrong: str | None = None  # what the log contradicts, itself or the rules, if `ended` is "contradictory"
     told: tuple = ()  # its progress lines, as progress_of() reads them
 
     @property
     def slowed(self):
-        """How far the run's steps were slowed by something that did not last: the fraction by which their speed in the
-        mean is below that of the fastest quarter, from the progress lines. 0.0 if there are fewer than FEW."""
+        """How far something temporary slowed the run's steps: the fraction by which their mean speed is below that of
+        the fastest quarter, from the progress lines. 0.0 if there are fewer than FEW."""
         speeds = sorted(told["tokens_per_second"] for told in self.told if told["tokens_per_second"])
         if len(speeds) < FEW:
             return 0.0
@@ -71,7 +71,7 @@ class RunLog(NamedTuple):
 
     @property
     def tokens(self):
-        """Tokens that the run trained on, as counted: its steps times the tokens of one, if the log tells them and they
+        """Tokens that the run trained on, as counted: its steps times the tokens of one, if the log has them and they
         agree with the summary's rounded number. None otherwise."""
         batch = next((found for line in reversed(self.lines) if (found := BATCH.match(line))), None)
         if not self.summary or not batch:
@@ -84,7 +84,7 @@ class RunLog(NamedTuple):
         return self.header["run_id"] if self.header else f"log-{self.identity}"
 
     def trace(self, limit=TRACE):
-        """The end of the log without progress lines, and shorter where a line is long."""
+        """The end of the log without progress lines; long lines are shortened."""
         kept, room = [], limit
         for line in reversed(self.lines):
             line = line if len(line) <= 400 else f"{line[:200]} … {line[-180:]}"
@@ -96,7 +96,7 @@ class RunLog(NamedTuple):
 
 
 def read(path):
-    """The RunLog of a file; None where there is none."""
+    """The RunLog of a file; None if there is no such file."""
     try:
         with open(path, "rb") as f:
             stat = os.fstat(f.fileno())
@@ -119,7 +119,7 @@ def read(path):
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text
     block, summary = last_summary(after)
-    summary = summary if header else None  # whose it is, nobody knows
+    summary = summary if header else None  # without a header it belongs to no known run
     lines = [line.rstrip() for line in after.split("\n")]
     lines = [line for line in lines if line and not PROGRESS.match(line)]
     ended = how_it_ended(after, header, block, summary)
@@ -131,7 +131,7 @@ def read(path):
 
 
 def last_header(text):
-    """The JSON of the last `run:` line that has all its fields; None where there is none."""
+    """The JSON of the last `run:` line that has all its fields; None if there is no such line."""
     for line in reversed(re.findall(r"^run: (\{.*\})$", text, re.MULTILINE)):
         try:
             header = json_of(line)
@@ -143,7 +143,7 @@ def last_header(text):
 
 
 def is_header(header):
-    """Whether a JSON object has the fields of a `run:` line, each of its kind."""
+    """Whether a JSON object has the fields of a `run:` line, with the right types."""
     return all(type(header.get(key)) is (int if key == "seed" else str) for key in HEADER) and is_time(header["start"])
 
 
@@ -168,7 +168,7 @@ def encoding_of(head):
 
 
 def last_summary(text):
-    """(there is a `---` line with something of a summary after it, its nine numbers or None)"""
+    """(whether a `---` line is followed by any part of a summary, its nine numbers or None)"""
     _, line, block = ("\n" + text).rpartition("\n---\n")
     found = dict(re.findall(r"^(\w+):[ \t]+(\S+)[ \t]*$", block, re.MULTILINE))
     try:
@@ -198,13 +198,13 @@ def how_it_ended(text, header, block, summary):
 
 
 def not_finite(summary):
-    """Names of the numbers that are not finite or beyond LARGEST, and val_bpb where it is no possible value."""
+    """Names of the numbers that are not finite or beyond LARGEST, and val_bpb if its value is impossible."""
     wrong = [key for key, value in summary.items() if not abs(value) < LARGEST]
     return wrong or (["val_bpb"] if summary["val_bpb"] <= 0 else [])
 
 
 def contradiction(text, after, header, summary, budget, told):
-    """Why a log with a summary is not a result: a clause without its end; None if nothing is wrong.
+    """Why a log with a summary is not a result: a clause without a subject; None if nothing is wrong.
 
     text: the whole log; after: what follows its last header; budget: TIME_BUDGET in seconds, or None if unknown; told: its
     progress lines.
@@ -260,8 +260,8 @@ def time_budget(path):
 
 
 def progress_of(line):
-    """{"step", "percent", "loss", ...: number, or None if the line does not tell} of a progress line; None for another
-    line. A run prints what it likes: what is not a finite number is None."""
+    """{"step", "percent", "loss", ...: number, or None if the line lacks it} of a progress line; None for another line.
+    A run may print anything: a value that is not a finite number is None."""
     step = STEP.match(line)
     if not step:
         return None

@@ -1,4 +1,4 @@
-"""runs.jsonl: one JSON object per run, repeats included. It is the truth from which results.tsv follows."""
+"""runs.jsonl: one JSON object per run, repeats included. results.tsv is derived from it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "
 KEYS = ("run_id", "tag", "commit", "verdict")  # without these a line is not a record at all
 VERDICTS = ("keep", "discard", "crash", "confirm")
 SHORT = re.compile(r"[0-9a-f]{4,64}")
-_last = {}  # path: (inode, size and time of the file, what was in it); a record asks a dozen times
+_last = {}  # path: (inode, size and time of the file, what was in it); one `lab record` reads it a dozen times
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
@@ -33,7 +33,7 @@ def read_runs(path):
 
 
 def parse(text):
-    """(records, lines that are none) of the text of the file."""
+    """(records, lines that are not records) of the text of the file."""
     *lines, last = text.split("\n")  # last: empty, or cut short
     records, foreign = [], []
     for line in lines + [last] * last.endswith("}"):
@@ -49,7 +49,8 @@ def parse(text):
 
 
 def whole(record):
-    """Whether a record has all that `lab record` writes, each of its kind: what judges by it need not doubt it."""
+    """Whether a record has all fields that `lab record` writes, with the right types, so that a verdict can rely on
+    it."""
     try:
         header, summary, crash = record["header"], record["summary"], record["verdict"] == "crash"
         return (
@@ -72,7 +73,7 @@ def whole(record):
 
 
 def newer(record):
-    """Whether the fields that older records do not have are each of their kind."""
+    """Whether the fields that older records lack have the right types."""
     return all(record.get(key) is None or is_number(record[key]) for key in ("slowed", "tokens"))
 
 
@@ -91,7 +92,7 @@ def save_runs(path, runs):
 
 
 def line_of(record):
-    """A record as a line of the file, without its end."""
+    """A record as a line of the file, without the line break."""
     return json.dumps(record, ensure_ascii=False)
 
 

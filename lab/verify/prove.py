@@ -1,4 +1,4 @@
-"""Checks the night's result: retrains the baseline and the best under fresh seeds, in turn, and compares them.
+"""Checks the night's result: retrains the baseline and the best alternately under fresh seeds, and compares them.
 
     uv run -m lab prove                          baseline and best of this branch, three seeds each
     uv run -m lab prove 1a2b3c4 5d6e7f8 --seeds 5

@@ -92,8 +92,8 @@ def fingerprint(modules, cross_entropy):
 
 
 def audited_scoring(prepare):
-    """The function that audits and scores rows, with other cuts than the run had: nobody can tune to those of both.
-    A tree that is still on older frozen files has two functions for it."""
+    """The function that audits and scores rows, with other cuts than the run had, so nobody can tune to both. A tree
+    with older frozen files has two functions for it."""
     if hasattr(prepare, "score_and_audit"):
         draw = uuid.uuid4().hex
         return lambda *args: prepare.score_and_audit(*args, draw=draw)[0]
