@@ -38,8 +38,8 @@ repeat needs is printed. What was recorded stays: `git show refs/autoresearch/TA
 Exit status: 0 recorded; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command
 completes it; 75 the run was killed or preempted, and is run again rather than recorded."""
 
-# val_bpb that a lost fraction of the steps costs, as a fraction of val_bpb: on an H100 1 % of the speed is worth 0.0005 to
-# 0.001 at a val_bpb of 1.0, so 0.1 is the upper end (with 10 million parameters on two CPU cores 0.19 was measured).
+# val_bpb that a lost fraction of the steps costs, as a fraction of val_bpb: in published logs of an H100 1 % of the speed
+# is worth 0.0005 to 0.001 at a val_bpb of 1.0. On a CPU it may be worth more; then fewer runs are repeated than could be.
 WORTH = 0.1
 
 
