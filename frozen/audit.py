@@ -35,8 +35,8 @@ from corpus.tokenizer import NUM_ORDINARY
 from frozen.metric import bits_per_byte, checked_logits, filled, to_device, token_nats
 
 # Unearned bits per byte that an interval may reach. Rounding stays below; a leak worth 0.001 does not. climbmix: a
-# night's sigma is 0.0007. stdlib: sigma is 0.0144 (docs/night, from repeats of one-minute runs), a tenth of it would let 0.001 pass.
-# tinystories: sigma has not been measured yet.
+# night's sigma is 0.0007. stdlib: sigma is 0.0144 (docs/night, repeats of one-minute runs), and a tenth of it
+# would let 0.001 pass. tinystories: sigma has not been measured yet.
 LIMITS = {"climbmix": 0.0002, "tinystories": 0.0005, "stdlib": 0.0005}
 LIMIT = LIMITS[DATASET]
 Z = 1.96  # of a 95 % interval; there are hundreds of differences or more
