@@ -51,6 +51,16 @@ def test_the_baseline_runs_three_times_under_three_seeds_and_becomes_one_row(nig
     night.check()
 
 
+def test_the_same_result_under_different_seeds_counts_once_and_is_named(night):
+    night.run(1.0)
+    assert "same result" not in night.recorded("baseline").out
+    night.run(1.0, seed=43)
+    assert "the same result under different seeds (42 and 43): these runs count as one" in night.recorded().out
+    night.run(1.002, seed=44)
+    assert "(42 and 43)" in night.recorded().out
+    assert night.records()[-1]["sigma"] == pytest.approx(0.002 / 2**0.5), "two results, not three"
+
+
 def test_a_keep_advances_the_branch_and_is_archived_whole(begun):
     commit, result = begun.experiment("wider", 0.99)
     run_id = begun.records()[-1]["run_id"]

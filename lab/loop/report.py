@@ -108,6 +108,16 @@ def speeds(record, history):
     return said
 
 
+def same_results(record, history):
+    """A sentence if runs of this code have the same val_bpb under different seeds: then the seed decides nothing."""
+    runs = history.runs(record["code"])
+    values = [r["summary"]["val_bpb"] for r in runs]
+    if len(set(values)) == len(values):
+        return []
+    seeds = " and ".join(str(r["header"]["seed"]) for r in runs if values.count(r["summary"]["val_bpb"]) > 1)
+    return [f"note: the same result under different seeds ({seeds}): these runs count as one and say nothing about the noise"]
+
+
 def lines(case, record, history, changed):
     """All lines except what to do next. changed: earlier records that this one changes."""
     said = []
@@ -116,7 +126,7 @@ def lines(case, record, history, changed):
     else:
         gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
-        said += speeds(record, history)
+        said += [*speeds(record, history), *same_results(record, history)]
     for other in changed:
         what = "given up" if other.get("given_up") else "closed"
         said.append(f"{what}: row {other['row']:04d} {other['short']} is a {other['verdict']}: {other['why']}")
