@@ -123,6 +123,8 @@ class Night:
                 "verdict": "keep" if last else "confirm", "row": row if last else None, "baseline": row == 1, "parent": None,
                 "header": header | {"seed": 42 + i}, "summary": summary, "mean": value, "n": 1, "sigma": None, "gain": None,
                 "memory_gb": 0.0, "description": f"what {row} tried", "start": header["start"], "end": header["start"],
+                "log": f"{row}-{i}", "why": "", "blob": "b" * 40, "ended": "complete", "discard": False, "simpler": False,
+                "dof": 0, "best_known": None,
             })  # fmt: skip
         (self.path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.records))
         return folder
