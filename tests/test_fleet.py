@@ -769,14 +769,14 @@ def test_two_agents_at_once_and_one_that_is_killed(real):
         assert listed.stdout.count("gpu0") == 1, listed
 
     # two branches, two logs, and in each tree its own rows alone
-    expected = ["keep", "discard", "keep", "crash"]
+    expected = ["keep", "discard", "discard", "keep", "crash"]
     ids = []
     for k in range(2):
         night = fleet.night_in(k)
         night.path = fleet.tree(k)
         assert [row[3] for row in night.rows()] == expected
         records = night.records()
-        assert {r["tag"] for r in records} == {f"nov21-gpu{k}"} and len(records) == 7
+        assert {r["tag"] for r in records} == {f"nov21-gpu{k}"} and len(records) == 8
         ids.append({r["run_id"] for r in records})
         program = f"program of this slot: programs/{['wild', 'tame'][k]}.md"
         assert night.chain() == ["a gain", program, "readme", "a night's beginning", "start"]
