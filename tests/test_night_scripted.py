@@ -61,6 +61,8 @@ def tree(tmp_path_factory, prepared_stdlib):
         AUTORESEARCH_DATASET="stdlib", AUTORESEARCH_NO_SAMPLE="1",
     )  # fmt: skip
     repo.copy_cache(prepared_stdlib)
+    # Verdicts are staged, so the speed of this machine must not ask for further runs.
+    repo.edit("lab/analysis/history.py", r"^SLOWED = \S+", "SLOWED = 10.0")
     repo.edit("prepare.py", r"\{self\.val_bpb:\.6f\}", "{staged_bpb(self):.6f}")
     with open(repo.path / "prepare.py", "a") as f:
         f.write("\nimport re\n" + STAGE)
