@@ -181,6 +181,7 @@ def offline_and_read_only(repo, *args, **kwargs):
     return repo.run(*(args or ["train.py"]), wrap=["unshare", "-rnm", "sh", "-c", NOTHING_BUT_READING, "sh"], timeout=280, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_folder", ["there", "not there"])
 def test_a_training_needs_no_network_and_only_reads_the_data(make_training, no_network, own_mounts, compile_folder):
     """And inductor's cache goes where it can be written."""
@@ -341,6 +342,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_whole_run(make_training, python):
     """The clock injected: then two runs are one, in processes of their own; another seed is another run."""
 
@@ -660,6 +662,7 @@ def test_the_watchdog_goes_by_the_time_of_day(make_training, python):
     assert 2 < time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", HANGS)
 @pytest.mark.parametrize(
     "number, status, word", [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
