@@ -194,7 +194,7 @@ def test_a_scripted_night(tree):
     agent.edit("# effect: 0.001")
     agent.git('commit -q -m "cheats more" -- train.py prepare.py')
     agent.train("uv run train.py > run.log 2>&1")
-    refused("constants.py or prepare.py changed")
+    refused("prepare.py changed since this branch's first run")
     agent.git("reset -q --keep HEAD^")
     assert (tree / "prepare.py").read_text() == frozen
 
