@@ -72,7 +72,7 @@ class Night:
         self.rows = sorted((r for r in self.records if r["row"]), key=lambda r: r["row"])
         self.by_code = {}
         for r in self.records:
-            if r["summary"]:
+            if is_measurement(r):
                 self.by_code.setdefault(r["code"], []).append(r)
         self.experiments = tuple(self.from_records() if experiments is None else experiments)
 
@@ -262,35 +262,69 @@ class Night:
 # What the rule receives
 
 
-def replay(records):
-    """(verdict.Search, the records of the keeps in its line) of the records of a branch, oldest first.
+class Replay:
+    """Replays records one after the other, oldest first: `search` is the verdict.Search of those that were added (None
+    before the first complete run of a baseline), `line` has the records of the keeps that it consists of.
 
-    A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if its
-    verdict is discard, the branch stepped back from that keep, whose row then says `given_up`: it counts as a keep up
-    to there. Crashes are left out: they measured nothing."""
-    search, line, runs = None, [], {}
-    run_ids = {r["run_id"] for r in records}
-    code_of = {r["commit"]: r["code"] for r in records}
-    for r in records:
-        if r["summary"] is None:
-            continue
-        value, own = r["summary"]["val_bpb"], runs.setdefault(r["code"], [])
+    records: all that will be added; they need not be complete yet."""
+
+    def __init__(self, records):
+        self.search, self.line, self.runs = None, [], {}
+        self.run_ids = {r["run_id"] for r in records}
+        self.code_of = {r["commit"]: r["code"] for r in records}
+
+    def kept(self, r):
+        """Whether the record says that its commit was kept, at least up to a later step back."""
+        return r["verdict"] == "keep" or str(r.get("given_up")) in self.run_ids
+
+    def on_tip(self, r):
+        return bool(self.line) and self.code_of.get(str(r["parent"])) == self.line[-1]["code"]
+
+    def counted(self, r):
+        """val_bpb of the runs of this code that count, r's included."""
+        own = self.runs.get(r["code"], [])
+        return [other["summary"]["val_bpb"] for other in measured(own if r in own else [*own, r])]
+
+    def add(self, r):
+        """A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if
+        its verdict is discard, the branch stepped back from that keep, whose row then says `given_up`: it counts as a keep
+        up to there. Crashes are left out: they measured nothing. So is a second run under a seed that the code has run
+        under, which two members of a team may make at the same time."""
+        if not is_measurement(r):
+            return
+        own, line = self.runs.setdefault(r["code"], []), self.line
         own.append(r)
-        codes = [keep["code"] for keep in line]
-        kept = r["verdict"] == "keep" or str(r.get("given_up")) in run_ids
+        codes, kept = [keep["code"] for keep in line], self.kept(r)
         if not line or r["baseline"] and r["code"] == codes[0] and not line[0]["row"]:
             if r["baseline"] or kept:  # without its baseline a damaged log begins with its first keep
-                search, line = verdict.begin([other["summary"]["val_bpb"] for other in own]), [r]
+                self.search, self.line = verdict.begin([other["summary"]["val_bpb"] for other in own]), [r]
         elif r["row"] and r["verdict"] in ("keep", "discard"):
-            on_tip = code_of.get(str(r["parent"])) == codes[-1]
-            counted = [other["summary"]["val_bpb"] for other in measured(own)]
-            search = verdict.ended(search, counted, kept, bool(r.get("simpler")), on_tip)
-            line = [*line, r] if kept else line
+            self.search = verdict.ended(self.search, self.counted(r), kept, bool(r.get("simpler")), self.on_tip(r))
+            self.line = [*line, r] if kept else line
         elif r["code"] in codes and r["verdict"] in ("keep", "discard"):
-            search = verdict.remeasured(search, value, codes[::-1].index(r["code"]))
+            self.search = verdict.remeasured(self.search, r["summary"]["val_bpb"], codes[::-1].index(r["code"]))
             if r["verdict"] == "discard" and r["code"] == codes[-1] and len(line) > 1:
-                search, line = verdict.stepped_back(search), line[:-1]
-    return search, line
+                self.search, self.line = verdict.stepped_back(self.search), line[:-1]
+
+
+def replay(records):
+    """(verdict.Search, the records of the keeps in its line) of the records of a branch, or of a team, oldest first."""
+    whole = Replay(records)
+    for r in records:
+        whole.add(r)
+    return whole.search, whole.line
+
+
+def is_measurement(r):
+    """Whether the record is of a complete run that counts."""
+    return r["summary"] is not None and not r.get("same_seed")
+
+
+def kind(header):
+    """What two values must share to be compared: hardware, data set, rules (which include the budget), data."""
+    if not header:
+        return None
+    return [header.get(key) for key in ("device", "dataset", "rules_sha256", "data_sha256")]
 
 
 def measured(runs):

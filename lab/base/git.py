@@ -19,6 +19,7 @@ class GitError(Stop):
     def __init__(self, args, message, missing=False, status=None):
         super().__init__(f"git {args[0]}: {message}")
         self.missing, self.status = missing, status  # status: git's exit status
+        self.shown = ""  # what git printed before it failed, of with_remote
 
 
 def git(path, *args, stdin=None, env=None, raw=False):
@@ -87,6 +88,77 @@ def git_is_running(path):
             if p.name().startswith("git") and Path(p.cwd()).is_relative_to(top):
                 return True
     return False
+
+
+# ---------------------------------------------------------------------------------------------------
+# Refs that several processes write: compare-and-swap
+
+
+def change_refs(path, changes):
+    """Changes refs of the repository at `path`, all or none. changes: [(ref, new, old)] of object names; old None: there must
+    be no such ref; new None: it is deleted. Returns whether that was done: False, with nothing changed, if a ref is not
+    what `old` says. Raises GitError if git fails for another reason."""
+    lines = []
+    for ref, new, old in changes:
+        if old is None:
+            lines.append(f"create {ref} {new}\n")
+        else:
+            lines.append(f"update {ref} {new} {old}\n" if new else f"delete {ref} {old}\n")
+    try:
+        git(path, "update-ref", "--stdin", stdin="".join(lines))
+    except GitError:
+        there = refs(path, *(ref for ref, _, _ in changes))
+        if all(there.get(ref) == old for ref, _, old in changes):
+            raise
+        return False
+    return True
+
+
+def refs(path, *patterns):
+    """{ref: object name} of the refs with these names, or below these names where they end with a slash."""
+    listed = git(path, "for-each-ref", "--format=%(refname) %(objectname)", *patterns)
+    return dict(line.split() for line in listed.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other repositories: with a time limit, and never a prompt
+
+# A slow connection is given up by the time limit of the whole call, a dead one sooner.
+PATIENT = ["http.lowSpeedLimit=1000", "http.lowSpeedTime=10", "gc.auto=0", "maintenance.auto=false", "core.askPass=",
+           "credential.interactive=false"]  # fmt: skip
+SSH = "-o BatchMode=yes -o ConnectTimeout=10"
+
+
+def with_remote(path, *args, seconds, stdin=None):
+    """Runs a git command that talks to another repository (fetch, push, ls-remote) and returns what it prints. Nothing asks
+    for a password or a host key: that fails. No garbage is collected meanwhile. Raises GitError, also after `seconds`;
+    GitError.shown then has the output up to there."""
+    own = (os.environ.get("GIT_SSH_COMMAND"), (read_only(path, "config", "core.sshCommand") or "").strip(), os.environ.get("GIT_SSH"))
+    ssh = next(filter(None, own), "ssh")
+    env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": f"{ssh} {SSH}"}
+    command = ["git", *(part for setting in PATIENT for part in ("-c", setting)), *args]
+    pipes = {"stdin": subprocess.PIPE if stdin else subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        process = subprocess.Popen(command, cwd=path, env=env, start_new_session=True, **pipes)
+    except FileNotFoundError:
+        raise GitError(args, "not installed", missing=True) from None
+    try:
+        out, err = process.communicate(stdin.encode() if stdin else None, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # on a dead network file system not even SIGKILL ends it
+            process.communicate(timeout=1)
+        raise GitError(args, f"no answer within {seconds:g} s") from None
+    except BaseException:  # an interrupt
+        kill_group(process)
+        raise
+    shown = out.decode(errors="replace")
+    if process.returncode:
+        message = " ".join(err.decode(errors="replace").split())
+        error = GitError(args, message or f"exit status {process.returncode}", status=process.returncode)
+        error.shown = shown
+        raise error
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lab.analysis.history import LOWEST, Night, read_night
+from lab.analysis.history import LOWEST, Night, kind, read_night
 from lab.base import locks
 from lab.base.errors import Refused, os_reason
 from lab.base.text import aligned
@@ -66,13 +66,6 @@ def of_table(path):
         "baseline": night.baseline and night.baseline.val_bpb, "notes": list(night.notes),
         "last": (path / names.RESULTS_TSV).stat().st_mtime,
     }  # fmt: skip
-
-
-def kind(header):
-    """What two values must share to be compared: hardware, data set, rules (which include the budget), data."""
-    if not header:
-        return None
-    return [header.get(key) for key in ("device", "dataset", "rules_sha256", "data_sha256")]
 
 
 def count(verdicts):

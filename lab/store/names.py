@@ -3,6 +3,10 @@
 In a working tree: run.log, checkpoint.pt and train.py of the latest run; runs.jsonl and results.tsv, the records;
 runs/NNNN-<commit>/, the archived keeps; .lab/, what lab keeps for itself. In git: branches autoresearch/TAG, and
 recorded commits as refs/autoresearch/TAG/NNNN, the records of runs in refs/autoresearch/TAG/log.
+
+Of a team, here and on its remote under the same names: refs/autoresearch-team/TEAM/MEMBER/TAG, one ref a member and branch,
+which only that member writes; refs/autoresearch-team/TEAM/queue/..., which any member may change by compare-and-swap.
+What was fetched is in refs/autoresearch-mirror/TEAM/..., so that it never replaces a ref that is written here.
 """
 
 import hashlib
@@ -23,10 +27,32 @@ NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night`
 PREFIX = "autoresearch/"  # of a night's branch
 LOG_REF = "log"  # beside the numbers of recorded commits
 
+TEAM, REMOTE = "autoresearch.team", "autoresearch.remote"  # in git's configuration
+TEAM_REFS, MIRROR_REFS = "refs/autoresearch-team/", "refs/autoresearch-mirror/"
+QUEUE = "queue"  # in place of a member's name
+STATE = "state.json"  # beside the records in what a member publishes
+MEMBER = "autoresearch-member"  # in the git folder of a working tree
+SHARE, FETCHED = "autoresearch", "fetched.json"  # in the git folder that all working trees share
+
 
 def archive(record):
     """The folder of a record in runs/: 0007-1a2b3c4."""
     return f"{record['row']:04d}-{record['short']}"
+
+
+def member_ref(team, member, tag):
+    """Where a member publishes what it recorded on a branch."""
+    return f"{TEAM_REFS}{team}/{member}/{tag}"
+
+
+def queue_ref(team, *parts):
+    """A ref of the team's queue: queue_ref("gpus", "1f2e", "claim"). Random ids keep two writers apart."""
+    return "/".join([f"{TEAM_REFS}{team}", QUEUE, *parts])
+
+
+def mirror_of(ref):
+    """Where the remote's state of this ref of a team is kept after a fetch."""
+    return MIRROR_REFS + ref.removeprefix(TEAM_REFS)
 
 
 def sha256(path):

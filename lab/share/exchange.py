@@ -1,0 +1,262 @@
+"""How a member publishes what it recorded, and gets what others did: git refs, here and on a remote.
+
+    publish(repo, member, tag, state)     after each record: own refs only; never raises, returns a note
+    fetch(repo, member)                   before each record and in status; never raises, returns a note
+    swap(repo, member, changes)           compare-and-swap of refs on the remote, for the queue
+
+A member has one ref for each branch, refs/autoresearch-team/TEAM/MEMBER/TAG. It is a commit whose tree is that of
+refs/autoresearch/TAG/log (one file a run), with state.json beside it, and which has the recorded commits among its
+parents: the ref carries them to the remote, and no gc removes them. Working trees of one checkout read each other's refs
+where they are. What a remote has is fetched into refs/autoresearch-mirror/TEAM/..., and read, never run.
+
+A remote that does not answer costs a record at most FETCH_SECONDS + PUSH_SECONDS. What was not published is published
+with the next record.
+"""
+
+import json
+import os
+import re
+import time
+
+from lab.base import git as base_git
+from lab.base import locks
+from lab.base.errors import Refused, Stop, os_reason
+from lab.base.files import write
+from lab.base.git import GitError
+from lab.base.text import json_of, one_line
+from lab.store import names, records_in_git
+from lab.store.names import PREFIX
+
+FETCH_SECONDS, PUSH_SECONDS = 15, 15  # of one call; a queue's call may use other limits
+LOCK_SECONDS = 20  # that another working tree's fetch may take
+PARENTS = 12  # recorded commits that one commit carries: git limits a commit's parents to 16
+REASON = 200  # characters of git's message in a note
+STATE_KEYS = {"tree": str, "host": str, "branch": str, "when": str, "next": str, "code": str}
+LOST = r"could not read Username|terminal prompts disabled|Permission denied|Authentication failed|Host key verification"
+MISSING = r"does not appear to be a git repository|not a git repository|repository .* not found|No such remote|no such remote"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Publishing
+
+
+def publish(repo, member, tag, state):
+    """Publishes the records and recorded commits of autoresearch/TAG: to the member's own ref at once, and all of the
+    member's refs to the remote in one push. state: {"next": what the tree does now, "code": sha256 of the train.py that
+    it will run, or ""}, see state_of. Returns a sentence if the remote did not take it, or None. Never raises."""
+    try:
+        update_own(repo, member, tag, state)
+        return push_own(repo, member) if member.remote else None
+    except (Stop, OSError, ValueError) as error:
+        return f"this record is not shared with the team yet: {reason(error)}; the next one takes it along"
+
+
+def state_of(repo, tag, next="", code=""):
+    """What a member says of itself beside its records."""
+    return {
+        "tree": str(repo.top), "host": os.uname().nodename if hasattr(os, "uname") else "", "branch": f"{PREFIX}{tag}",
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "next": one_line(next, REASON), "code": code,
+    }  # fmt: skip
+
+
+def update_own(repo, member, tag, state):
+    """Makes the member's ref of this branch hold all records of the branch. Raises GitError."""
+    ref, log = member.ref(tag), records_in_git.ref_of(tag)
+    tree = repo.git("rev-parse", "--verify", "--quiet", f"{log}^{{tree}}").strip()
+    before = repo.ask("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    recorded = list(dict.fromkeys([*repo.numbers(tag).values(), repo.head()]))  # HEAD may wait for a repeat
+    wanted = "\n".join([*recorded, *[f"^{before}"] * bool(before)])
+    listed = repo.ask("rev-list", "--ignore-missing", "--stdin", stdin=wanted) or ""
+    new = [commit for commit in recorded if commit in set(listed.split())]
+    data = json.dumps(state, ensure_ascii=False).encode() + b"\n"
+    stream = []
+    for i in range(0, max(len(new), 1), PARENTS):
+        stream += [f"commit {ref}\ncommitter autoresearch <autoresearch@localhost> {int(time.time())} +0000\ndata 0\n".encode()]
+        stream += [f"from {before}\n".encode()] if before and not i else []
+        stream += [f"merge {commit}\n".encode() for commit in new[i : i + PARENTS]]
+        stream += [f'M 040000 {tree} ""\nM 100644 inline {names.STATE}\ndata {len(data)}\n'.encode(), data, b"\n"]
+    stream += [b"done\n"]
+    repo.git("fast-import", "--quiet", "--force", "--done", stdin=b"".join(stream))
+
+
+def push_own(repo, member):
+    """Pushes the member's refs to the remote in one atomic push. Returns None. Raises GitError, and Refused if the remote
+    holds another project. The push is forced: nobody else writes these refs, so what differs was damaged."""
+    check_remote(repo, member)
+    mine = f"{member.refs}{member.name}/*"
+    push(repo, member, [f"+{mine}:{mine}"], PUSH_SECONDS)
+    for ref, commit in base_git.refs(repo.top, mine[:-1]).items():  # as the remote has them now
+        repo.ask("update-ref", names.mirror_of(ref), commit)
+
+
+def push(repo, member, refspecs, seconds, *options):
+    """git push to the team's remote, without the repository's hooks. Raises GitError."""
+    return base_git.with_remote(
+        repo.top, "-c", "core.hooksPath=/dev/null", "push", "--porcelain", "--no-verify", "--atomic", *options, "--",
+        member.remote, *refspecs, seconds=seconds,
+    )  # fmt: skip
+
+
+def unpublished(repo, member):
+    """How many of this member's records the remote does not have, as far as is known; 0 without a remote."""
+    if not member.remote:
+        return 0
+    mine, behind = base_git.refs(repo.top, f"{member.refs}{member.name}/"), 0
+    there = base_git.refs(repo.top, names.mirror_of(f"{member.refs}{member.name}/"))
+    for ref, commit in mine.items():
+        published = there.get(names.mirror_of(ref))
+        if published != commit:
+            behind += len(runs_in(repo, commit) - (runs_in(repo, published) if published else set()))
+    return behind
+
+
+def runs_in(repo, commit):
+    listed = repo.ask("ls-tree", "-r", "--name-only", commit) or ""
+    return {line for line in listed.splitlines() if records_in_git.FILE.fullmatch(line)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fetching
+
+
+def fetch(repo, member, seconds=FETCH_SECONDS, fresh=0.0):
+    """Gets what the team's remote has into the mirror: members' refs, and the queue's, which are removed where the remote
+    has removed them. A member's ref that was removed or rewritten there keeps what was known here: only the member itself
+    writes it, and it only grows. Nothing is fetched if another working tree of this checkout has done it less than `fresh`
+    seconds ago, or while this call waited for it. Returns a sentence if something is wrong, or None. Never raises."""
+    if not member.remote:
+        return None
+    try:
+        began = time.time()
+        member.shared.mkdir(exist_ok=True)
+        with locks.hold(member.shared / f"{member.team}.lock", LOCK_SECONDS) as held:
+            known = last_fetch(member)
+            if known and -1 < known["when"] - began + fresh:
+                return known["note"]
+            note = fetched(repo, member, seconds) if held else "another fetch takes too long; this one was left out"
+            write(member.shared / f"{member.team}-{names.FETCHED}", json.dumps({"when": time.time(), "note": note}))
+            return note
+    except (Stop, OSError, ValueError) as error:
+        return f"what the team did elsewhere was not fetched: {reason(error)}"
+
+
+def last_fetch(member):
+    """{"when": seconds since 1970, "note": its sentence or None} of the last fetch of this checkout; None if unknown."""
+    try:
+        known = json_of((member.shared / f"{member.team}-{names.FETCHED}").read_text(encoding="utf-8"))
+        when, note = known["when"], known["note"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known if isinstance(when, int | float) and (note is None or isinstance(note, str)) else None
+
+
+def fetched(repo, member, seconds):
+    """Fetches and returns a sentence if a ref was rewritten, or if that failed."""
+    before = base_git.refs(repo.top, member.mirror)
+    try:
+        check_remote(repo, member)
+        base_git.with_remote(
+            repo.top, "fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--no-recurse-submodules",
+            "--no-auto-maintenance", "--refmap=", "--", member.remote, f"+{member.refs}*:{member.mirror}*", seconds=seconds,
+        )  # fmt: skip
+    except Stop as error:
+        return f"what the team did elsewhere was not fetched: {reason(error)}"
+    return keep_what_was_known(repo, member, before)
+
+
+def keep_what_was_known(repo, member, before):
+    """Restores members' refs of the mirror that the remote has no longer, or has rewritten."""
+    queue, after = f"{member.mirror}{names.QUEUE}/", base_git.refs(repo.top, member.mirror)
+    old = {ref: commit for ref, commit in before.items() if after.get(ref) != commit and not ref.startswith(queue)}
+    if not old:
+        return None
+    present = [f"^{after[ref]}" for ref in old if ref in after]
+    lost = repo.ask("rev-list", "--stdin", "--max-count=1", stdin="\n".join([*old.values(), *present]))
+    if lost == "":  # everything that was known is still reachable
+        lost = [ref for ref in old if ref not in after]
+    else:
+        lost = [ref for ref in old if ref not in after or repo.ask("merge-base", "--is-ancestor", old[ref], after[ref]) is None]
+    for ref in lost:
+        repo.git("update-ref", ref, old[ref])
+    if not lost:
+        return None
+    who = ", ".join(sorted(ref.removeprefix(member.mirror) for ref in lost)[:3])
+    return f"on the remote somebody removed or rewrote what members published ({who}): what was known here stays"
+
+
+def check_remote(repo, member, seconds=FETCH_SECONDS):
+    """Refuses a remote that cannot be read, or that holds another project: it is neither empty nor has it a ref of this
+    team, nor a branch or tag that this checkout knows. Asked once for each remote. Raises Refused."""
+    url = repo.ask("config", f"remote.{member.remote}.url") or member.remote
+    seen = member.shared / f"{member.team}-remote"
+    if seen.is_file() and seen.read_text(encoding="utf-8", errors="replace") == url:
+        return
+    try:
+        shown = base_git.with_remote(repo.top, "ls-remote", "--refs", "--", member.remote, seconds=seconds)
+    except GitError as error:
+        raise Refused(f"the remote {clean(member.remote)} cannot be used: {reason(error)}") from None
+    there = dict(reversed(line.split("\t", 1)) for line in shown.splitlines() if "\t" in line)
+    team = any(ref.startswith(names.TEAM_REFS) for ref in there)
+    if there and not team:
+        objects = "".join(f"{name}\n" for name in sorted(set(there.values())))
+        known = repo.git("cat-file", "--batch-check", stdin=objects).splitlines()
+        if all(line.endswith(" missing") for line in known):
+            raise Refused(
+                f"the remote {clean(member.remote)} holds another project (it shares no commit with this one): git fetch it "
+                f"first if it is only ahead, or git config {names.REMOTE} ANOTHER"
+            )
+    member.shared.mkdir(exist_ok=True)
+    write(seen, url)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Compare-and-swap on the remote
+
+
+def swap(repo, member, changes, seconds=PUSH_SECONDS):
+    """Changes refs on the remote, all or none. changes: [(ref, new, old)] as lab.base.git.change_refs takes them: old None:
+    there must be no such ref; new None: it is deleted (also "done" if it was gone already). Returns
+
+        "done"     this call has changed them
+        "same"     they were so already: an earlier attempt whose answer was lost, if the new object is the caller's own
+                   (two callers that push one and the same object are both told that all is well: make each unique)
+        "refused"  a ref is not what `old` says; nothing was changed
+
+    Raises GitError if the remote does not answer: whether it was done is then unknown until it does."""
+    leases = [f"--force-with-lease={ref}:{old or ''}" for ref, _, old in changes]
+    refspecs = [f"{new or ''}:{ref}" for ref, new, _ in changes]
+    try:
+        shown = push(repo, member, refspecs, seconds, *leases)
+    except GitError as error:
+        flags = re.findall(r"^(.)\t", error.shown, re.MULTILINE)
+        rejected = re.search(r"^!\t.*\[(rejected|remote rejected)\] \((stale info|.*fetch first|.*non-fast-forward|"
+                             r".*failed to update ref|.*reference already exists|.*cannot lock ref.*|"
+                             r".*incorrect old value.*)\)", error.shown, re.MULTILINE)  # fmt: skip
+        if "!" in flags and rejected:
+            return "refused"
+        raise
+    flags = re.findall(r"^(.)\t", shown, re.MULTILINE)
+    return "done" if flags and "=" not in flags else "same"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Words
+
+
+def clean(text):
+    """A remote's name or message for the screen: one line, and no password of a URL."""
+    return one_line(re.sub(r"(\w+://)[^/@\s]*@", r"\1", text), REASON)
+
+
+def reason(error):
+    """The error as a clause."""
+    if isinstance(error, Refused):
+        return clean(str(error))
+    if isinstance(error, OSError):
+        return os_reason(error)
+    text = str(error)
+    if re.search(LOST, text):
+        return f"the remote wants a password or a key that git does not have ({clean(text)})"
+    if re.search(MISSING, text):
+        return f"it is not a git repository ({clean(text)})"
+    return clean(text)
