@@ -14,6 +14,7 @@ from lab.base.errors import Stop, Unfinished, os_reason
 COMMANDS = {  # command -> room; the module in the room is named like the command
     "record": "loop",
     "status": "loop",
+    "adopt": "loop",
     "sample": "verify",
     "night": "keeper",
     "sandbox": "keeper",

@@ -61,10 +61,11 @@ class Experiment:
 class Night:
     """experiments: the rows of results.tsv, or None for those that follow from the records.
     records: runs.jsonl of one branch, oldest first; () for a table of another harness.
-    notes: what could not be read. sigma: noise of one run in val_bpb, if there are no records to estimate it from."""
+    notes: what could not be read. sigma: noise of one run in val_bpb, if there are no records to estimate it from.
+    spread: of a team's member, so that two of them that run the same code again do so under different seeds."""
 
-    def __init__(self, experiments=None, records=(), tree=None, notes=(), sigma=None):
-        self.records, self.tree, self.notes = list(records), tree, tuple(notes)
+    def __init__(self, experiments=None, records=(), tree=None, notes=(), sigma=None, spread=0):
+        self.records, self.tree, self.notes, self.spread = list(records), tree, tuple(notes), spread
         self._sigma = sigma
         self.first = next((r for r in self.records if r["header"]), None)  # whose rules, data and device count
         self.baseline_record = next((r for r in self.records if r["baseline"] and r["summary"]), None)
@@ -283,7 +284,7 @@ class Replay:
     def counted(self, r):
         """val_bpb of the runs of this code that count, r's included."""
         own = self.runs.get(r["code"], [])
-        return [other["summary"]["val_bpb"] for other in measured(own if r in own else [*own, r])]
+        return [other["summary"]["val_bpb"] for other in measured(own if own and own[-1] is r else [*own, r])]
 
     def add(self, r):
         """A record that decides an experiment has a row. One of the same code without a row is another run of a keep; if
@@ -337,6 +338,11 @@ def steps_per_second(run):
     """Steps per second of a complete run; 0.0 if it did not train."""
     seconds = run["summary"]["training_seconds"]
     return run["summary"].get("num_steps", 0) / seconds if seconds > 0 else 0.0
+
+
+def label(r):
+    """What to call a record's experiment: its row, or in a team the tree and the row there."""
+    return r.get("label") or f"row {r['row']:04d}"
 
 
 def kept_record(experiment):

@@ -6,15 +6,19 @@ import re
 import shlex
 from typing import NamedTuple
 
-from lab.analysis.history import Night
+from lab.analysis.history import Night, label
 from lab.base import locks, text
 from lab.base.errors import Again, Refused
+from lab.share.membership import membership
+from lab.share.team import Team, team_night
 from lab.store import archive, names, records_in_git, results_tsv, rules, run_log
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
 RUN = "uv run train.py > run.log 2>&1"
+ADOPT = "uv run -m lab adopt"
 COMMIT_RUN = 'git commit -m "..." -- train.py (no second run is needed), then: uv run -m lab record "what this tried"'
+BRIEF = 80  # characters of a description
 TOUCHED = 3  # files that a refusal names, of those that an experiment may not touch
 
 
@@ -24,6 +28,10 @@ class NothingToRecord(Refused):
 
 class RunInProgress(Refused):
     pass
+
+
+class NotBased(Refused):
+    """HEAD's train.py comes from nothing that was kept."""
 
 
 class NotAResult(Again):
@@ -60,10 +68,37 @@ class Case(NamedTuple):
     edits: list
     baseline: bool
     base: str | None
+    team: Team | None
+
+    @property
+    def rule(self):
+        """The Night that judges the run: the team's, or the branch's own."""
+        return self.team.night if self.team else self.history
 
 
 def night_of(repo):
+    """The Night of the branch alone."""
     return Night(records=archive.records_of(repo.top, repo.tag()))
+
+
+def member_of(repo):
+    """The lab.share.membership.Member that the working tree is, or None."""
+    if not hasattr(repo, "member"):  # git is asked once a command
+        repo.member = membership(repo)
+    return repo.member
+
+
+def team_of(repo, history, header=None):
+    """The lab.share.team.Team of the working tree, or None. history: the Night of its branch; header: of a run that is not
+    recorded yet."""
+    member = member_of(repo)
+    return team_night(repo, member, repo.tag(), history.records, header) if member else None
+
+
+def waiting(history, team):
+    """The own record that waits for a repeat, or None. A baseline that the team has measured often enough does not."""
+    found = history.waiting
+    return None if found and found["baseline"] and team and team.night.kept else found
 
 
 def run_command(top):
@@ -79,7 +114,7 @@ def run_command(top):
 def next_run(top, history, code):
     """The command for the next run of this code: a repeat has a seed that the code has not run under."""
     seeds = [r["header"]["seed"] for r in history.runs(code)]
-    return f"AUTORESEARCH_SEED={max(seeds) + 1} {run_command(top)}" if seeds else run_command(top)
+    return f"AUTORESEARCH_SEED={max(seeds) + 1 + history.spread} {run_command(top)}" if seeds else run_command(top)
 
 
 def examine(repo, description, discard=False, simpler=False):
@@ -93,14 +128,17 @@ def examine(repo, description, discard=False, simpler=False):
     if not repo.train_is_committed():
         refuse_uncommitted(repo, history, log)
     code = names.sha256(train)
-    check_new(repo, history, log, code, discard)
-    check_identity(repo, history, log, head, code)
-    check_end(log, discard, next_run(repo.top, history, code))
-    found = place(repo, history)
-    earlier = history.latest(code)
+    is_of_head = log is not None and log.header is not None and log.header["train_sha256"] == code
+    team = team_of(repo, history, log.header if is_of_head else None)
+    rule = team.night if team else history
+    check_new(repo, history, rule, log, code, discard)
+    check_identity(repo, history, rule, log, head, code)
+    check_end(log, discard, next_run(repo.top, rule, code))
+    found = place(repo, history, team)
+    earlier = history.latest(code) or rule.latest(code)
     description = text.one_line(description or "", results_tsv.LONG_DESCRIPTION)
     description = description or (earlier["description"] if earlier else "baseline" if found.baseline else "")
-    case = Case(repo, repo.tag(), description, history, log, code, *found)
+    case = Case(repo, repo.tag(), description, history, log, code, *found, team)
     if not description:
         raise Refused('say in a few words what this tried: uv run -m lab record "..."')
     check_seed(repo, case)
@@ -129,13 +167,13 @@ def refuse_uncommitted(repo, history, log):
     )
 
 
-def check_new(repo, history, log, code, discard):
+def check_new(repo, history, rule, log, code, discard):
     """There is a log, and its run is not recorded yet. A recorded run can only be given up, while it waits for a
     repeat."""
     if log is None:
-        raise NothingToRecord(f"there is no run.log: {next_run(repo.top, history, code)}")
+        raise NothingToRecord(f"there is no run.log: {next_run(repo.top, rule, code)}")
     if log.ended == "nothing":
-        again = next_run(repo.top, history, code)
+        again = next_run(repo.top, rule, code)
         raise NothingToRecord(f"run.log is empty, the run did not begin or was killed: {again}")
     r = history.record_of(log)
     if r and not (discard and r is history.waiting and not r["baseline"]):
@@ -143,9 +181,9 @@ def check_new(repo, history, log, code, discard):
         raise NothingToRecord(f"this run is recorded already ({row}{r['verdict']}): go on as `uv run -m lab status` says")
 
 
-def check_identity(repo, history, log, head, code):
+def check_identity(repo, history, rule, log, head, code):
     """The run is of HEAD's train.py, under the rules, data and device of the branch."""
-    again, header, first = next_run(repo.top, history, code), log.header, history.first
+    again, header, first = next_run(repo.top, rule, code), log.header, history.first
     if header is None:
         committed = int(repo.git("log", "-1", "--format=%ct", head))
         if (repo.top / names.RUN_LOG).stat().st_mtime < committed:
@@ -205,11 +243,13 @@ def check_end(log, discard, again):
     raise Refused(f"the run did not begin ({last}). Mend that, then: {again}")
 
 
-def place(repo, history):
-    """The Place of HEAD; a refusal if no experiment can be recorded there."""
+def place(repo, history, team=None):
+    """The Place of HEAD; a refusal if no experiment can be recorded there. In a team it may be based on what any member
+    kept, which is recognised by its train.py."""
     edits = repo.edits()
     blob = edits[0].blob if edits else repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
-    if not history.anchors:
+    anchors = [*history.anchors, *(team.night.anchors if team else [])]
+    if not anchors:
         own = repo.own_edits(repo.tag())
         if own and not history.records:  # if the baseline itself crashed, mending it comes first
             first = repo.short(own[-1])
@@ -218,16 +258,18 @@ def place(repo, history):
                 f"record that three times, then git cherry-pick {repo.short(own[0])}"
             )
         return Place(repo.head(), blob, None, [], baseline=True, base=None)
-    by_commit = {r["commit"]: r for r in reversed(history.anchors)}
-    by_blob = {r["blob"]: r for r in reversed(history.anchors)}
+    by_commit = {r["commit"]: r for r in reversed(anchors)}
+    by_blob = {r["blob"]: r for r in reversed(anchors)}
     for depth, edit in enumerate(edits):  # noqa: B007 (it is used below)
         if anchor := by_commit.get(edit.commit) or by_blob.get(edit.blob):
             break
     else:
+        if team and team.best:
+            raise NotBased(f"HEAD is not based on anything that the team kept: {ADOPT}")
         raise Refused(f"HEAD is not based on anything kept: git reset --keep {history.anchors[0]['short']}, go on there")
     mine, base = [edit.commit for edit in edits[:depth]], repo.short(edit.commit)
     if not mine:
-        return Place(anchor["commit"], blob, anchor, [], not history.kept, base)
+        return Place(anchor["commit"], blob, anchor, [], not (history.kept or team and team.night.kept), base)
     for commit, files in repo.files(mine).items():
         if others := [name for name in files if name != names.TRAIN]:
             short = repo.short(commit)
@@ -250,28 +292,28 @@ def undo_of(repo, commit, others):
 
 def check_seed(repo, case):
     """A repeat runs under a new seed: a used one would give no new information. Nor would a second crash."""
-    runs = case.history.runs(case.code)
-    crashed = next((r["row"] for r in case.history.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
+    runs = case.rule.runs(case.code)
+    crashed = next((label(r) for r in case.rule.rows if r["code"] == case.code and r["verdict"] == "crash"), None)
     if case.edits and crashed and not case.log.summary:
         raise NothingToRecord(
-            f"this very train.py crashed before (row {crashed:04d}): git reset --keep {case.base} and make another "
+            f"this very train.py crashed before ({crashed}): git reset --keep {case.base} and make another "
             "experiment"
         )
     if not case.log.summary or case.log.header["seed"] not in [r["header"]["seed"] for r in runs]:
         return
     if case.log.run_id in [r["run_id"] for r in runs]:  # it is being given up
         return
-    seed, row = case.log.header["seed"], next((r["row"] for r in reversed(runs) if r["row"]), None)
+    seed, row = case.log.header["seed"], next((label(r) for r in reversed(runs) if r["row"]), None)
     if case.edits and row:
         raise NothingToRecord(
-            f"this very train.py was tried before under seed {seed} (row {row:04d}): git reset --keep "
+            f"this very train.py was tried before under seed {seed} ({row}): git reset --keep "
             f"{case.base} and make another experiment"
         )
     if row:
         raise NothingToRecord(
-            f"HEAD's train.py is what is kept (row {row:04d}), and ran under seed {seed} before: make the next experiment"
+            f"HEAD's train.py is what is kept ({row}), and ran under seed {seed} before: make the next experiment"
         )
-    again = next_run(repo.top, case.history, case.code)
+    again = next_run(repo.top, case.rule, case.code)
     raise NothingToRecord(f"a repeat under seed {seed} says nothing new: {again}")
 
 

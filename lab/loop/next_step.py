@@ -6,6 +6,7 @@ to record, the state of the branch decides. No check is made twice: all of them 
 
 from typing import NamedTuple
 
+from lab.analysis.history import label
 from lab.base.errors import Damaged, Stop
 from lab.loop import checks
 from lab.store import journal, names
@@ -15,7 +16,7 @@ ANYTHING = "what this tried"  # in place of the description that the agent will 
 
 
 class Step(NamedTuple):
-    kind: str  # record, wait, rerun, run, repeat, doubt, edit, undo, mend; "first": what a refusal asks for
+    kind: str  # record, wait, rerun, run, repeat, doubt, edit, adopt, undo, mend; "first": what a refusal asks for
     why: str  # the state of the night; "" if `do` says it
     do: str  # the command, or an instruction with its command last
 
@@ -58,29 +59,45 @@ def description_for(case):
 
 def on_the_branch(repo):
     """The Step if there is nothing to record."""
-    night, code = checks.night_of(repo), names.sha256(repo.top / names.TRAIN)
-    head, run, latest = repo.short(repo.head()), checks.next_run(repo.top, night, code), night.latest(code)
-    place = checks.place(repo, night)  # refuses before a run is wasted
+    own, code = checks.night_of(repo), names.sha256(repo.top / names.TRAIN)
+    team = checks.team_of(repo, own)
+    night = team.night if team else own
+    head, run, latest = repo.short(repo.head()), checks.next_run(repo.top, night, code), own.latest(code)
+    try:
+        place = checks.place(repo, own, team)  # refuses before a run is wasted
+    except checks.NotBased:
+        return adopt(team)
     if latest and latest["verdict"] == "crash" and not latest["row"] and not night.is_kept(code):
         return Step("mend", f"{head} crashed", f"mend what stops the run, commit it if it is in train.py, then: {run}")
-    if (waiting := night.waiting) and waiting["code"] == code:
+    if (waiting := checks.waiting(own, team)) and waiting["code"] == code:
         return Step("repeat", f"{waiting['short']} waits for a repeat", run)
+    latest = latest or night.latest(code)
     if not night.anchors:
         return Step("run", "the baseline has not run", run)
-    if night.doubted and code == night.tip["code"]:
+    if team and not night.kept and night.is_baseline(code):
+        return Step("repeat", "the team has not measured its baseline often enough", run)
+    if team and not place.edits and night.tip and code != night.tip["code"]:
+        return adopt(team)
+    if night.doubted and code == night.tip["code"] and not (team and team.runs_it(code)):
         return Step("doubt", doubt(night), run)
     if not place.edits or (latest and latest["verdict"] == "keep"):
         return Step("edit", f"{head} is recorded", f"edit train.py, commit it as the next experiment, then: {checks.run_command(repo.top)}")
     if latest:
-        tried = next((r["row"] for r in night.rows if r["code"] == code), 0)
-        return Step("undo", f"{head} was tried already (row {tried:04d})", f"git reset --keep {place.base}")
+        tried = next((label(r) for r in night.rows if r["code"] == code), "row 0000")
+        return Step("undo", f"{head} was tried already ({tried})", f"git reset --keep {place.base}")
     return Step("run", f"{head} has not run yet", run)
+
+
+def adopt(team):
+    """What to do if the team has something better than HEAD's train.py."""
+    best = team.best
+    return Step("adopt", f"the team's best is {best['short']} of {team.who(best)} ({best['description'][: checks.BRIEF]})", checks.ADOPT)
 
 
 def doubt(night):
     """Why the tip runs again."""
     failures, runs = night.search.tip.failures, len(night.search.tip.values)
     return (
-        f"{failures} experiments in a row did not beat row {night.tip['row']:04d}, which {runs} run{'s' * (runs > 1)} "
+        f"{failures} experiments in a row did not beat {label(night.tip)}, which {runs} run{'s' * (runs > 1)} "
         f"decided: {night.tip['short']} runs again"
     )

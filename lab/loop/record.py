@@ -1,7 +1,8 @@
 """Records the run in run.log: checks it against git, judges it, and leaves the branch ready for the next run.
 
 Reads run.log, checkpoint.pt and git; writes runs.jsonl, results.tsv, runs/, the branch, and in
-refs/autoresearch/TAG/ the recorded commits (NNNN) and the records of all runs (log).
+refs/autoresearch/TAG/ the recorded commits (NNNN) and the records of all runs (log). In a team it judges by everybody's
+runs, and publishes its own (lab.share).
 It never imports train.py, prepare.py or torch.
 """
 
@@ -11,11 +12,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lab.analysis import verdict
-from lab.analysis.history import SLOWED, Night, measured, steps_per_second
+from lab.analysis.history import SLOWED, Night, label, measured, steps_per_second
 from lab.base import locks
 from lab.base.errors import Refused, Stop, Unfinished, os_reason
 from lab.loop import checks, report
 from lab.loop.next_step import next_step
+from lab.share import exchange
 from lab.store import archive, journal, names, records_in_git, results_tsv, run_log, runs_jsonl
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
@@ -58,9 +60,11 @@ def add_arguments(parser):
 # The plan: what will be written, decided before anything is
 
 
-def new_record(case, args):
+def new_record(case, args, team):
     """The record of the run, without its verdict."""
     log, waiting = case.log, case.history.waiting
+    tip = team and team.night.tip
+    shared = {"seq": team.next_seq, "beat": tip and tip["code"]} if team else {}
     simpler = args.simpler or bool(waiting and waiting["code"] == case.code and waiting["simpler"])
     return {
         "run_id": log.run_id, "log": log.identity, "tag": case.tag, "commit": case.commit,
@@ -70,12 +74,12 @@ def new_record(case, args):
         "simpler": simpler, "baseline": case.baseline, "code": case.code, "blob": case.blob, "ended": log.ended,
         "start": log.header["start"] if log.header else None, "end": log.end,
         "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary,
+        "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary, **shared,
     }  # fmt: skip
 
 
 def judge(case, history, record):
-    """Puts the verdict into the record; history: with everything recorded before it."""
+    """Puts the verdict into the record; history: the Night that judges, with everything recorded before it."""
     if record["summary"] and run_log.not_finite(record["summary"]):
         record["summary"] = None  # given up by --discard, or it would have been refused
     if record["summary"] is None:
@@ -100,17 +104,39 @@ def judge(case, history, record):
             judged = verdict.Verdict("discard", judged.gain, "as you say")
         elif judged.status == "discard" and len(runs) == 1:
             judged = doubt_the_machine(search, judged, record)
+        if case.team and judged.status == "discard" and not record["discard"]:
+            judged = late_gain(case, history, record, values) or judged
     record.update(verdict=judged.status, gain=judged.gain, why=judged.why)
+
+
+def late_gain(case, history, record, values):
+    """The verdict on an experiment that beats what it is based on, and not what the team found since; None if it does not.
+    It is tried again on the team's best."""
+    place = next((i for i, keep in enumerate(history.replayed[1]) if keep["code"] == case.anchor["code"]), None)
+    if place is None or keep_is_tip(history, case.anchor):
+        return None
+    base = history.search._replace(line=history.search.line[: place + 1])
+    judged = verdict.judge(base, values, record["simpler"])
+    if judged.status != "keep":
+        return None
+    record["late"] = True
+    tip, gain = history.tip, (verdict.belief(history.search) - record["mean"]) / history.sigma if history.sigma else None
+    why = f"it beats {label(case.anchor)}, on which it is based, but not {label(tip)}, the best since: it is tried again there"
+    return verdict.Verdict("discard", gain, why)
+
+
+def keep_is_tip(history, keep):
+    return history.tip is not None and history.tip["code"] == keep["code"]
 
 
 def judge_again(history, record):
     """The verdict on another run of what is kept. Discard: it is the tip, and its gain does not hold."""
     same = verdict.Verdict("keep", None, "another run of what is kept: it tells more about the noise and about this commit")
     after = Night(records=[*history.records, {**record, "verdict": "keep"}])
-    if record["code"] != after.tip["code"] or verdict.holds(after.search):
+    if not keep_is_tip(after, record) or verdict.holds(after.search):
         return same
     before = after.replayed[1][-2]
-    why = f"its gain over row {before['row']:04d} does not hold, so the branch steps back to {before['short']}"
+    why = f"its gain over {label(before)} does not hold, so the branch steps back to {before['short']}"
     return verdict.Verdict("discard", None, why)
 
 
@@ -133,15 +159,18 @@ def doubt_the_machine(search, judged, record):
     return verdict.Verdict("confirm", judged.gain, why)
 
 
-def step_back(history, record):
+def step_back(history, own, record):
     """(the changed record of the keep that is given up, what the plan has as `restore`) if the record says that the gain
-    of the tip does not hold; else (None, None). history: with everything recorded before it."""
+    of the tip does not hold; else (None, None). history: the Night that judges, with everything recorded before it; own:
+    that of the branch. The record of another member is not changed: its own tree will read this one."""
     if record["verdict"] != "discard" or record["parent"] or record["row"]:
         return None, None
     *_, before, tip = history.replayed[1]
-    why = f"{record['n']} runs did not confirm its gain, so the branch stepped back to row {before['row']:04d}"
-    given_up = {**tip, "verdict": "discard", "given_up": record["run_id"], "why": why}
-    given_up |= {"mean": record["mean"], "n": record["n"], "gain": None}
+    why = f"{record['n']} runs did not confirm its gain, so the branch stepped back to {label(before)}"
+    given_up = next((r for r in own.records if r["run_id"] == tip["run_id"] and r["row"]), None)
+    if given_up:
+        given_up = {**given_up, "verdict": "discard", "given_up": record["run_id"], "why": why}
+        given_up |= {"mean": record["mean"], "n": record["n"], "gain": None}
     message = f"back to {before['short']}: {before['description']}"
     return given_up, {"from": tip["blob"], "to": before["blob"], "message": message}
 
@@ -158,32 +187,35 @@ def close(waiting, history, row, run_id):
 
 def make_plan(case, args):
     """All that a record will write."""
-    history, waiting, changed = case.history, case.history.waiting, []
+    history, waiting, team, changed = case.history, case.history.waiting, case.team, []
     row = 1 + max([0, *case.repo.numbers(case.tag), *(r["row"] for r in history.rows)])
     if waiting and (waiting["code"] != case.code or waiting["run_id"] == case.log.run_id):
-        changed.append(close(waiting, history, row, case.log.run_id))
+        changed.append(close(waiting, case.rule, row, case.log.run_id))
         history = Night(records=[changed[0] if r is waiting else r for r in history.records])
+        team = team and team.after(changed)
         row += 1
     restore = None
     if waiting and waiting["run_id"] == case.log.run_id:
         record = changed[0]
     else:
-        record = new_record(case, args)
-        judge(case, history, record)
+        record, rule = new_record(case, args, team), team.night if team else history
+        judge(case, rule, record)
         if record["verdict"] != "confirm" and (case.edits or case.baseline and record["verdict"] == "keep"):
             record["row"] = row
-        given_up, restore = step_back(history, record)
+        given_up, restore = step_back(rule, history, record)
         changed += [given_up] * bool(given_up) + [record]
         history = Night(records=runs_jsonl.merged(history.records, changed))
+        team = team and team.after(changed)
+        rule = team.night if team else history
         if record["summary"]:  # as the rule knows it now, this run included
-            record.update(sigma=history.sigma, dof=round(history.search.dof))
+            record.update(sigma=rule.sigma, dof=round(rule.search.dof))
     undone = record["verdict"] in ("discard", "crash")
     best = history.best_record
     return {
         "run_id": record["run_id"], "tag": case.tag, "records": changed,
         "best": names.archive(best) if best else None,
         "drop": case.edits if undone else [], "restore": restore,
-        "say": report.lines(case, record, history, changed[:-1]),
+        "say": report.lines(case, record, history, changed[:-1], team),
     }  # fmt: skip
 
 
@@ -231,13 +263,8 @@ def steps(repo):
         if plan["best"] and (repo.top / names.RUNS / plan["best"]).is_dir():
             archive.point_best(repo.top, plan["best"])
 
-    def name_author(plan):
-        if repo.ask("var", "GIT_COMMITTER_IDENT"):
-            return None
-        for key, value in [("user.email", "autoresearch@localhost"), ("user.name", "autoresearch")]:
-            if not repo.ask("config", key) and repo.ask("config", "--local", key, value) is None:
-                return "git knows no name to commit by, and its configuration cannot be written"
-        return "git knew no name to commit by: in this checkout it is autoresearch now"
+    def name_committer(plan):
+        return name_author(repo)
 
     def undo(plan):
         if not repo.drop(plan["drop"]):
@@ -249,9 +276,19 @@ def steps(repo):
             return "the branch stays as it is, as train.py was committed anew meanwhile"
 
     return [
-        change_branch, archive_keeps, number_commits, write_log, write_runs, write_rows, point_best, name_author, undo,
+        change_branch, archive_keeps, number_commits, write_log, write_runs, write_rows, point_best, name_committer, undo,
         go_back,
     ]  # fmt: skip
+
+
+def name_author(repo):
+    """Gives git a name to commit by if it knows none. Returns a sentence for the reader, or None."""
+    if repo.ask("var", "GIT_COMMITTER_IDENT"):
+        return None
+    for key, value in [("user.email", "autoresearch@localhost"), ("user.name", "autoresearch")]:
+        if not repo.ask("config", key) and repo.ask("config", "--local", key, value) is None:
+            return "git knows no name to commit by, and its configuration cannot be written"
+    return "git knew no name to commit by: in this checkout it is autoresearch now"
 
 
 def complete(repo, plan):
@@ -263,7 +300,11 @@ def complete(repo, plan):
     except OSError as error:
         reason = os_reason(error)
         raise Unfinished(f"{reason}; nothing is lost: run the same command again once that is mended") from None
-    return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(next_step(repo), plan)]
+    step = next_step(repo)
+    if member := checks.member_of(repo):
+        code = names.sha256(repo.top / names.TRAIN) if step.kind in ("repeat", "doubt") else ""
+        notes += filter(None, [exchange.publish(repo, member, plan["tag"], exchange.state_of(repo, plan["tag"], step.why, code))])
+    return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(step, plan)]
 
 
 def finish_interrupted(repo):
@@ -278,6 +319,8 @@ def finish_interrupted(repo):
 
 def run(args):
     repo = Repo.find(Path.cwd())
+    member = checks.member_of(repo)
+    note = exchange.fetch(repo, member) if member else None
     with locks.one_at_a_time(repo.top / names.LAB):
         finished = finish_interrupted(repo)
         if finished:
@@ -291,6 +334,8 @@ def run(args):
             plan = make_plan(case, args)
             lines = complete(repo, plan)
     print("\n".join(lines))
+    if note:
+        print(f"note: {note}")
     sys.stdout.flush()
     for r in plan["records"]:
         if r["verdict"] == "keep" and r["row"]:

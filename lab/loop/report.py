@@ -5,7 +5,7 @@ import time
 from statistics import median
 
 from lab.analysis import verdict
-from lab.analysis.history import SLOWED, speed, steps_per_second
+from lab.analysis.history import SLOWED, label, speed, steps_per_second
 from lab.loop.next_step import RECORD
 from lab.store import names
 
@@ -63,7 +63,7 @@ def plateau(night):
         return None
     gained = f", and the night has gained {verdict.earned(night.search):.1f}σ in all" if unproven > 0 else ""
     return (
-        f"plateau: {failures} experiments in a row did not beat row {night.tip['row']:04d}{gained}. Larger steps are wanted: "
+        f"plateau: {failures} experiments in a row did not beat {label(night.tip)}{gained}. Larger steps are wanted: "
         "programs/plateau.md"
     )
 
@@ -118,9 +118,10 @@ def same_results(record, history):
     return [f"note: the same result under different seeds ({seeds}): these runs count as one and say nothing about the noise"]
 
 
-def lines(case, record, history, changed):
-    """All lines except what to do next. changed: earlier records that this one changes."""
-    said = []
+def lines(case, record, history, changed, team=None):
+    """All lines except what to do next. history: the Night of the branch; changed: earlier records that this one changes;
+    team: its Team, if it has one, whose Night judges."""
+    said, history = [], team.night if team else history
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]
     else:
@@ -134,8 +135,14 @@ def lines(case, record, history, changed):
         kept = f", archived in runs/{record['row']:04d}-{record['short']}" if record["verdict"] == "keep" else ""
         said.append(f"row {record['row']:04d}: {record['short']} {record['verdict']}{kept}")
     if best := history.best_record:
-        said.append(f"best: row {best['row']:04d} {best['short']} ({best['description'][:BRIEF]})")
+        finder = f", found by {team.who(best)}" if team else ""
+        said.append(f"best: {label(best)} {best['short']} ({best['description'][:BRIEF]}){finder}")
     return [*said, *filter(None, [noise(history), to_beat(history), plateau(history), cost(history)])]
+
+
+def late(plan):
+    """Whether the plan records a late gain."""
+    return bool(plan["records"][-1].get("late"))
 
 
 def what_next(step, plan):
@@ -143,6 +150,9 @@ def what_next(step, plan):
     if step.kind in ("repeat", "doubt"):
         why = [f"doubt: {step.why}"] if step.kind == "doubt" else []
         return [*why, f"next: {step.do}", f"then: {RECORD}"]
+    if step.kind == "adopt" and late(plan):
+        again = f"git cherry-pick {plan['records'][-1]['short']} (if it conflicts, make the edit by hand)"
+        return [f"next: {step.sentence}", f"then: {again}, run it and record it again"]
     if step.kind != "edit":
         return [f"next: {step.sentence}"]
     undone = "train.py is as it was before this experiment. " if plan["drop"] else ""

@@ -39,6 +39,7 @@ ABANDONED = 3600  # seconds after which nobody waits for what a member said it w
 ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\[^"\\]')  # in JSON: lab writes only \" and \\
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_NOTES = 6
+SPREAD = 97  # seeds: so far apart may two members be that run the same code again
 
 
 class Tree(NamedTuple):
@@ -129,15 +130,21 @@ def assembled(member, tag, trees, notes, header):
             if r["run_id"] in seen:  # of a tree that was copied, its records included
                 continue
             seen.add(r["run_id"])
-            where = f"row {r['row']:04d}" if tree.is_own else f"{name}/{r['row']:04d}" if r["row"] else name
-            record = {**r, "member": tree.member, "home_row": r["row"]}
-            record["label"] = where if r["row"] or not tree.is_own else f"{name}, {r['short']}"
-            same = kind(r["header"] or (tree.records and next((o["header"] for o in tree.records if o["header"]), None))) == wanted
-            (ours if wanted and same else ideas).append(((last, tree.member, tree.tag, i), tree.is_own, record))
+            record = {**r, "member": tree.member, "home_row": r["row"], "label": label_of(tree, name, r)}
+            same = (kind(r["header"]) or tree.kind) == wanted  # a run that crashed early may have no header
+            (ours if tree.is_own or wanted and same else ideas).append(((last, tree.member, tree.tag, i), tree.is_own, record))
         highest = max(highest, last)
     ours, ideas = (sorted(found, key=lambda item: item[0]) for found in (ours, ideas))
-    night = Night(records=one_line_of([(r, is_own) for _, is_own, r in ours]))
+    spread = int(member.name, 16) % SPREAD
+    night = Night(records=one_line_of([(r, is_own) for _, is_own, r in ours]), spread=spread)
     return Team(member, tag, tuple(trees), night, tuple(r for _, _, r in ideas), tuple(notes), header, highest + 1)
+
+
+def label_of(tree, name, r):
+    """What to call an experiment: its ref is refs/autoresearch/LABEL, where the tree is of this checkout."""
+    if not r["row"]:
+        return f"{name}, {r['short']}"
+    return f"row {r['row']:04d}" if tree.is_own else f"{name}/{r['row']:04d}"
 
 
 def one_line_of(records):
@@ -188,6 +195,10 @@ def again(whole, r):
         whole.line[-1].update(verdict="discard", given_up=r["run_id"], why=f"its gain did not hold when {r['label']} ran it again")
     else:
         r["verdict"] = "keep"
+        for keep in whole.line:
+            if keep.get("given_up") == r["run_id"]:  # its tree gave it up; the team had something else by then
+                keep.pop("given_up")
+                keep["verdict"] = "keep"
 
 
 def settle_baseline(whole, r):

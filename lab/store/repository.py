@@ -176,9 +176,10 @@ class Repo:
         self.index.unlink(missing_ok=True)
         return True
 
-    def restore(self, old, new, message):
+    def restore(self, old, new, message, author=None):
         """Adds a commit that makes train.py, whose blob is `old`, the blob `new`; nothing else changes, uncommitted edits
-        included. A second call changes nothing. Returns False if train.py of HEAD is neither: then nothing is changed."""
+        included. author: (name, email) if it is another's work. A second call changes nothing. Returns False if train.py
+        of HEAD is neither: then nothing is changed."""
         mode, _, blob, _ = self.git("ls-tree", "HEAD", "--", names.TRAIN).split()
         there = self.ask("hash-object", "--path=train.py", names.TRAIN)
         if blob not in (old, new):
@@ -193,7 +194,8 @@ class Repo:
             self.git("read-tree", "HEAD", env=index)
             self.git("update-index", "--add", "--cacheinfo", f"{mode},{new},train.py", env=index)
             tree = self.git("write-tree", env=index).strip()
-            commit = self.git("commit-tree", tree, "-p", "HEAD", "-m", message).strip()
+            env = dict(zip(("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL"), author, strict=True)) if author else None
+            commit = self.git("commit-tree", tree, "-p", "HEAD", "-m", message, env=env).strip()
             self.git("reset", "--quiet", "--keep", commit)
         self.index.unlink(missing_ok=True)
         return True

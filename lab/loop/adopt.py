@@ -1,0 +1,87 @@
+"""Makes train.py that of the team's best: one commit on the own branch, and no run, as its hash says what it is.
+
+Nothing is reset: the human's commits and uncommitted edits of other files stay.
+"""
+
+import hashlib
+from pathlib import Path
+
+from lab.analysis.history import label
+from lab.base import locks
+from lab.base.errors import Refused
+from lab.base.text import one_line
+from lab.loop import checks
+from lab.loop.next_step import next_step
+from lab.loop.record import name_author
+from lab.share import exchange
+from lab.store import journal, names
+from lab.store.repository import Repo
+
+HELP = "take over the team's best train.py, as one commit on this branch"
+TITLE = 72  # characters of a commit's first line
+
+
+def add_arguments(parser):
+    parser.description = (
+        "Adds one commit to this branch that makes train.py that of the team's best, whoever found it. It needs no run. "
+        "Refuses if train.py has changes that are not committed, if an experiment at HEAD is not recorded, and if nothing is "
+        "better than what is here."
+    )
+
+
+def check(repo, team):
+    """Refuses where adopting would hide something; returns the record to adopt."""
+    own = checks.night_of(repo)
+    if journal.pending(repo.top):
+        raise Refused("a record was interrupted: uv run -m lab record, then adopt")
+    if locks.run_in_progress(repo.top):
+        raise Refused("a run is still going on: wait until it ends, record it, then adopt")
+    if not repo.train_is_committed():
+        raise Refused("train.py has changes that are not committed: commit them as an experiment, or git checkout -- train.py")
+    best = team.best
+    if not best:
+        raise Refused("nothing is better: no run of the team compares with this tree's")
+    if names.sha256(repo.top / names.TRAIN) == best["code"]:
+        raise Refused(f"nothing is better: train.py is the team's best already ({label(best)}, {team.who(best)})")
+    try:
+        place = checks.place(repo, own, team)
+    except checks.NotBased:
+        return best
+    if place.edits:
+        short = repo.short(place.commit)
+        raise Refused(f"the experiment {short} is not recorded: run and record it, or git reset --keep {place.base}, then adopt")
+    return best
+
+
+def adopt(repo, team):
+    """Adds the commit; returns the record that was adopted. Raises Refused."""
+    best = check(repo, team)
+    content = repo.git("cat-file", "blob", best["blob"], raw=True)
+    if hashlib.sha256(content).hexdigest() != best["code"]:
+        raise Refused(f"train.py of {best['short']} is not what its record says: nothing was changed")
+    author = (repo.ask("show", "--no-patch", "--format=%an%x00%ae", best["commit"]) or "").split("\0")
+    title = one_line(f"adopt {best['short']}: {best['description']}", TITLE)
+    value = "" if best["mean"] is None else f"val_bpb {best['mean']:.6f} (mean of {best['n']}), "
+    message = f"{title}\n\n{value}found by {team.who(best)}\n"
+    name_author(repo)
+    blob = repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
+    if not repo.restore(blob, best["blob"], message, author if len(author) == 2 and all(author) else None):
+        raise Refused("the branch has moved meanwhile: call it again")
+    return best
+
+
+def run(args):
+    repo = Repo.find(Path.cwd())
+    repo.tag()  # refuses elsewhere than on a night's branch
+    member = checks.member_of(repo)
+    if not member:
+        raise Refused(f"this working tree is in no team: git config {names.TEAM} NAME")
+    note = exchange.fetch(repo, member)
+    with locks.one_at_a_time(repo.top / names.LAB):
+        team = checks.team_of(repo, checks.night_of(repo))
+        best = adopt(repo, team)
+    print(f"adopted: {label(best)} {best['short']} ({best['description'][: checks.BRIEF]}), found by {team.who(best)}: no run is needed")
+    if note:
+        print(f"note: {note}")
+    print(f"next: {next_step(Repo(repo.top)).sentence}")
+    return 0
