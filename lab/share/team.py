@@ -170,6 +170,10 @@ def one_line_of(records):
             r["same_seed"] = r["header"]["seed"] in used
             used.add(r["header"]["seed"])
         codes = [keep["code"] for keep in whole.line]
+        if codes and not whole.line[0]["row"] and r["row"] and r["code"] != codes[0]:
+            row += 1  # somebody went on from a baseline that ran less often than it should
+            whole.line[0].update(verdict="keep", row=row)
+            decided[codes[0]] = whole.line[0]
         if r["code"] in codes and (codes[0] != r["code"] or whole.line[0]["row"]):
             again(whole, r)
         elif r["baseline"] and r["summary"] and (not codes or r["code"] == codes[0]):
@@ -233,7 +237,7 @@ def judge_keep(whole, r):
 # Reading what members published
 
 
-_read = {}  # what a member published (name of its commit): (its records, state, notes); one `lab record` looks three times
+_read = {}  # (commit that a member published, branch): (its records, state, notes); one `lab record` looks three times
 
 
 def read_trees(repo, member, tag):
@@ -253,10 +257,10 @@ def read_trees(repo, member, tag):
     if len(found) > MOST_TREES:
         notes.append(f"the team has {len(found)} branches: the first {MOST_TREES} are read")
     wanted = dict(sorted(found.items())[:MOST_TREES])
-    read_commits(repo, member, {commit: branch for (_, branch), (commit, _) in wanted.items()})
+    read_commits(repo, member, [(commit, branch) for (_, branch), (commit, _) in wanted.items()])
     trees = []
     for (name, branch), (commit, is_here) in wanted.items():
-        records, state, why = _read[commit]
+        records, state, why = _read[commit, branch]
         notes += [f"{branch} ({name[:4]}): {sentence}" for sentence in why]
         trees.append(Tree(name, branch, records, state, False, is_here))
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
@@ -264,29 +268,28 @@ def read_trees(repo, member, tag):
 
 
 def read_commits(repo, member, wanted):
-    """Puts what these commits hold into _read. wanted: {commit: the branch that it should be of}."""
-    new = [commit for commit in wanted if commit not in _read]
+    """Puts what these commits hold into _read. wanted: [(commit, the branch that it should be of)]."""
+    new = [key for key in wanted if key not in _read]
     if not new:
         return
-    files, states, bad = published_files(repo, new)
+    files, states, bad = published_files(repo, list(dict.fromkeys(commit for commit, _ in new)))
     data = objects(repo, [blob for own in files.values() for _, blob in own.values()], LARGEST_RECORD, "blob")
     said = objects(repo, states.values(), LARGEST_RECORD, "blob")
-    parsed = {commit: [] for commit in new}
-    problems = {commit: Counter(bad.get(commit, ())) for commit in new}
-    for commit in new:
+    parsed = {key: [] for key in new}
+    problems = {(commit, branch): Counter(bad.get(commit, ())) for commit, branch in new}
+    for commit, branch in new:
         for name, (_, blob) in files.get(commit, {}).items():
-            record, why = parse(data.get(blob), name, wanted[commit])
+            record, why = parse(data.get(blob), name, branch)
             if why:
-                problems[commit][why] += 1
+                problems[commit, branch][why] += 1
             else:
-                parsed[commit].append(record)
+                parsed[commit, branch].append(record)
     fits = fitting(repo, member, [r for records in parsed.values() for r in records])
-    for commit, records in parsed.items():
+    for (commit, branch), records in parsed.items():
         good = [r for r in records if fits.get((r["commit"], r["blob"], r["code"]))]
-        if len(good) < len(records):
-            problems[commit]["has a hash that does not fit its commit"] += len(records) - len(good)
-        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems[commit].items()]
-        _read[commit] = good, state(said.get(states.get(commit))), notes
+        problems[commit, branch]["has a hash that does not fit its commit"] += len(records) - len(good)
+        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems[commit, branch].items() if n]
+        _read[commit, branch] = good, state(said.get(states.get(commit))), notes
 
 
 def published_files(repo, commits):
