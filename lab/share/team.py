@@ -38,7 +38,6 @@ ABANDONED = 3600  # seconds after which nobody waits for what a member said it w
 ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\[^"\\]')  # in JSON: lab writes only \" and \\
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_NOTES = 6
-SPREAD = 97  # seeds: so far apart may two members be that run the same code again
 
 
 class Tree(NamedTuple):
@@ -72,6 +71,12 @@ class Team(NamedTuple):
         team is measuring; None before its first run. r["member"] found it, r["label"] names it."""
         return self.night.tip or self.night.baseline_record
 
+    @property
+    def bases(self):
+        """What an experiment may be based on: the team's keeps, then those that were kept once, by their tree or by all."""
+        once = [r for r in self.night.rows if r.get("late") or r.get("given_up")]
+        return [*self.night.anchors, *once[::-1]]
+
     def after(self, changed):
         """The Team once these records of the own branch were recorded, too."""
         own = self.trees[0]
@@ -99,6 +104,8 @@ def team_night(repo, member, tag, own, header=None):
     autoresearch/TAG, which is the member's. header: that of a run of this tree, if `own` has none: it says which records
     compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same."""
     trees, notes = read_trees(repo, member, tag)
+    known = {r["run_id"] for r in own}
+    trees = [tree for tree in trees if not tree.records or any(r["run_id"] not in known for r in tree.records)]  # an old name
     own = Tree(member.name, tag, own, {}, True, True)
     header = next((r["header"] for r in own.records if r["header"]), header) or likely(repo, trees)
     trees = (own, *trees)
@@ -140,9 +147,8 @@ def assembled(member, tag, trees, notes, header):
             (ours if tree.is_own or wanted and same else ideas).append(((last, tree.member, tree.tag, i), tree.is_own, record))
         highest = max(highest, last)
     ours, ideas = (sorted(found, key=lambda item: item[0]) for found in (ours, ideas))
-    spread = int(member.name, 16) % SPREAD
     whole = one_line_of([(r, is_own) for _, is_own, r in ours])
-    night = Night(records=[r for _, _, r in ours], spread=spread)
+    night = Night(records=[r for _, _, r in ours], spread=member.apart)
     night.replayed = whole.search, whole.line  # what Night would find, too, with a second replay
     return Team(member, tag, tuple(trees), night, tuple(r for _, _, r in ideas), tuple(notes), header, highest + 1)
 
@@ -203,7 +209,7 @@ def again(whole, r):
     if r["verdict"] != "discard":
         r["verdict"] = "keep"
     elif r["code"] == whole.line[-1]["code"] and len(whole.line) > 1 and is_measurement(r) and not r["home_row"]:
-        whole.line[-1].update(verdict="discard", given_up=r["run_id"], why=f"its gain did not hold when {r['label']} ran it again")
+        whole.line[-1].update(verdict="discard", given_up=r["run_id"], why=f"its gain did not hold when {r['tag']} ran it again")
     else:
         r["verdict"] = "keep"
         for keep in whole.line:
