@@ -25,7 +25,7 @@ SANDBOXED = "uv run -m lab sandbox > run.log 2>&1"
 TOLD = [
     "git reset --keep 1a2b3c4", "git reset --keep 1a2b3c4^", "git reset --soft 1a2b3c4^", "git cherry-pick 1a2b3c4",
     'git commit -m "x" -- train.py', "git stash push -- train.py", "git stash pop", "git checkout -- train.py",
-    "git switch autoresearch/nov21", "git switch -c autoresearch/nov21", "uv run -m lab record",
+    "git switch autoresearch/nov21", "git switch -c autoresearch/nov21", "uv run -m lab record", "uv run -m lab adopt",
     *(f"AUTORESEARCH_SEED={seed} {run}" for seed in (43, 44, 45, 60) for run in (RUN, SANDBOXED)),
 ]  # fmt: skip
 # What an agent must not be let do, by whatever rule.
