@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from lab.analysis import holdout
-from lab.analysis.history import read_night
+from lab.share.team import read_night
 from lab.base import files
 from lab.base.errors import Stop, os_reason
 from lab.charts import figures, view

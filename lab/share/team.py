@@ -20,17 +20,19 @@ import json
 import re
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import NamedTuple
 
-from lab.analysis import verdict
+from lab.analysis import history, verdict
 from lab.analysis.history import Night, Replay, is_measurement, kind
 from lab.base import git as base_git
 from lab.base import text
-from lab.base.errors import Stop
+from lab.base.errors import Refused, Stop
 from lab.base.git import GitError
 from lab.share.exchange import REASON, STATE_KEYS
-from lab.share.membership import NAME
-from lab.store import names, records_in_git, results_tsv, rules, runs_jsonl
+from lab.share.membership import NAME, membership
+from lab.store import archive, names, records_in_git, results_tsv, rules, runs_jsonl
+from lab.store.repository import Repo
 
 LARGEST_RECORD, LARGEST_TREE, LARGEST_TRAIN = 1 << 16, 1 << 20, 1 << 20  # bytes; a record has about 3,000
 MOST_RUNS, MOST_TREES = 20_000, 2_000  # of one member's branch; of a team
@@ -115,6 +117,26 @@ def team_night(repo, member, tag, own, header=None):
 
 
 _latest = []  # the last Team that was asked for: one `lab record` asks three times, of the same refs
+
+
+def team_of(repo):
+    """The Team of a working tree on a night's branch, for those that only read; None if it is in no team. Raises Refused
+    elsewhere than on such a branch."""
+    member = membership(repo)
+    return member and team_night(repo, member, repo.tag(), archive.records_of(repo.top, repo.tag()))
+
+
+def read_night(tree, results=None):
+    """What lab.analysis.history.read_night returns of a tree, or, of a member of a team, the Night of the team."""
+    try:
+        team = None if results else team_of(Repo.find(tree))
+    except (Refused, GitError):
+        team = None
+    if not team or not team.night.records:
+        return history.read_night(tree, results)
+    night = team.night
+    night.tree, night.notes = Path(tree), team.notes
+    return night
 
 
 def likely(repo, trees):
