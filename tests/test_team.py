@@ -24,6 +24,7 @@ from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
 from lab.store.repository import Repo
+from lab.verify import commits
 
 HEADER = {"run_id": "", "start": "2026-11-21T00:00:00+00:00", "train_sha256": "", "rules_sha256": "r", "data_sha256": "d",
           "dataset": "stdlib", "seed": 42, "device": "cpu", "clock": "monotonic"}  # fmt: skip
@@ -320,6 +321,18 @@ def test_two_machines_share_through_a_remote(shared):
     fetch(first)
     assert seen(first).best["description"] == "deeper" and "deeper" in first.next()
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
+
+
+def test_prove_and_the_notebook_read_the_team_as_one_night(shared):
+    first, second, _ = shared
+    assert team.read_night(second.path).experiments == () and fetch(second) is None
+    night = team.read_night(second.path)
+    assert [e.description for e in night.experiments] == ["baseline", "wider"] and night.best.val_bpb == 0.99
+    assert night.sigma == pytest.approx(0.002) and night.by_estimate
+    assert commits.default(second.repo) == [first.records()[0]["commit"], first.records()[-1]["commit"]]
+    assert {r["run_id"] for r in commits.of_the_team(second.repo)} == {r["run_id"] for r in first.records()}
+    second.git("switch", "-q", "main")
+    assert team.read_night(second.path).experiments == () and commits.of_the_team(second.repo) == ()
 
 
 def test_members_with_one_branch_name_do_not_overwrite_each_other(first):
