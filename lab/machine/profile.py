@@ -36,6 +36,7 @@ Exit status: 0, or 1 with one sentence: a run is in progress, or train.py fails.
 TIME_LIMIT = 900  # seconds; a cold torch.compile of a large model takes minutes
 WIDTH = 100  # columns
 TOLD = ("dtype: ", "attention: ", "torch.compile: ", "device batch: ", "warm-up again: ")  # lines of train.py that are shown
+MOST_TOLD, FEW = 5, 5  # of those lines; operators beside ten kernels, so that all fits on a screen
 PARTS = ("data", "forward", "backward", "optimizer")
 # lab is the one running here; prepare.py and train.py are the tree's.
 CHILD = """
@@ -104,19 +105,16 @@ def of_step(steps, split):
 
 
 def of_operators(profile):
-    """Lines of the most expensive operators and kernels: two lists side by side if there are kernels."""
-    lists = [("operators", profile["operators"], profile["operators_total"])]
+    """Lines of the most expensive operators, or of fewer operators and the most expensive kernels if there are kernels."""
+    lists = [("operators", profile["operators"][: FEW if profile["kernels"] else None], profile["operators_total"])]
     if profile["kernels"]:
         lists.append(("kernels", profile["kernels"], profile["kernels_total"]))
-    width, columns = WIDTH // len(lists) - len(lists) + 1, []
+    lines, width = [], WIDTH - 28
     for title, entries, total in lists:
-        name_width = width - 29
-        lines = [f"{'most expensive ' + title:<{name_width}}{'share':>7} {'ms a step':>10} {'calls':>8}"]
+        lines.append(f"{'most expensive ' + title:<{width}}{'share':>7} {'ms a step':>10} {'calls':>9}")
         for name, seconds, calls in entries:
             share = seconds / total if total else 0.0
-            lines.append(f"{'  ' + cut(printable(name), name_width - 3):<{name_width}}{share:>7.1%} {ms(seconds):>10} {calls:>8,.0f}")
-        columns.append(lines + [""] * (max(len(e) for _, e, _ in lists) + 1 - len(lines)))
-    lines = [f"{'  '.join(f'{line:<{width}}' for line in row)}".rstrip() for row in zip(*columns, strict=True)]
+            lines.append(f"{'  ' + cut(printable(name), width - 3):<{width}}{share:>7.1%} {ms(seconds):>10} {calls:>9,.0f}")
     if profile["kernels"]:
         lines.append(f"the device is busy for {min(1.0, profile['kernels_total'] / profile['wall']):.0%} of a profiled step")
     return lines
@@ -143,7 +141,7 @@ def screen(found, printed):
     faults = f"page faults: {steps['minor_faults']:,.0f} a step" + (
         f" and {steps['major_faults']:,.1f} from disk" if steps["major_faults"] else "")  # fmt: skip
     return [
-        cut(f"{names.TRAIN} on {printable(found['device'])}, random tokens", WIDTH), *told[-6:],
+        cut(f"{names.TRAIN} on {printable(found['device'])}, random tokens", WIDTH), *told[:MOST_TOLD],
         *of_step(steps, found["split"]), *of_operators(found["profile"]), *of_memory(found["memory"]),
         f"{faults}; {steps['system_share']:.0%} of the CPU time is the system's", *of_graphs(found["graphs"]),
     ]  # fmt: skip

@@ -41,6 +41,7 @@ class Failed(Exception):
 def random_documents(shards, state):
     """In place of corpus.shards.endless_documents: (length, tokens, start) of documents of random ordinary tokens."""
     import numpy as np
+
     from corpus.tokenizer import NUM_ORDINARY
 
     rng, state["epoch"] = np.random.default_rng(0), 1
@@ -398,8 +399,10 @@ def profile(answer):
     try:
         runpy.run_path(names.TRAIN, run_name="__main__")
     except Exception as error:
-        kind = "" if isinstance(error, Failed) else f"fails with {type(error).__name__}: "
-        raise Failed(f"{kind}{error}{'' if isinstance(error, Failed) else place_of(error)}") from None
+        if isinstance(error, Failed):
+            raise
+        text = error.msg if isinstance(error, SyntaxError) else error
+        raise Failed(f"fails with {type(error).__name__}: {text}{place_of(error)}") from None
     except SystemExit as error:
         if error.code not in (None, 0):
             raise Failed(f"stops: {error.code}") from None
