@@ -477,7 +477,7 @@ def test_schemathesis_finds_no_server_error(night):
         "/openapi.json", app.create(working_trees.find([night.path]), local_only=False)
     )
     operations = [found.ok() for found in description.get_all_operations()]
-    assert len(operations) == 7
+    assert len(operations) == 8
     calls = []
     for operation in operations:
         for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:

@@ -97,6 +97,7 @@ def test_what_is_not_known_is_not_made_up():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_profile_of_a_real_train_py_changes_nothing(tiny, compiled):
     tiny.edit("train.py", "^COMPILE = .*", f"COMPILE = {compiled}")
@@ -104,7 +105,7 @@ def test_a_profile_of_a_real_train_py_changes_nothing(tiny, compiled):
     (tiny.path / "checkpoint.pt").write_bytes(b"its weights")
     tiny.cache.mkdir()
     before = everything_below(tiny.path)
-    done = tiny.run("-m", "lab", "profile", timeout=580)
+    done = tiny.run("-m", "lab", "profile", timeout=850)
     assert done.rc == 0, done.err
     assert everything_below(tiny.path) == before
     assert {p.name for p in tiny.cache.iterdir()} <= {"compile"}, "the data were touched"
@@ -122,6 +123,7 @@ def test_a_profile_of_a_real_train_py_changes_nothing(tiny, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_numbers_of_a_real_profile_agree_with_each_other(tiny):
     """The train.py tells its number of parameters; each is a float32 with a gradient. A step has 8 rows of 64 tokens."""
     code = """
@@ -131,7 +133,7 @@ def test_the_numbers_of_a_real_profile_agree_with_each_other(tiny):
         print("FOUND " + json.dumps(profile.measured(Path.cwd())))
     """
     tiny.edit("train.py", r'^(    batch_size = warm_up\(model.*)$', r'\1\n    print(f"parameters {params}")')
-    done = tiny.run_code(code, timeout=280)
+    done = tiny.run_code(code, timeout=850)
     assert done.rc == 0, done.err
     result, printed = json.loads(done.out.partition("FOUND ")[2])
     params = int(re.search(r"^parameters (\d+)$", printed, re.MULTILINE)[1])
