@@ -15,6 +15,7 @@ COMMANDS = {  # command -> room; the module in the room is named like the comman
     "record": "loop",
     "status": "loop",
     "sample": "verify",
+    "profile": "machine",
     "night": "keeper",
     "sandbox": "keeper",
     "audit": "verify",

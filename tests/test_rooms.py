@@ -18,6 +18,7 @@ ALLOWED = {
     "store": {"base"},
     "analysis": {"base", "store"},
     "loop": {"base", "store", "analysis"},
+    "machine": {"base", "store"},
     "verify": {"base", "store", "analysis"},
     "charts": {"base", "store", "analysis"},
     "web": {"base", "store", "analysis", "loop", "verify", "charts"},

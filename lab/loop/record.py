@@ -71,6 +71,7 @@ def new_record(case, args):
         "start": log.header["start"] if log.header else None, "end": log.end,
         "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary,
+        "curve": log.curve,
     }  # fmt: skip
 
 
