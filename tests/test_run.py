@@ -220,6 +220,35 @@ def test_a_compiled_training_on_the_standard_library_offline_and_read_only(
     assert "\ntorch.compile: yes" in result.out and f"\ndtype: {dtype} (set by DTYPE)\n" in result.out
 
 
+AS_ON_A_GPU = """
+import functools
+
+torch.compile = functools.partial(torch.compile, fullgraph=True)  # a graph break is an error
+
+
+def set_compile(model, optimizer, compiled, device, set_compile=set_compile):
+    set_compile(model, optimizer, compiled, torch.device("cuda"))
+    assert optimizer.adamw_step is not adamw_step and optimizer.muon_step is not muon_step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2000)
+def test_with_everything_compiled_that_a_gpu_compiles_no_graph_is_made_after_the_warm_up(make_training):
+    """Network and both optimizer steps in one graph each, two micro-batches, a batch that does not divide the rows that
+    are scored, and schedules that change every value. In a process of its own: compiling starts threads."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        left_out("no C++ compiler")
+    knobs = TINY | {"GPU": "True", "COMPILE": "True", "DTYPE": "torch.bfloat16", "DEVICE_BATCH_SIZE": "7", "TOTAL_BATCH_SIZE": "14 * 32"}
+    knobs |= {"WARMUP_RATIO": "0.2", "EMBEDDING_WEIGHT_DECAY": "0.01"}
+    result = make_training(AS_ON_A_GPU, knobs=knobs, grace=1500).run("train.py", timeout=1900)
+    assert result.rc == 0, result.err
+    assert "\ntorch.compile: yes" in result.out and "warm-up again" not in result.out
+    assert "\ndevice batch: 7 x 32 tokens, 2 micro-batches a step\n" in result.out
+    assert int(summary(result.out)["num_steps"]) > 2
+    assert "\ngraphs compiled after the clock started: 0\n" in result.out
+
+
 CPU_WITH = """
 torch.cuda.is_available = lambda: False
 for name in ("avx512_bf16", "amx_tile"):
