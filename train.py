@@ -526,9 +526,9 @@ def warm_up(model, optimizer, device):
             remedy = one_line(error)
             if is_out_of_memory(error):
                 if batch_size == 1:
-                    raise SystemExit(f"out of memory at one row: make the model smaller ({remedy})") from None
+                    raise SystemExit(f"out of memory at one row: make the model smaller, or free the GPU ({remedy})") from None
                 batch_size = max(n for n in range(1, batch_size // 2 + 1) if rows % n == 0)
-                remedy = f"out of memory, with a device batch of {batch_size}"
+                remedy = f"out of memory, with a device batch of {batch_size} ({remedy})"
             elif model.attention.name != "sdpa" and not ATTENTION:
                 failed[model.attention.name] = remedy
                 remedy = f"{model.attention.name} failed, with the next attention: {remedy}"
@@ -537,6 +537,8 @@ def warm_up(model, optimizer, device):
                 remedy = f"torch.compile failed, in eager mode: {remedy}"
             else:
                 raise
+        if remedy:
+            print(f"warm-up again: {remedy}", flush=True)
         # Outside the except clause, because its traceback holds the activations.
         model.train()
         restore()
@@ -545,7 +547,6 @@ def warm_up(model, optimizer, device):
             getattr(torch, device.type).empty_cache()
         if remedy is None:
             break
-        print(f"warm-up again: {remedy}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     print(f"attention: {model.attention.name} ({why_attention})")

@@ -373,6 +373,55 @@ def test_out_of_memory_halves_the_device_batch_and_says_so(error, warmup, capsys
     assert "device batch: 2 x 16 tokens, 4 micro-batches a step" in out
 
 
+# As torch prints it on a GPU that another process fills.
+NEIGHBOUR = (
+    "CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.25 GiB is free. "
+    "Process 4242 has 70.10 GiB memory in use. Of the allocated memory 6.91 GiB is allocated by PyTorch\nSee documentation"
+)
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward", "optimizer", "evaluation"])
+@pytest.mark.parametrize("fits", [4, 2, 1, 0])  # after one size that is too large, two, three, and all of them
+def test_memory_that_runs_out_anywhere_in_the_warm_up_halves_the_batch(stage, fits, warmup, monkeypatch, capsys):
+    class Stage(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, rows):
+            ctx.rows = rows
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            allocate("backward", ctx.rows)
+            return grad, None
+
+    seen = []
+
+    def allocate(where, rows):
+        seen.append(rows)
+        if where == stage and rows > fits:
+            raise torch.OutOfMemoryError(NEIGHBOUR)
+
+    model = tiny_model()
+    network = model.eager_network
+
+    def eager_network(idx, targets, masks):
+        allocate("evaluation" if targets is None else "forward", len(idx))
+        out = network(idx, targets, masks)
+        return out if targets is None else Stage.apply(out, len(idx))
+
+    model.eager_network = eager_network
+    step = train.MuonAdamW.step
+    monkeypatch.setattr(train.MuonAdamW, "step", lambda self: (step(self), allocate("optimizer", seen[-1])))
+    if fits:
+        assert warm_up(model) == fits and model.training  # warm_up also compares the weights
+    else:
+        with pytest.raises(SystemExit, match=r"out of memory at one row.*or free the GPU.*Process 4242 has 70\.10 GiB"):
+            train.warm_up(model, train.build_optimizer(model, model.dtype), CPU)
+    out = capsys.readouterr().out
+    tried = re.findall(r"warm-up again: out of memory, with a device batch of (\d) \(.* Process 4242 has 70\.10 GiB", out)
+    assert tried == [size for size in "421" if int(size) >= fits]
+
+
 @pytest.mark.parametrize("rows, limit, expected", [(8, 8, 8), (8, 100, 8), (27, 20, 9), (12, 8, 6), (7, 6, 1), (256, 128, 128)])
 def test_the_device_batch_is_the_largest_divisor_of_a_steps_rows_within_the_limit(rows, limit, expected, warmup, monkeypatch):
     monkeypatch.setattr(train, "rehearse", lambda *args: None)

@@ -202,11 +202,12 @@ def machine(monkeypatch):
     [
         (dict(gpu="NVIDIA H100 80GB HBM3", capability=(9, 0)), "cuda", "NVIDIA H100 80GB HBM3"),
         (dict(gpu="NVIDIA A100-SXM4-80GB", mps=True), "cuda", "NVIDIA A100-SXM4-80GB"),
+        (dict(gpu="NVIDIA A100-SXM4-80GB MIG 3g.40gb"), "cuda", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"),
         (dict(gpu="AMD Instinct MI300X", capability=(9, 4), hip="6.4"), "cuda", "AMD Instinct MI300X"),
         (dict(mps=True), "mps", ", [0-9]+ cores"),
         (dict(), "cpu", ", [0-9]+ cores"),
     ],
-    ids=["H100", "A100", "ROCm", "Apple", "CPU"],
+    ids=["H100", "A100", "MIG", "ROCm", "Apple", "CPU"],
 )
 def test_the_device_is_the_best_that_torch_reports(machine, reported, device, name):
     machine(**reported)
@@ -223,6 +224,29 @@ def test_a_rocm_gpu_trains_in_bfloat16_compiled_by_triton_on_flex(machine, monke
     assert train.choose_compile(device) == (True, "triton")
     attention, reason = train.choose_attention(device, torch.bfloat16)
     assert attention.name == "flex", reason
+
+
+def test_of_two_gpus_the_first_visible_one_decides_everything(monkeypatch):
+    """Name, dtype, attention and peak speed are those of one device, the one that the tensors are on."""
+    names, capabilities = ["Tesla T4", "NVIDIA H100 80GB HBM3"], [(7, 5), (9, 0)]
+
+    def index(device=None):
+        return torch.device(device or "cuda").index or 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[index(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[index(device)])
+    for first in range(2):
+        if first:
+            names.reverse(), capabilities.reverse()
+        device, name = devices.pick_device()
+        assert device.type == "cuda" and name == names[0]
+        dtype, why = train.choose_dtype(device)
+        assert dtype == (torch.bfloat16 if first else torch.float32) and f"{capabilities[0][0]}." in why
+        monkeypatch.setitem(train.ATTENTIONS, "fa3", lambda: train.SDPA._replace(name="fa3"))
+        assert train.choose_attention(device, dtype)[0].name == ("fa3" if first else "flex")
+        assert (devices.mfu_percent(name, 1e9, 1e6, 1.0) > 0) == bool(first)
 
 
 def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):
