@@ -7,6 +7,7 @@ mended. warn: it can run, but slower, or something will be missing.
 import re
 
 from lab.machine import advice
+from lab.store import names
 
 OLDEST_PYTHON = (3, 10)
 # Oldest NVIDIA driver (major version) that runs programs built for a CUDA major version, from the release notes of CUDA.
@@ -22,6 +23,7 @@ SLOWED = {
     0x40: "too hot (hardware limit)",
     0x80: "power brake",
 }
+FULL = 100 << 20  # bytes: with less, a folder for temporary files is of no use
 SMALL_SHM = 32 << 20  # bytes; docker's default is 64 MiB
 COMPILE_CACHE = 2 << 30  # bytes that compiled graphs and temporary files may take
 AGENTS = ("claude", "codex")
@@ -41,7 +43,7 @@ def fail(name, text, remedy):
 
 
 def gb(size):
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def identity(answer):
             "git identity", "git does not know who commits",
             "git config --global user.name NAME; git config --global user.email ADDRESS",
         )  # fmt: skip
-    return ok("git identity", answer[1].rpartition(">")[0] + ">")
+    return ok("git identity", answer[1].partition(" <")[0])  # the address does not belong into a bug report
 
 
 def checkout(inside, has_train, branch, changed):
@@ -99,7 +101,11 @@ def checkout(inside, has_train, branch, changed):
     where = f"on branch {branch}" if branch else "HEAD is detached"
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-        return warn("checkout", f"{where}; not committed: {', '.join(changed[:SHOWN])}{more}", "commit or undo this before the night")
+        return warn(
+            "checkout",
+            f"{where}; not committed: {', '.join(changed[:SHOWN])}{more}",
+            "commit or undo this before the night",
+        )
     return ok("checkout", where)
 
 
@@ -159,50 +165,53 @@ def driver_versions(header):
     return version and version[1], cuda and cuda[1]
 
 
-def torch_build(torch, gpus, header, amd, hidden, node):
+def torch_build(torch, gpus, header, nvidia, amd, hidden):
     """Whether torch is usable, and uses the GPU that is there.
 
-    gpus: rows of nvidia-smi; header: its plain output; amd: whether the kernel knows an AMD GPU; hidden: a variable's
-    setting that hides the GPUs, or None; node: whether there is an NVIDIA device file."""
+    gpus: rows of nvidia-smi; header: its plain output; nvidia, amd: whether the machine has a GPU of theirs; hidden: a
+    variable's setting that hides the GPUs, or None."""
     if "error" in torch:
         return fail("torch", f"cannot be imported ({torch['error']})", "uv sync --reinstall-package torch")
     kind = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "CPU build"
     text = f"{torch['version']} ({kind})"
-    if torch["available"]:
+    if torch["available"] or not (gpus or nvidia or amd):
         return ok("torch", text)
-    if hidden and (gpus or amd):
+    if hidden:
         return warn("torch", f"{text}, no GPU is visible: {hidden}", "unset it to train on the GPU")
-    if amd and not torch["hip"]:
-        return fail(
-            "torch", f"{text}, which cannot use this machine's AMD GPU", "install PyTorch's ROCm build, see pytorch.org"
-        )
-    if not gpus:
-        if node:
-            return warn(
-                "torch", f"{text} sees no GPU ({torch['why']})", "check that the NVIDIA driver runs: nvidia-smi"
+    if not gpus and not nvidia:
+        if torch["hip"]:
+            return fail(
+                "torch",
+                f"{text} sees no GPU ({torch['why']})",
+                "look at rocminfo: user and groups (render, video), driver",
             )
-        return ok("torch", text)
-    if not torch["cuda"]:
-        return fail(
-            "torch", f"{text}, which cannot use {gpus[0]['name']}", "install PyTorch's CUDA build, see pytorch.org"
+        return warn(
+            "torch",
+            f"{text}, which cannot use the AMD GPU of this machine",
+            "install PyTorch's ROCm build, see pytorch.org",
         )
+    name = gpus[0]["name"] if gpus else "the NVIDIA GPU of this machine"
+    if not torch["cuda"]:
+        return fail("torch", f"{text}, which cannot use {name}", "install PyTorch's CUDA build, see pytorch.org")
+    if not gpus:
+        remedy = "install NVIDIA's driver; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
+        return fail("torch", f"{text} cannot use {name}: no driver answers", remedy)
     version, newest = driver_versions(header)
     if newest and int(float(newest)) < int(float(torch["cuda"])):
         oldest = OLDEST_DRIVER.get(int(float(torch["cuda"])))
         wanted = f"driver {oldest} or newer" if oldest else "a newer driver"
         return fail(
-            "torch", f"driver {version} is too old: it runs CUDA up to {newest}, torch is {text}", f"install {wanted}"
+            "torch", f"{text}; driver {version} is too old for it: it runs CUDA up to {newest}", f"install {wanted}"
         )
     if gpus[0].get("compute_mode") == "Prohibited":
         return fail("torch", f"{text}, but the GPU's compute mode is Prohibited", "sudo nvidia-smi -c DEFAULT")
     if gpus[0].get("mig") == "Enabled":
-        return fail(
-            "torch",
-            f"{text}, MIG is on and no slice can be used",
-            "make one (sudo nvidia-smi mig -cgi ID -C), or sudo nvidia-smi -mig 0",
-        )
+        remedy = "make a slice (sudo nvidia-smi mig -cgi PROFILE -C), or switch MIG off (sudo nvidia-smi -mig 0)"
+        return fail("torch", f"{text}, MIG is on and no slice can be used", remedy)
     return fail(
-        "torch", f"{text} does not see {gpus[0]['name']} ({torch['why']})", "reboot; then reinstall driver and torch"
+        "torch",
+        f"{text} does not see {name} ({torch['why']})",
+        "reboot; if that does not help, reinstall driver and torch",
     )
 
 
@@ -278,6 +287,18 @@ def neighbours(row, apps, is_slice):
     return ok("gpu use", f"no other process; {share}"), False
 
 
+def neighbours_on_rocm(device):
+    """As `neighbours`, from the memory in use that torch reports."""
+    if device["used"] is None:
+        return None, False
+    share = f"{gb(device['used'])} of {gb(device['memory'])} in use"
+    if device["used"] >= UNSEEN_MB << 20:
+        return warn(
+            "gpu use", f"another process uses this GPU: {share}", "find it with rocm-smi, and end it before the night"
+        ), True
+    return ok("gpu use", f"no other process; {share}"), False
+
+
 def limits(row, reasons):
     """Power and temperature limits in force. reasons: NVML's bits as text ("0x0000000000000004")."""
     if row is None:
@@ -347,8 +368,12 @@ def compiler(torch, found, has_headers):
 
 
 def dtype(train):
+    if train.get("rewritten"):
+        return warn(
+            names.TRAIN, f"is not as doctor knows it ({train['error']})", "to examine this machine, call doctor on main"
+        )
     if "error" in train:
-        return fail("train.py", f"cannot be imported ({train['error']})", "mend it, or git checkout -- train.py")
+        return fail(names.TRAIN, f"cannot be used ({train['error']})", "mend it, or git checkout -- train.py")
     return ok("dtype", f"{train['dtype']} ({train['dtype_why']})")
 
 
@@ -430,6 +455,8 @@ def disk(free, params, cache_free):
 def temporary(folder, free):
     if folder is None:
         return fail("temp", "no folder for temporary files can be written", "set TMPDIR to one")
+    if free < FULL:
+        return fail("temp", f"{gb(free)} free in {folder}", "delete something, or set TMPDIR to a folder with space")
     if free < COMPILE_CACHE:
         return warn(
             "temp", f"{gb(free)} free in {folder}", "torch.compile keeps files there: delete something, or set TMPDIR"

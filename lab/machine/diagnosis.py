@@ -25,7 +25,7 @@ SETUP_LIMIT = 600  # seconds for set-up in the child, beyond the seconds of trai
 # Largest relative error of an attention back end: bfloat16 has 8 bits, float32 may multiply in TF32 with 11.
 ATTENTION_ERROR = {"bfloat16": 0.03, "float32": 0.005}
 LOSS_DIFFERENCE = 0.05  # nats, largest in ten steps of which the losses fall by more than one
-QUICK = "not measured (--quick)"
+BLOCKING = ("torch", "gpu", "driver", "temp")  # checks without which nothing can be measured
 
 
 class Doctor:
@@ -97,10 +97,9 @@ class Doctor:
         header, self.gpus, apps = smi[1:] if smi else ("", [], [])
         self.add("driver", lambda: checks.driver(smi and smi[0], header, self.torch))
         self.dataset, self.budget = self.attempt(self.rules, ("unknown", 300))
-        amd = self.attempt(lambda: m.exists("/sys/class/kfd") and not self.gpus, False)
-        node = self.attempt(lambda: m.exists("/dev/nvidia0"), False)
+        nvidia, amd = self.attempt(m.nvidia_hardware, False), self.attempt(m.amd_hardware, False)
         hidden = next((f"{name} is {m.environ(name)!r}" for name in HIDING if m.environ(name) in ("", "-1")), None)
-        self.add("torch", lambda: checks.torch_build(self.torch, self.gpus, header, amd, hidden, node))
+        self.add("torch", lambda: checks.torch_build(self.torch, self.gpus, header, nvidia, amd, hidden))
         self.busy, self.row = False, None
         self.add("gpu", self.gpu)
         self.add("gpu use", lambda: self.neighbours(apps))
@@ -154,8 +153,11 @@ class Doctor:
         return check
 
     def neighbours(self, apps):
-        is_slice = bool(self.torch.get("devices")) and "MIG" in self.torch["devices"][0]["name"]
-        check, self.busy = checks.neighbours(self.row, apps, is_slice)
+        device = self.torch["devices"][0] if self.torch.get("devices") else None
+        if device and self.torch["hip"]:
+            check, self.busy = checks.neighbours_on_rocm(device)
+        else:
+            check, self.busy = checks.neighbours(self.row, apps, bool(device) and "MIG" in device["name"])
         if self.training:  # the line of the run says it already
             return None
         return check
@@ -185,7 +187,6 @@ class Doctor:
         self.add("cache", lambda: checks.cache(root, m.writable(root), prepared is True))
         self.add("disk", lambda: checks.disk(m.free(m.tree), self.train.get("params"), m.free(root)))
         folder = self.attempt(m.temporary_folder, None)
-        self.has_temp = folder is not None
         self.add("temp", lambda: checks.temporary(folder, m.free(folder) if folder else 0))
         if m.system()["system"] == "Linux":
             self.add("/dev/shm", self.shared_memory)
@@ -222,16 +223,14 @@ class Doctor:
 
     def why_not_measured(self, quick):
         if quick:
-            return QUICK
+            return "not measured (--quick)"
         if self.training:
             return "not measured: a training is running here, and would lose time"
         if self.busy:
             return "not measured: another process uses the GPU, so both would be slower"
         if "error" in self.torch or "error" in self.train:
-            return "not measured: torch or train.py cannot be imported"
-        if not getattr(self, "has_temp", True):
-            return "not measured: there is no folder for temporary files"
-        blocking = [c["name"] for c in self.checks if c["level"] == "FAIL" and c["name"] in ("torch", "gpu", "driver")]
+            return "not measured: torch or train.py cannot be used"
+        blocking = [c["name"] for c in self.checks if c["level"] == "FAIL" and c["name"] in BLOCKING]
         return f"not measured: first mend {', '.join(blocking)}" if blocking else None
 
     def measure(self, quick, seconds):
@@ -242,16 +241,18 @@ class Doctor:
             )
             return
         with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as cache:
-            limit = SETUP_LIMIT + seconds
-            first = self.machine.measure(["setup", "training", "evaluation"], seconds, limit, cache)
+            limit, stages = SETUP_LIMIT + seconds, ["setup", "training", "evaluation"]
+            first = self.machine.measure(stages + ["attention"] * (not self.train["compile"]), seconds, limit, cache)
             compares = bool(first["setup"].get("compiled"))
-            # A second process starts with the compile cache of the first, as all runs but the first do.
-            stages = ["setup", "attention"] + ["compiled"] * compares if compares else ["setup", "attention"]
-            second = self.machine.measure(stages, seconds, limit, cache) if "error" not in first["setup"] else {}
+            second = {}
+            if self.train["compile"] and "error" not in first["setup"]:
+                # Another process, with the compile cache that the first one filled, as all runs but the first have it.
+                stages = ["setup", "attention"] + ["compiled"] * compares
+                second = self.machine.measure(stages, seconds, limit, cache)
         self.add("set-up", lambda: self.setup(first["setup"], second.get("setup", {}), compares))
         if "error" in first["setup"]:
             return
-        self.add("attention", lambda: self.attention(second["attention"], first["setup"]["attention"]))
+        self.add("exactness", lambda: self.attention((second or first)["attention"], first["setup"]["attention"]))
         self.add("compiled", lambda: self.compiled(second.get("compiled")))
         self.add("training", lambda: self.trained(first["training"]))
         self.add("evaluation", lambda: self.evaluated(first["evaluation"]))
@@ -259,6 +260,12 @@ class Doctor:
 
     def setup(self, cold, warm, compares):
         grace = importlib.import_module("constants").GRACE
+        if cold.get("rewritten"):
+            return warn(
+                "set-up",
+                f"train.py is not as doctor knows it ({cold['error']})",
+                "to measure this machine, call doctor on main",
+            )
         if "error" in cold:
             remedy = "read the reason; with an edited train.py, try main's"
             return fail("set-up", f"a run cannot start here ({cold['error']})", remedy)
@@ -283,7 +290,7 @@ class Doctor:
 
     def attention(self, found, used):
         if "error" in found and not isinstance(found["error"], dict):
-            return warn("attention", f"not compared with the reference ({found['error']})", "report this line as a bug")
+            return warn("exactness", f"not compared with the reference ({found['error']})", "report this line as a bug")
         limit, texts, wrong = ATTENTION_ERROR.get(self.train["dtype"], 0.03), [], []
         for name, result in found.items():
             self.measured[f"attention_{name}_error"] = result.get("error")
@@ -296,10 +303,10 @@ class Doctor:
                 wrong.append(name)
         text = f"of the naive reference, forward and backward: {', '.join(texts)}"
         if used in wrong or "failed" in found.get(used, {}):
-            return fail("attention", text, f"{used} is what a run would use: set ATTENTION in train.py to another one")
+            return fail("exactness", text, f"{used} is what a run would use: set ATTENTION in train.py to another one")
         if wrong:
-            return warn("attention", text, f"do not use {', '.join(wrong)} here")
-        return ok("attention", text)
+            return warn("exactness", text, f"do not use {', '.join(wrong)} here")
+        return ok("exactness", text)
 
     def compiled(self, found):
         if found is None:
@@ -360,8 +367,10 @@ class Doctor:
         if "error" in self.train:
             return
         if rows is None and devices and devices[0]["memory"]:
-            rows = advice.rows_that_fit(devices[0]["memory"], self.train["dtype"] == "float32")
-        self.advice = advice.knobs(self.train, self.budget, rows, self.measured["tokens_per_second"])
+            rows = advice.rows_that_fit(
+                devices[0]["memory"], self.train["MAX_SEQ_LEN"], self.train["dtype"] == "float32"
+            )
+        self.advice = advice.knobs(self.train, self.dataset, self.budget, rows, self.measured["tokens_per_second"])
         if self.advice:
             knobs = ", ".join(f"{name} = {value}" for name, value in self.advice.items())
             how = "measured" if self.measured["tokens_per_second"] else "estimated from the GPU's memory"

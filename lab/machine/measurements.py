@@ -1,14 +1,15 @@
 """What torch and train.py report of this machine, and what they measure at: runs in a child process of doctor.
 
-The working directory is the tree whose train.py is measured. Each stage appends one line of JSON to a file:
-{stage: {...}}, or {stage: {"error": sentence}}. Nothing is written elsewhere but into the compile cache of doctor's own
-temporary folder.
+The working directory is the tree whose train.py is measured. Each stage prints one line of JSON: {stage: {...}}, or
+{stage: {"error": sentence}}. What libraries and train.py print goes to stderr. Files are written only into the compile
+cache, which doctor puts into a temporary folder.
 """
 
 import contextlib
 import importlib
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,16 +26,25 @@ KNOBS = ["DEPTH", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE", "WINDOW_PATTERN", "MA
 
 
 def main():
-    wanted = json.loads(sys.argv[1])
-    session = Session(wanted)
+    wanted, answers = json.loads(sys.argv[1]), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    session, ready = Session(wanted), True
     for stage in wanted["stages"]:
-        try:
-            found = getattr(session, stage)()
-        except (Exception, SystemExit) as error:  # a broken driver, torch or train.py
-            kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-            found = {"error": f"{kind}{' '.join(str(error).split())[:300]}"}
-        with open(wanted["answer"], "a", encoding="utf-8") as f:
-            f.write(json.dumps({stage: found}) + "\n")
+        found = attempt(getattr(session, stage)) if ready else {"error": "set-up failed"}
+        ready = ready and not (stage == "setup" and "error" in found)
+        print(json.dumps({stage: found}), file=answers, flush=True)
+    answers.close()
+    sys.stdout.flush()
+    os._exit(0)  # a broken driver may crash, or hang, while Python ends
+
+
+def attempt(stage):
+    try:
+        return stage()
+    except (Exception, SystemExit) as error:  # a broken driver, torch or train.py
+        module = Path(names.TRAIN).stem  # an agent may have rewritten it, within its contract
+        reason = str(error) if isinstance(error, SystemExit) else one_line(error, 300)
+        return {"error": reason, "rewritten": isinstance(error, AttributeError) and f"module '{module}'" in str(error)}
 
 
 class Session:
@@ -62,8 +72,11 @@ class Session:
             found["devices"].append({
                 "name": properties.name, "capability": [properties.major, properties.minor],
                 "memory": properties.total_memory, "uuid": str(getattr(properties, "uuid", "") or ""),
-                "arch": getattr(properties, "gcnArchName", ""),
+                "arch": getattr(properties, "gcnArchName", ""), "used": None,
             })  # fmt: skip
+            if torch.version.hip and self.wanted["touch_gpu"]:  # nvidia-smi has it for NVIDIA's
+                free, total = torch.cuda.mem_get_info(i)
+                found["devices"][-1]["used"] = total - free
         try:
             import triton
 
@@ -364,5 +377,5 @@ def loads(load):
     return "loaded"
 
 
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def one_line(error, limit=200):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:limit]

@@ -72,6 +72,23 @@ class Machine:
         shown = read_only(self.tree, *args)
         return None if shown is None else shown.strip()
 
+    def nvidia_hardware(self):
+        """Whether a GPU of NVIDIA is on the PCI bus, with or without a driver (Linux)."""
+        for device in Path("/sys/bus/pci/devices").glob("*"):
+            with contextlib.suppress(OSError):
+                if (device / "class").read_text().startswith("0x03") and (
+                    device / "vendor"
+                ).read_text().strip() == "0x10de":
+                    return True
+        return False
+
+    def amd_hardware(self):
+        """Whether the kernel has an AMD GPU that can compute (Linux): CPUs are nodes too, with a gpu_id of 0."""
+        nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+        with contextlib.suppress(OSError):
+            return any(node.read_text().strip() not in ("", "0") for node in nodes)
+        return False
+
     def in_progress(self):
         return locks.run_in_progress(self.tree)
 
@@ -104,52 +121,37 @@ class Machine:
         return self.child({"stages": ["torch", "train"], "touch_gpu": touch_gpu}, FACTS_SECONDS)
 
     def measure(self, stages, seconds, limit, cache):
-        """{stage: numbers, or {"error": sentence}}; each of `stages` in one child, which compiles into `cache`."""
-        return self.child({"stages": stages, "seconds": seconds, "touch_gpu": True}, limit, cache)
+        """{stage: numbers, or {"error": sentence}}, each of `stages` in one child, which compiles into the folder `cache`."""
+        env = {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache, "inductor")), "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
+        return self.child({"stages": stages, "seconds": seconds}, limit, TMPDIR=str(cache), **env)
 
-    def child(self, wanted, limit, cache=None):
-        """Runs stages of measurements.py in a child process, which reports each as a line of a file: those that were
-        completed before it crashed or ran out of time count."""
-        with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as place:
-            answer, cache = Path(place) / "answer", Path(cache or place)
-            env = os.environ | {
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-                "TRITON_CACHE_DIR": str(cache / "triton"),
-            }
-            code = CHILD.format(lab=str(Path(__file__).resolve().parents[2]), tree=str(self.tree.resolve()))
-            command = [sys.executable, "-c", code, json.dumps(wanted | {"answer": str(answer)})]
-            with open(Path(place) / "output", "w+", errors="replace") as printed:
-                process = subprocess.Popen(
-                    command, cwd=self.tree, env=env, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
-                    start_new_session=True,
-                )  # fmt: skip
-                try:
-                    ended = f"it ended with status {process.wait(limit)}"
-                except subprocess.TimeoutExpired:
-                    ended = f"it took longer than {limit:.0f} s"
-                finally:  # the workers that compile, too
-                    kill_group(process)
-                printed.seek(0)
-                words = [line.strip() for line in printed if line.strip()]
-            found = read_answer(answer)
-        missing = [stage for stage in wanted["stages"] if stage not in found]
-        last = f" ({words[-1][:200]})" if words else ""
-        return (
-            found
-            | {stage: {"error": f"{ended}{last}"} for stage in missing[:1]}
-            | {stage: {"error": f"{missing[0]} did not finish"} for stage in missing[1:]}
-        )
-
-
-def read_answer(path):
-    """{stage: what it found} from the child's file; a line that was cut is left out."""
-    found = {}
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+    def child(self, wanted, limit, **env):
+        """Runs stages of measurements.py in a child process. It prints each as a line: those that it completed before it
+        crashed or ran out of time count. Needs no file, so that it works on a full disk."""
+        code = CHILD.format(lab=str(Path(__file__).resolve().parents[2]), tree=str(self.tree.resolve()))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(wanted)], cwd=self.tree,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | env, text=True, errors="replace", start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        late = False
+        try:
+            answers, words = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            late = True
+            kill_group(process)
+            answers, words = process.communicate()
+        finally:  # the workers that compile, too
+            kill_group(process)
+        found = {}
+        for line in answers.splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut
                 found |= json.loads(line)
-    return found
+        last = next((f" ({line.strip()[:200]})" for line in reversed(words.splitlines()) if line.strip()), "")
+        ended = f"it took longer than {limit:.0f} s" if late else f"it ended with status {process.returncode}{last}"
+        for stage in wanted["stages"]:
+            found.setdefault(stage, {"error": ended})
+        return found
 
 
 def kill_group(process):
