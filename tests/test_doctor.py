@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, left_out
+from test_run import TINY, set_knob
 
-from lab.machine import advice, checks, doctor, probes
-from lab.machine.diagnosis import APP_FIELDS, MEASURED, diagnose
+import train
+from frozen.process import lock_folder
+from lab.machine import advice, checks, doctor, measurements, probes
+from lab.machine.diagnosis import APP_FIELDS, ATTENTION_ERROR, MEASURED, diagnose
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 HEADER = """
@@ -490,6 +495,7 @@ def test_programs_that_a_night_may_use(prepared):
     assert examine(machine)[1]["/dev/shm"].startswith("warn")
 
 
+@pytest.mark.slow
 def test_an_unknown_dataset_is_one_line(tmp_path):
     done = lab("--quick", cwd=ROOT, AUTORESEARCH_DATASET="nonsense", AUTORESEARCH_CACHE=str(tmp_path), PATH="/nowhere")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
@@ -573,3 +579,165 @@ def lab(*args, cwd, timeout=280, **env):
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
     )
+
+
+@pytest.fixture
+def tiny(make_repo):
+    """A clone with a tiny model, committed, whose runs may take any time: the machine may be busy."""
+    repo = make_repo(time_budget=300, grace=3000)
+    for name, value in TINY.items():
+        set_knob(repo, name, value)
+    commands = [
+        ["init", "-qb", "main"],
+        ["config", "user.name", "A Person"],
+        ["config", "user.email", "a@b.c"],
+        ["add", "-A"],
+    ]
+    for command in [*commands, ["commit", "-qm", "start"]]:
+        subprocess.run(["git", *command], cwd=repo.path, env=repo.env, check=True)
+    return repo
+
+
+def everything(*folders):
+    """{path: content} of all files below the folders, and the folders."""
+    found = [path for folder in folders for path in Path(folder).rglob("*")]
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_this_machine(tiny):
+    home = Path(tiny.env["HOME"])
+    before = everything(tiny.path, home)
+    result = tiny.run("-m", "lab", "doctor", "--json", "--seconds", "1", timeout=280)
+    found = json.loads(result.out)
+    failed = [check for check in found["checks"] if check["level"] == "FAIL"]
+    assert result.rc == 0 and found["can_run"] and not failed and not result.err, (failed, result.err)
+    measured = found["measured"]
+    assert measured["steps"] >= 1 and measured["device_batch"] == 8 and measured["late_graphs"] == 0
+    for name in ("tokens_per_second", "step_ms", "setup_warm_seconds", "eval_seconds", "experiments_a_night"):
+        assert measured[name] > 0, name
+    assert measured["tokens_per_second"] == pytest.approx(16 * 64 * 1000 / measured["step_ms"])
+    assert measured["attention_sdpa_error"] < 1e-4 and measured["setup_cold_seconds"] is None and found["device"]
+    assert everything(tiny.path, home) == before, "it changes nothing"
+    assert not tiny.cache.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_train_py_is_measured_cold_and_warm_and_compared_with_eager(tiny):
+    if not shutil.which("g++"):
+        left_out("torch.compile needs a C++ compiler")
+    set_knob(tiny, "COMPILE", "True")
+    set_knob(tiny, "DEPTH", "1")
+    result = tiny.run("-m", "lab", "doctor", "--json", "--seconds", "1", timeout=580)
+    found = json.loads(result.out)
+    measured = found["measured"]
+    assert result.rc == 0, [check for check in found["checks"] if check["level"] == "FAIL"]
+    assert measured["setup_cold_seconds"] > 0 and measured["setup_warm_seconds"] > 0 and measured["late_graphs"] == 0
+    assert measured["compiled_loss_difference"] < 1e-3, "float32: the order of sums differs"
+    (checkout,) = [check for check in found["checks"] if check["name"] == "checkout"]
+    assert checkout["level"] == "warn" and "train.py" in checkout["text"]
+
+
+@pytest.mark.slow
+def test_a_read_only_machine_with_a_small_tmp_gets_lines_and_no_trace(tiny):
+    """All but /tmp is read-only, so whatever doctor would write elsewhere would fail."""
+    wrap = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+    if not shutil.which("bwrap") or subprocess.run([*wrap, "true"], capture_output=True).returncode:
+        left_out("bubblewrap does not run here")
+    tree = ["--ro-bind", str(tiny.path), str(tiny.path)]
+    result = tiny.run("-m", "lab", "doctor", "--seconds", "1", wrap=[*wrap, "--tmpfs", "/tmp", *tree], timeout=280)
+    assert result.rc == 1 and not result.err, result.out + result.err
+    assert "\nFAIL  folder       files cannot be created here" in result.out and "\nFAIL  cache " in result.out
+    assert "tokens/s" in result.out and "Traceback" not in result.out, "measured all the same"
+    small = [*wrap, "--size", "1000000", "--tmpfs", "/tmp", *tree]
+    result = tiny.run("-m", "lab", "doctor", wrap=small, timeout=280)
+    assert result.rc == 1 and not result.err and "\nFAIL  temp " in result.out, result.out + result.err
+    assert "not measured: first mend temp" in result.out and "Traceback" not in result.out
+
+
+@pytest.mark.slow
+def test_without_git_and_compiler_and_with_a_read_only_home_for_real(tiny, no_privileges, tmp_path):
+    home = Path(tiny.env["HOME"])
+    home.chmod(0o555)
+    cache = home / ".cache" / "autoresearch"
+    result = tiny.run(
+        "-m", "lab", "doctor", "--quick", wrap=no_privileges, PATH="/nowhere", AUTORESEARCH_CACHE=cache, timeout=280
+    )
+    assert result.rc == 1 and not result.err, result.out + result.err
+    for needle in ("FAIL  git          not on PATH", "FAIL  uv ", "FAIL  cache ", "ok    dtype "):
+        assert f"\n{needle}" in result.out, result.out
+    assert result.out.rstrip().endswith("a night cannot run here yet: mend uv, git, cache")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The child process, and what it measures with
+
+
+def answering(monkeypatch, code):
+    monkeypatch.setattr(probes, "CHILD", code.replace("{", "{{").replace("}", "}}"))
+
+
+def test_a_child_that_crashes_hangs_or_prints_keeps_what_it_found(monkeypatch, tmp_path):
+    machine = probes.Machine(tmp_path)
+    answering(
+        monkeypatch,
+        """import os, sys; print('{"torch": {"version": "1"}}\\n{"tra', flush=True); sys.exit("no libcuda")""",
+    )
+    found = machine.facts(touch_gpu=True)
+    assert found == {"torch": {"version": "1"}, "train": {"error": "it ended with status 1 (no libcuda)"}}
+    code = """import time; print('{"torch": {"version": "1"}}', flush=True); time.sleep(3600)"""
+    answering(monkeypatch, code)
+    found = machine.child({"stages": ["torch", "train"]}, limit=5)
+    assert found["train"] == {"error": "it took longer than 5 s"}
+
+
+def test_a_broken_torch_is_a_line(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "train.py").write_text("print('words of train.py')\nimport torch")
+    machine = probes.Machine(tmp_path / "tree")
+    found = machine.facts(touch_gpu=False)
+    assert found["torch"] == {
+        "error": "ImportError: libcudart.so.13: cannot open shared object file",
+        "rewritten": False,
+    }
+    check = checks.torch_build(found["torch"], [], "", False, False, None)
+    assert check["level"] == "FAIL" and "libcudart" in check["text"] and "uv sync" in check["remedy"]
+    assert "error" in found["train"]
+
+
+def test_a_training_in_progress_is_seen(tmp_path):
+    machine = probes.Machine(tmp_path)
+    assert not machine.in_progress()
+    held = lock_folder(tmp_path)
+    assert machine.in_progress()
+    os.close(held)
+    assert not machine.in_progress()
+
+
+def test_a_back_end_that_attends_other_keys_or_has_wrong_gradients_is_found():
+    import torch
+
+    model = SimpleNamespace(config=SimpleNamespace(n_embd=64, n_head=4), dtype=torch.float32)
+    error = lambda attention: measurements.largest_error(attention, model, torch.device("cpu"), T=64)  # noqa: E731
+    sdpa = train.SDPA
+    assert error(sdpa) < 1e-5
+    changed = [
+        sdpa._replace(make_mask=lambda T, window, device: sdpa.make_mask(T, window + 1, device)),
+        sdpa._replace(attend=lambda q, k, v, window, mask: sdpa.attend(q, k, v.detach() + 0 * v, window, mask)),
+        sdpa._replace(attend=lambda q, k, v, window, mask: sdpa.attend(q, k.flip(2), v, window, mask)),
+        sdpa._replace(attend=lambda q, k, v, window, mask: sdpa.attend(q, k, v, window, mask) * float("nan")),
+    ]
+    for attention in changed:
+        assert error(attention) > 0.05
+    model.dtype = torch.bfloat16
+    assert 1e-4 < error(sdpa) < ATTENTION_ERROR["bfloat16"]
+
+
+@pytest.mark.slow
+def test_what_the_child_reports_of_this_machine_has_the_keys_that_the_tests_describe():
+    found = probes.Machine(ROOT).facts(touch_gpu=False)
+    assert found["torch"].keys() == torch_facts().keys() and found["train"].keys() == train_facts().keys()
+    assert found["train"]["attentions"]["sdpa"] == "loaded" and found["train"]["params"] > 1e6
