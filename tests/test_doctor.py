@@ -661,8 +661,9 @@ def test_without_git_and_compiler_and_with_a_read_only_home_for_real(tiny, no_pr
     home = Path(tiny.env["HOME"])
     home.chmod(0o555)
     cache = home / ".cache" / "autoresearch"
+    wrap = [shutil.which(part) or part for part in no_privileges[:1]] + no_privileges[1:]  # found without a PATH, too
     result = tiny.run(
-        "-m", "lab", "doctor", "--quick", wrap=no_privileges, PATH="/nowhere", AUTORESEARCH_CACHE=cache, timeout=280
+        "-m", "lab", "doctor", "--quick", wrap=wrap, PATH="/nowhere", AUTORESEARCH_CACHE=cache, timeout=280
     )
     assert result.rc == 1 and not result.err, result.out + result.err
     for needle in ("FAIL  git          not on PATH", "FAIL  uv ", "FAIL  cache ", "ok    dtype "):

@@ -35,6 +35,10 @@ class Doctor:
         self.machine, self.say = machine, say
         self.checks, self.measured = [], dict.fromkeys(MEASURED)
         self.advice, self.device = {}, None
+        self.torch = self.train = {"error": "it was not examined"}
+        self.training = self.busy = False  # a training runs in this folder; another process uses the GPU
+        self.gpus, self.row = [], None  # nvidia-smi's rows; that of the GPU that trains
+        self.dataset, self.budget = "unknown", 300
 
     def add(self, name, function, *args):
         """Appends the check that function(*args) returns, if it returns one."""
@@ -55,7 +59,7 @@ class Doctor:
 
     # --- the checks ---
 
-    def look(self, agent):
+    def environment(self):
         m = self.machine
         self.add("system", lambda: checks.system(m.system()))
         self.add("python", lambda: checks.python(m.system()["python"]))
@@ -65,10 +69,10 @@ class Doctor:
             self.add("git identity", lambda: checks.identity(m.output("git", "var", "GIT_AUTHOR_IDENT")))
             self.add("checkout", self.checkout)
         self.add("folder", lambda: checks.tree_writable(m.writable(m.tree)))
-        self.training = self.attempt(m.in_progress, False)
         self.add("run", self.run_in_progress)
-        self.gpus_and_torch()
-        self.data_and_disk()
+
+    def programs(self, agent):
+        m = self.machine
         self.add("bubblewrap", self.sandbox)
         self.add("tmux", lambda: checks.tmux(m.which("tmux")))
         self.add("agent", lambda: self.agent(agent))
@@ -84,6 +88,7 @@ class Doctor:
         )  # fmt: skip
 
     def run_in_progress(self):
+        self.training = self.machine.in_progress()
         if self.training:
             return warn("run", "a training is running in this folder", "call this again when it has ended, to measure")
         return None
@@ -96,11 +101,10 @@ class Doctor:
         smi = self.attempt(self.nvidia_smi, None)
         header, self.gpus, apps = smi[1:] if smi else ("", [], [])
         self.add("driver", lambda: checks.driver(smi and smi[0], header, self.torch))
-        self.dataset, self.budget = self.attempt(self.rules, ("unknown", 300))
+        self.dataset, self.budget = self.attempt(self.rules, (self.dataset, self.budget))
         nvidia, amd = self.attempt(m.nvidia_hardware, False), self.attempt(m.amd_hardware, False)
         hidden = next((f"{name} is {m.environ(name)!r}" for name in HIDING if m.environ(name) in ("", "-1")), None)
         self.add("torch", lambda: checks.torch_build(self.torch, self.gpus, header, nvidia, amd, hidden))
-        self.busy, self.row = False, None
         self.add("gpu", self.gpu)
         self.add("gpu use", lambda: self.neighbours(apps))
         name = self.torch["devices"][0]["name"] if self.torch.get("devices") else ""
@@ -280,6 +284,8 @@ class Doctor:
             text = f"{cold_seconds:.0f} s for the first run, which compiles"
             text += f", {warm_seconds:.0f} s for the others" if warm_seconds else ""
         text += f"; attention {cold['attention']}, device batch {cold['device_batch']} rows"
+        if "error" in warm:
+            return warn("set-up", f"{text}; a second run failed ({warm['error']})", "report this line as a bug")
         if cold_seconds > grace:
             return fail("set-up", text, f"the limit is {grace} s: make the model smaller, or set COMPILE = False")
         if self.train["compile"] and not compares:
@@ -346,9 +352,10 @@ class Doctor:
         seconds = self.measured["eval_seconds"] = found["seconds"]
         text = f"about {seconds:.0f} s to score a run"
         if seconds > grace:
-            return fail(
-                "evaluation", f"{text}, {grace} s are allowed", "use AUTORESEARCH_DATASET=stdlib or tinystories"
+            remedy = (
+                "make the model smaller, or set AUTORESEARCH_DATASET to one with fewer evaluation tokens (constants.py)"
             )
+            return fail("evaluation", f"{text}, {grace} s are allowed", remedy)
         return ok("evaluation", text)
 
     def night(self):
@@ -390,14 +397,12 @@ def one_line(error):
 def diagnose(machine, *, quick=False, seconds=20, agent=None, say=lambda check: None):
     """The JSON object that doctor.py describes, for the machine (probes.Machine); say(check) is called as each is made."""
     doctor = Doctor(machine, say)
-    doctor.look(agent)
-    doctor.measure(quick, seconds)
-    try:
-        doctor.advise()
-    except Exception as error:
-        doctor.add(
-            "advice", lambda e=error: warn("advice", f"could not be made ({one_line(e)})", "report this line as a bug")
-        )
+    for name, part in [
+        ("environment", doctor.environment), ("devices", doctor.gpus_and_torch), ("data", doctor.data_and_disk),
+        ("programs", lambda: doctor.programs(agent)), ("measured", lambda: doctor.measure(quick, seconds)),
+        ("advice", doctor.advise),
+    ]:  # fmt: skip
+        doctor.add(name, part)  # each adds lines of its own
     failed = [check["name"] for check in doctor.checks if check["level"] == "FAIL"]
     warned = sum(check["level"] == "warn" for check in doctor.checks)
     if failed:
