@@ -40,6 +40,8 @@ WANTED = {  # module: what is lost without it
     "tqdm": "preparing data",
     "psutil": "lab night",
 }
+NEEDS = {"fa3": "kernels", "varlen4": "flash_attn.cute", "flash4": "flash_attn.cute", "flex4": "flash_attn.cute"}
+ALWAYS = ("machine", "data")
 RESERVE = 3  # seconds of the whole that are left for writing the report
 
 
@@ -48,6 +50,7 @@ class Part(NamedTuple):
     limit: int  # seconds
     least: int  # with fewer seconds left it is not begun
     command: list  # arguments of python, from ROOT
+    needs: str = ""  # a module without which it is not begun
 
 
 def parts(dry):
@@ -58,25 +61,28 @@ def parts(dry):
         command += ["--steps", "1", "--batch", "4"] if dry else ["--steps", "5"]
         settings += (f"TOTAL_BATCH_SIZE={4 * row_length()}", "DEPTH=2", "MODEL_DIM=64") if dry else ()
         command += ["--set", *settings] if settings else []
-        return Part(name or f"step-{attention}", 120, 25, command)
+        return Part(name or f"step-{attention}", 120, 25, command, NEEDS.get(attention, ""))
 
+    full = 'WINDOW_PATTERN="L"'
     if dry:
-        evaluate, overhead = ["--repeats", "1", "--compile", "no"], ["--budget", "1", "--repeats", "1"]
-        middle = [step("sdpa", compiled="no"), step("fa3", compiled="no")]
+        steps, later = [step("sdpa", compiled="no"), step("flash4")], [step("sdpa", full, name="step-L", compiled="no")]
     else:
-        evaluate, overhead = ["--repeats", "3"], ["--budget", "5", "--repeats", "1"]
-        middle = [step("flex"), step("fa3"), step("varlen4"), step("flash4"), step("flex4")]
-    full = step(
-        "sdpa" if dry else "flex", "--set", 'WINDOW_PATTERN="L"', name="step-L", compiled="no" if dry else "yes"
-    )
-    later = [] if dry else [step("varlen"), step("sdpa"), step("flex", name="step-eager", compiled="no")]
+        steps = [step(attention) for attention in ("flex", "fa3", "varlen4", "flash4", "flex4")]
+        later = [
+            step("flex", full, name="step-L-flex"),
+            step("fa3", full, name="step-L-fa3"),
+            step("varlen"),
+            step("sdpa"),
+        ]
+        later += [step("sdpa", name="step-eager", compiled="no")]
+    evaluate = ["--repeats", "1", "--compile", "no"] if dry else ["--repeats", "3"]
     return [
+        Part("machine", 90, 0, ["benchmarks/gpu.py", "--child", "machine"]),
         Part("data", 90, 10, ["benchmarks/gpu.py", "--child", "data"]),
         Part("doctor", 120, 20, ["-m", "lab", "doctor", "--json", *(["--quick"] if dry else ["--seconds", "10"])]),
-        *middle,
-        Part("overhead", 180, 60, ["benchmarks/overhead.py", *overhead]),
+        *steps,
+        Part("overhead", 180, 60, ["benchmarks/overhead.py", "--budget", "1" if dry else "5", "--repeats", "1"]),
         Part("evaluate", 120, 40, ["benchmarks/evaluate.py", *evaluate]),
-        full,
         *later,
         Part("run", 900, 10 if dry else 340, ["benchmarks/gpu.py", "--child", "run"]),
     ]
@@ -95,7 +101,7 @@ def main():
         "--out", type=Path, default=Path("gpu-report"), help="folder of the report (default: gpu-report)"
     )
     parser.add_argument("--minutes", type=float, default=9, help="the whole takes no longer (default: 9)")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these (data are always provided)")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these (and the data for them)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes: checks this script on a machine without a GPU")
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     parser.add_argument("--child", choices=["machine", "data", "run"], help=argparse.SUPPRESS)
@@ -107,7 +113,7 @@ def main():
         return print("\n".join(f"{p.name:<12} at most {p.limit:>3} s   python {' '.join(p.command)}" for p in plan))
     if unknown := set(args.parts or ()) - {p.name for p in plan}:
         raise SystemExit(f"{', '.join(sorted(unknown))}: no such part: --list prints them")
-    chosen = [p for p in plan if not args.parts or p.name in (*args.parts, "data")]
+    chosen = [p for p in plan if not args.parts or p.name in (*args.parts, *ALWAYS)]
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
     if missing := [name for name in NEEDED if not installed(name)]:
         raise SystemExit(
@@ -117,7 +123,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="autoresearch-gpu-") as folder:
         report = measure(chosen, args.out, deadline, Path(folder))
     print(f"{args.out / 'gpu.md'}, {args.out / 'gpu.json'}")
-    if not any(part["status"] == "ok" for part in report["parts"] if part["name"] != "data"):
+    if not any(part["status"] == "ok" for part in report["parts"] if part["name"] not in ALWAYS):
         raise SystemExit(f"nothing was measured: {args.out / 'gpu.log'} says why")
 
 
@@ -135,13 +141,11 @@ def measure(chosen, out, deadline, folder):
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compile"))  # shared, so that only the first part is cold
     env.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # flash-attn-4 otherwise compiles in each process
     env.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash4"))
-    look = Part("machine", 90, 0, ["benchmarks/gpu.py", "--child", "machine"])
-    for part in [look, *chosen]:
+    for part in chosen:
         done = run_part(part, deadline, env, log)
-        if part.name == "machine":
-            report["machine"] = done["result"] or {"error": done["reason"]}
-        else:
-            report["parts"].append(done)
+        report["parts"].append(done)
+        if part.name == "machine" and done["result"]:
+            report["machine"] = done["result"]
         if part.name == "data" and done["result"]:
             report["data"] = done["result"]
             env["AUTORESEARCH_CACHE"] = done["result"]["cache"]
@@ -154,10 +158,12 @@ def measure(chosen, out, deadline, folder):
 
 
 def run_part(part, deadline, env, log):
-    """{name, status, seconds, reason, result} of a part. status: ok, failed, timed out, no time. Ends with all of its
+    """{name, status, seconds, reason, result} of a part. status: ok, failed, timed out, no time, not installed. Ends with all of its
     processes."""
     left = deadline - time.monotonic()
     answer = {"name": part.name, "status": "no time", "seconds": 0.0, "reason": "", "result": None}
+    if part.needs and not installed(part.needs):
+        return answer | {"status": "not installed", "reason": f"it needs {part.needs}"}
     if left < part.least:
         return answer | {"reason": f"{max(left, 0):.0f} s were left, it needs {part.least}"}
     before, limit = size(RESULTS), min(part.limit, left)
@@ -304,11 +310,14 @@ def whole_run():
         folder = Path(folder)
         common.copy_code(folder)
         shutil.copy(ROOT / "train.py", folder)
-        done = subprocess.run([sys.executable, "train.py"], cwd=folder, capture_output=True, text=True)
-    print(done.stdout)
-    if done.returncode:
-        raise SystemExit((done.stderr.strip().splitlines() or [f"train.py ended with {done.returncode}"])[-1])
-    above, _, summary = done.stdout.rpartition("\n---\n")
+        lines = []
+        with subprocess.Popen([sys.executable, "train.py"], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:  # printed at once, so that the log has them if time runs out
+                print(line, end="", flush=True)
+                lines.append(line)
+    if process.returncode:
+        raise SystemExit(process.returncode)  # its own last line says why
+    above, _, summary = "".join(lines).rpartition("\n---\n")
     values = {key: float(value) for key, value in re.findall(r"^(\w+):\s+([\d.]+)$", summary, re.MULTILINE)}
     said = dict(re.findall(r"^(attention|torch\.compile|device batch|dtype): (.*)$", above, re.MULTILINE))
     return {
@@ -331,7 +340,7 @@ def steps_of(report):
 def goals(report):
     """[(target, measured or None, met or None)]. Unknown is None, never a guess."""
     by_name = {p["name"]: p["result"] for p in report["parts"] if p["result"]}
-    defaults = [row for name, row in steps_of(report) if name not in ("step-L", "step-eager")]
+    defaults = [row for name, row in steps_of(report) if not name.startswith(("step-L", "step-eager"))]
     known = [row["mfu_percent"] for row in defaults if row["mfu_percent"] > 0]
     flex = next((row for row in defaults if row["attention"] == "flex"), None)
     peak = min((row["peak_mb"] for row in defaults if row["peak_mb"] and row["batch"].startswith("128x")), default=None)
