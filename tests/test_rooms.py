@@ -24,7 +24,6 @@ ALLOWED = {
     "web": {"base", "store", "analysis", "loop", "verify", "charts"},
     "keeper": {"base", "store", "analysis", "loop", "verify"},
     "fleet": {"base", "store", "analysis", "loop", "verify", "keeper"},
-    "machine": {"base", "store"},
 }
 CORE = {  # top-level module -> those of the core that it may import
     "constants": set(),
