@@ -166,7 +166,7 @@ def test_the_page_shows_the_curve_over_the_best_and_the_parent(night):
     worse = client.get(f"/api/curves/{short[2]}").json()
     assert [trace["name"] for trace in worse["data"]] == ["best and parent (row 2)", "row 3"]
     (line,), (note,) = worse["layout"]["shapes"], worse["layout"]["annotations"]
-    assert 0.4 < line["x0"] == line["x1"] < 0.6 and note["text"] == " parts from the best and parent"
+    assert 0.4 < line["x0"] == line["x1"] < 0.6 and note["text"] == " parts from the best and parent "
     page = client.get(f"/experiment/{short[2]}").text
     assert f"<p>It parts from the best and parent (row 2) at {line['x0']:.0%}; at 100% the training loss is 0." in page
     assert " above it.</p>" in page

@@ -129,8 +129,8 @@ def loss_curves(night, experiment):
         if (x := curves.parting(own, curves.of(e))) is not None:
             made["shapes"].append({"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1,
                                    "line": {"color": MISSING, "width": 1, "dash": DASHES[name]}})  # fmt: skip
-            made["annotations"].append({"x": x, "yref": "paper", "y": 0.98 - 0.08 * level, "xanchor": "left", "showarrow": False,
-                                        "text": f" parts from the {name}"})  # fmt: skip
+            made["annotations"].append({"x": x, "yref": "paper", "y": 0.98 - 0.08 * level, "showarrow": False,
+                                        "xanchor": "left" if x < 0.7 else "right", "text": f" parts from the {name} "})  # fmt: skip
     return {
         "data": [
             {"type": "scatter", "mode": "lines", "name": name, "x": [p[0] for p in curve], "y": [p[1] for p in curve],

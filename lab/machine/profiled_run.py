@@ -246,7 +246,7 @@ class MeasuringClock:
         profiler.stop()
         events = [e for e in profiler.key_averages() if not getattr(e, "is_user_annotation", False)]
         cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
-        kernels = [e for e in events if e not in cpu]
+        kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU]
         own = "self_device_time_total" if kernels else "self_cpu_time_total"
         found = {"operators": top(cpu, own, n), "kernels": top(kernels, own, n) if kernels else None, "wall": wall, "n": n}
         for name, those in [("operators_total", cpu), ("kernels_total", kernels)]:
