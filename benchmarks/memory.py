@@ -368,6 +368,7 @@ def main():
     train = gpu_train(**knobs)
     names = ["static", "saved", "forward", "backward", "optimizer", "evaluation"]
     print(f"{'rows':>5}", *(f"{name:>11}" for name in names), f"{'peak':>8}   MiB, {args.attention}, bfloat16")
+    optimizer = 0
     for i, rows in enumerate(args.rows):
         found = memory(trace(train, rows, args.attention, optimizer_too=i == 0))
         found["optimizer"] = optimizer = found["optimizer"] if i == 0 else optimizer
