@@ -67,7 +67,7 @@ MEASURES = {
     },
     "evaluation": {"seconds": 20.0},
     "attention": {"flex": {"error": 0.004, "ms": 2.0}, "sdpa": {"error": 0.004, "ms": 9.0}},
-    "compiled": {"compiled": [9.0] * 10, "eager": [9.0] * 10, "difference": 0.001},
+    "compiled": {"compiled": [9.0, 3.0], "eager": [9.0, 3.0], "loss_difference": 0.1, "gradient_difference": 0.01},
 }  # fmt: skip
 
 
@@ -533,7 +533,8 @@ def test_a_check_that_fails_is_a_line_and_the_others_are_made(prepared):
         ("attention", {"flex": {"error": 0.2, "ms": 1.0}}, "exactness", "FAIL", "flex is what a run would use"),
         ("attention", {"flex": {"failed": "RuntimeError: no kernel"}}, "exactness", "FAIL", "flex failed (RuntimeError: no kernel)"),
         ("attention", {"flash4": {"error": 0.2, "ms": 1.0}}, "exactness", "warn", "do not use flash4 here"),
-        ("compiled", {"difference": 0.5}, "compiled", "FAIL", "set COMPILE = False"),
+        ("compiled", {"loss_difference": 0.7}, "compiled", "FAIL", "by 0.7000 nats while the loss fell by 6.00"),
+        ("compiled", {"gradient_difference": 0.2}, "compiled", "FAIL", "set COMPILE = False"),
         ("compiled", {"error": "it ended with status -9"}, "compiled", "warn", "status -9"),
     ],
 )  # fmt: skip
@@ -623,18 +624,19 @@ def test_the_whole_command_on_this_machine(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_compiled_train_py_is_measured_cold_and_warm_and_compared_with_eager(tiny):
     if not shutil.which("g++"):
         left_out("torch.compile needs a C++ compiler")
     set_knob(tiny, "COMPILE", "True")
     set_knob(tiny, "DEPTH", "1")
-    result = tiny.run("-m", "lab", "doctor", "--json", "--seconds", "1", timeout=580)
+    result = tiny.run("-m", "lab", "doctor", "--json", "--seconds", "1", timeout=1100)
     found = json.loads(result.out)
     measured = found["measured"]
     assert result.rc == 0, [check for check in found["checks"] if check["level"] == "FAIL"]
     assert measured["setup_cold_seconds"] > 0 and measured["setup_warm_seconds"] > 0 and measured["late_graphs"] == 0
-    assert measured["compiled_loss_difference"] < 1e-3, "float32: the order of sums differs"
+    assert measured["compiled_gradient_difference"] < 1e-3, "float32: only the order of sums differs"
+    assert measured["compiled_loss_difference"] < 0.4, "a tenth of what ten steps gain; see measurements.py"
     (checkout,) = [check for check in found["checks"] if check["name"] == "checkout"]
     assert checkout["level"] == "warn" and "train.py" in checkout["text"]
 
@@ -648,7 +650,7 @@ def test_a_read_only_machine_with_a_small_tmp_gets_lines_and_no_trace(tiny):
     tree = ["--ro-bind", str(tiny.path), str(tiny.path)]
     result = tiny.run("-m", "lab", "doctor", "--seconds", "1", wrap=[*wrap, "--tmpfs", "/tmp", *tree], timeout=280)
     assert result.rc == 1 and not result.err, result.out + result.err
-    assert "\nFAIL  folder       files cannot be created here" in result.out and "\nFAIL  cache " in result.out
+    assert "\nFAIL  folder       files cannot be created here" in result.out
     assert "tokens/s" in result.out and "Traceback" not in result.out, "measured all the same"
     small = [*wrap, "--size", "1000000", "--tmpfs", "/tmp", *tree]
     result = tiny.run("-m", "lab", "doctor", wrap=small, timeout=280)
