@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,8 +165,6 @@ def test_random_tokens_have_the_entropy_that_is_reported(monkeypatch):
 
 def naive(q, k, v, window):
     """Attention by definition: (B, T, H, D), query q attends to the keys k with 0 <= q - k <= window."""
-    import torch
-
     T, share = q.size(1), q.size(2) // k.size(2)
     k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
     age = torch.arange(T)[:, None] - torch.arange(T)
@@ -187,8 +186,6 @@ def flash_stand_in(asked):
 
 
 def qkv(heads, kv_heads, T=24):
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(2, T, n, 8, generator=generator) for n in (heads, kv_heads, kv_heads)]
 
@@ -205,9 +202,10 @@ def lines_in_readme():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_readmes_three_lines_turn_on_flash_attention_4(kv_heads, tmp_path, monkeypatch):
     """Pasted below ATTENTIONS they make it the first choice, with train.py's windows and grouped queries."""
-    import torch
-
-    asked = []
+    asked, excluded = [], []
+    monkeypatch.setattr(
+        torch.compiler, "disable", lambda function: excluded.append(function) or function
+    )  # slow import
     for name, module in flash_stand_in(asked).items():
         monkeypatch.setitem(sys.modules, name, module)
     source = (ROOT / "train.py").read_text()
@@ -219,6 +217,7 @@ def test_the_readmes_three_lines_turn_on_flash_attention_4(kv_heads, tmp_path, m
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
 
+    assert len(excluded) == 1, "torch.compile would trace the package"
     assert list(train.ATTENTIONS)[0] == "flash4" and {"fa3", "flex", "sdpa"} < set(train.ATTENTIONS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     attention, reason = train.choose_attention(torch.device("cuda"), torch.bfloat16)
@@ -234,7 +233,6 @@ def test_the_readmes_three_lines_turn_on_flash_attention_4(kv_heads, tmp_path, m
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_varlen_gets_each_row_as_a_sequence_with_its_window(kv_heads, monkeypatch):
     """Full context as (-1, 0), for which torch may use cuDNN; a window as (window, 0); grouped queries are announced."""
-    import torch
     import torch.nn.attention.varlen as module
 
     asked = []
@@ -260,7 +258,6 @@ def test_varlen_gets_each_row_as_a_sequence_with_its_window(kv_heads, monkeypatc
 
 
 def test_flex4_is_flex_attention_with_the_back_end_flash(monkeypatch):
-    import torch
     import torch.nn.attention.flex_attention as module
 
     asked = []
