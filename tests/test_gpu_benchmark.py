@@ -191,10 +191,10 @@ def qkv(heads, kv_heads, T=24):
 
 
 def lines_in_readme():
-    """The three lines that turn on FlashAttention-4, from benchmarks/README.md."""
-    text = (ROOT / "benchmarks" / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(from flash_attn\.cute .*?)```", text, re.DOTALL)
-    lines = block.strip().splitlines()
+    """The three lines that turn on FlashAttention-4, from the README."""
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n\s*(from flash_attn\.cute .*?)```", text, re.DOTALL)
+    lines = [line.strip() for line in block.strip().splitlines()]
     assert len(lines) == 3 and max(map(len, lines)) <= 120
     return lines
 
