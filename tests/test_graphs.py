@@ -6,6 +6,8 @@ tensors. Nothing is allocated and no kernel is tried: what is checked is every s
 import importlib.util
 import operator
 import re
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -247,3 +249,20 @@ def test_views_are_told_from_outputs(memory):
     graph = graph_of(lambda a, b: torch.split((a @ b).t(), 8)[1] + a.max(1).indices, SQUARE, SQUARE)
     owners = {memory.owner(n).target for n in graph.graph.nodes if n.target is operator.getitem}
     assert owners == {torch.ops.aten.mm.default, operator.getitem}
+
+
+# --- Machine code -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_every_kernel_of_flexattentions_step_compiles_for_an_h100_and_a_4090():
+    """Inductor, Triton and ptxas for a GPU that is not here; registers and shared memory within what it has."""
+    command = [sys.executable, ROOT / "benchmarks" / "kernels.py", "--attention", "flex", "--arch", "90", "89"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = re.findall(r"^\| (\d+) \(.*\) \| flex \| (\d+) \| 0 \| (\d+) of 255 \|.*\| ([\d.]+) of (\d+) KB \|$", done.stdout, re.MULTILINE)
+    assert [row[0] for row in table] == ["90", "89"], done.stdout
+    for _, kernels, registers, shared, limit in table:
+        assert int(kernels) > 20 and int(registers) <= 255 and 0 < float(shared) <= float(limit)
