@@ -107,7 +107,7 @@ def child(plan):
     torch.set_num_threads(len(plan["cores"]))
     prepare, train = common.core(plan["folder"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if hasattr(prepare, "devices") and hasattr(prepare.devices, "keep_freed_memory"):  # as begin_run does
+    if device.type == "cpu" and hasattr(getattr(prepare, "devices", None), "keep_freed_memory"):  # as begin_run does
         prepare.devices.keep_freed_memory()
     if device.type != "cuda":
         vars(train).update(getattr(train, "SMALL", {}))
@@ -178,7 +178,7 @@ def settings(train):
 def apply(train, values):
     for name, value in values.items():
         if name == "MODEL_DIM" and not hasattr(train, name):
-            train.ASPECT_RATIO = value / values.get("DEPTH", train.DEPTH)
+            train.ASPECT_RATIO = value // values.get("DEPTH", train.DEPTH)
             continue
         older = RENAMED.get(name, name)
         name = older if not hasattr(train, name) else name
