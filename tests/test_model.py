@@ -780,3 +780,30 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(OSError, match="No space"):
         train.save_checkpoint(path, tiny_model(), "abc123")
     assert path.read_bytes() == b"an older one"
+
+
+# --- What replaces plain formulas, because it is faster ------------------------
+
+
+def test_relu_squared_is_exactly_what_autograd_makes_of_the_formula():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x.data[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
+    grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    ours, plain = train.ReluSquared.apply(x), F.relu(x).square()
+    assert torch.equal(ours, plain)
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, plain)))
+    assert torch.autograd.gradcheck(train.ReluSquared.apply, x.detach()[1:3].double().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate_turns_each_pair_of_channels_and_keeps_the_dtype(dtype):
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    D = model.cos.size(-1)
+    x, grad = (torch.randn(2, 9, 3, D, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    cos, sin = model.cos[:9, :, : D // 2], model.sin[:9, :, : D // 2]
+    x1, x2 = x.chunk(2, dim=-1)
+    plain = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(dtype)
+    ours = train.rotate(x, model.cos[:9], model.sin[:9])
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad.detach())[0] for y in (ours, plain)))

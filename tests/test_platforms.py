@@ -5,6 +5,7 @@ of devices that are not there. (dtype, compile and attention by device: test_mod
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -264,3 +265,30 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
     monkeypatch.setattr(train.shutil, "which", lambda name: asked.append(name) or name)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_stays_in_the_process():
+    """In a child process: allocating the same block again takes no new page faults, which by default it does."""
+
+    def faults(call):
+        script = (
+            "from resource import RUSAGE_SELF, getrusage\n"
+            "from frozen.device import keep_freed_memory\n"
+            f"{call}\n"
+            "import torch\n"
+            "for _ in range(8): torch.ones(2**24)\n"  # 64 MiB each: above glibc's largest threshold of its own
+            "before = getrusage(RUSAGE_SELF).ru_minflt\n"
+            "for _ in range(4): torch.ones(2**24)\n"
+            "print(getrusage(RUSAGE_SELF).ru_minflt - before)"
+        )
+        command, folder = [sys.executable, "-c", script], Path(train.__file__).parent
+        return int(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    assert 4 * faults("keep_freed_memory()") < faults("pass")  # with huge pages both are few
+
+
+def test_other_c_libraries_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: pytest.fail("there is no mallopt to call"))
+    devices.keep_freed_memory()
