@@ -542,7 +542,6 @@ def warm_up(model, optimizer, device):
                 remedy = f"torch.compile failed, in eager mode: {remedy}"
             else:
                 raise
-        if remedy:
             print(f"warm-up again: {remedy}", flush=True)
         # Outside the except clause, because its traceback holds the activations.
         model.train()
