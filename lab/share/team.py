@@ -85,6 +85,10 @@ class Team(NamedTuple):
         trees = (own._replace(records=runs_jsonl.merged(own.records, changed)), *self.trees[1:])
         return assembled(self.member, self.tag, trees, self.notes, self.header)
 
+    def comparing(self, header):
+        """The same team, judged by what compares with this header."""
+        return assembled(self.member, self.tag, self.trees, self.notes, header)
+
     def who(self, record):
         """Whose record this is, in words: "this tree", or the name of a branch."""
         return "this tree" if record["member"] == self.member.name and record["tag"] == self.tag else self.name_of(record)

@@ -90,7 +90,7 @@ class Tree:
             if now != self.team_refs:
                 self.known_team = team_seen([repo], name, now[1])
                 self.team_refs = now
-            return self.known_team, f"{zlib.crc32(repr(now).encode()):08x}"
+            return self.known_team, f"{zlib.crc32(repr(refs).encode()):08x}"
 
     def live(self):
         """The run in progress as its log reports it; {"running": False} if there is no run."""
