@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from lab.analysis.history import Experiment, Night
 from lab.charts import figures, label_placement, plotly_charts, view
@@ -62,6 +63,24 @@ def collections(axes):
         c.get_label().split(" (")[0]: (np.asarray(c.get_offsets()), c.get_offset_transform() == axes.transData)
         for c in axes.collections
     }
+
+
+def test_a_teams_picture_and_table_name_the_trees(monkeypatch):
+    from lab.charts import notebook
+
+    assert "tree" not in notebook.experiments(SMALL).columns and not figures.progress(SMALL).axes[0].artists
+    found = {1: "a", 2: "b", 3: "b", 4: "c", 5: "a", 6: "$x_1$", 7: "c"}
+    for module in (figures, notebook):
+        monkeypatch.setattr(module, "found_by", lambda night: found)
+    assert list(notebook.experiments(SMALL)["tree"]) == list(found.values())
+    axes = figures.progress(SMALL).axes[0]
+    painted = {(x, y): to_hex(c.get_facecolor()[0]) for c in axes.collections if c.get_zorder() == 4.1 for x, y in c.get_offsets()}
+    assert painted == {(1, 1.0): view.TREES[0], (3, 0.99): view.TREES[1], (6, 0.985): view.TREES[3]}
+    texts = [text for artist in axes.artists for text in artist.get_texts()]
+    assert [text.get_text() for text in texts] == ["a (1 kept)", "b (1 kept)", "$x_1$ (1 kept)", "c (0 kept)"]
+    assert not any(text.get_parse_math() for text in texts)
+    found.update({i: f"tree {i}" for i in range(1, 8)} | {i: f"tree {i}" for i in range(8, 30)})
+    assert figures.progress(SMALL).axes[0].artists[0].get_texts()[-1].get_text() == "and 17 more trees"
 
 
 # ---------------------------------------------------------------------------------------------------

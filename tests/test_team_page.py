@@ -11,8 +11,9 @@ import pytest
 from faketeam import Teammate
 from starlette.testclient import TestClient
 
+from lab.analysis import history
 from lab.base import git
-from lab.charts import plotly_charts
+from lab.charts import plotly_charts, view
 from lab.loop import checks, many_trees
 from lab.share import exchange, team
 from lab.share.membership import membership
@@ -75,13 +76,13 @@ def test_the_chart_has_a_colour_a_tree_and_one_running_best(client):
     assert [t["y"] for t in traces if t["name"] == "best so far"] == [[1.0, 0.99, 0.97, 0.97, 0.97]]
     marked = [t for t in traces if "marker" in t and t["x"]]
     assert [(t["name"], t["x"], t["marker"]["color"]) for t in marked] == [
-        ("test (2 of 2 kept)", [1, 2], plotly_charts.TREES[0]), ("b (1 of 2 kept)", [3], plotly_charts.TREES[1]),
-        ("b (1 of 2 kept)", [4], plotly_charts.TREES[1]), ("c (0 of 1 kept)", [5], plotly_charts.TREES[2]),
+        ("test (2 of 2 kept)", [1, 2], view.TREES[0]), ("b (1 of 2 kept)", [3], view.TREES[1]),
+        ("b (1 of 2 kept)", [4], view.TREES[1]), ("c (0 of 1 kept)", [5], view.TREES[2]),
     ]  # fmt: skip
     assert marked[2]["yaxis"] == "y2" and marked[3]["marker"]["symbol"] == ["circle-open"], "a crash is no value, a late gain a ring"
     assert marked[1]["customdata"][0][4:] == ["b", "b"] and "<script" not in marked[1]["text"][0]
     colours = {m["name"]: m["colour"] for m in client.get("/api/team").json()["members"]}
-    assert colours == {"test": plotly_charts.TREES[0], "b": plotly_charts.TREES[1], "c": plotly_charts.TREES[2]}
+    assert colours == {"test": view.TREES[0], "b": view.TREES[1], "c": view.TREES[2]}
 
 
 def test_64_trees_can_be_told_apart_on_light_and_on_dark():
@@ -91,7 +92,7 @@ def test_64_trees_can_be_told_apart_on_light_and_on_dark():
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
 
-    for colour in plotly_charts.TREES:
+    for colour in view.TREES:
         for page in ("#fbfbfa", "#ffffff", "#14171a", "#1c2024"):
             high, low = sorted((light(colour), light(page)), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 3, (colour, page)
@@ -210,6 +211,15 @@ def test_git_gets_and_gives_more_than_a_pipe_holds(first):
     assert Untrusted(first.path).refs("refs/heads/") == Repo(first.path).refs("refs/heads/") != {}
     with pytest.raises(git.GitError):
         Untrusted(first.path).git("cat-file", "-e", "0" * 40)
+
+
+# --- the notebook ----------------------------------------------------------------
+
+
+def test_the_notebook_knows_who_found_what(first):
+    night = team.read_night(first.path)
+    assert team.found_by(night) == {1: "test", 2: "test", 3: "b", 4: "b", 5: "c"} and night.best.number == 3
+    assert team.found_by(history.read_night(first.path)) == {}
 
 
 # --- lab status --trees -----------------------------------------------------------

@@ -8,11 +8,14 @@ import numpy as np
 from matplotlib import colormaps, font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lab.analysis import curves
 from lab.charts import label_placement, view
+from lab.share.team import found_by
 
 KEPT, OTHER, MISSING, INK = "#0072b2", "#8b9099", "#d55e00", "#22262b"
 KEEPS = colormaps["plasma"]  # of kept curves, in their order: readable without telling red from green
@@ -21,7 +24,8 @@ MOST = 40  # labels that are tried, most important first: placing takes time, an
 LARGE, SMALL = 34, 14  # points²: area of a disc in a chart with up to view.MANY experiments, and with more
 FRAME = 4, 24, 2, 22  # pixels at left, bottom, right, top that labels leave free: crosses and triangles are there
 LEADER = 25  # pixels from a point to its label, beyond which a line is drawn between them
-NAMED = 12  # kept experiments whose curve the legend names: the best, and the latest ones
+NAMED = 12  # kept experiments whose curve the legend names: the best, and the latest ones; trees of a team that it names
+TREE_MARKERS = "osD*PpXh"  # of a team's trees: the ninth has the first colour and the second marker
 # Triangles for values outside the view: their height as a fraction of the axes (the lower ones are above the crosses),
 # and the fraction of the width that a value written beside one needs.
 ABOVE, BELOW, ROOM_FOR_VALUE = 0.985, 0.07, 0.07
@@ -104,6 +108,31 @@ def scatter(axes, seen, x):
     axes.set_ylim(seen.low, seen.high)
 
 
+def paint_trees(axes, seen, found):
+    """Paints a team's experiments in the colours of the trees that made them, and names the trees. found: {number of an
+    experiment: name of its tree}."""
+    size = LARGE if len(seen.kept) + len(seen.others) <= view.MANY else SMALL
+    order = list(dict.fromkeys(found.values()))
+    styles = [{"color": view.TREES[i % len(view.TREES)], "marker": TREE_MARKERS[i // len(view.TREES) % len(TREE_MARKERS)]} for i in range(len(order))]
+    for name, style in zip(order, styles, strict=True):
+        for experiments, more in [
+            (seen.others, {"s": 0.8 * size, "alpha": 0.5, "linewidths": 0, "zorder": 2.6}),
+            (seen.kept, {"s": 1.6 * size, "edgecolors": "white", "linewidths": 0.8, "zorder": 4.1}),
+        ]:
+            near = [e for e in experiments if found[e.number] == name and not e.given_up and seen.clamped(e) == e.val_bpb]
+            axes.scatter([e.number for e in near], [e.val_bpb for e in near], **style, **more)
+    kept = [sum(found[e.number] == name for e in seen.kept) for name in order]
+    first = sorted(range(len(order)), key=lambda i: -kept[i])[:NAMED]
+    texts = [f"{shortened(order[i])} ({kept[i]} kept)" for i in first]
+    handles = [Line2D([], [], linestyle="", markersize=6, **styles[i]) for i in first]
+    if len(order) > NAMED:
+        texts, handles = [*texts, f"and {len(order) - NAMED} more trees"], [*handles, Line2D([], [], linestyle="")]
+    legend = Legend(axes, handles, texts, loc="upper right", fontsize=9, labelcolor=INK, framealpha=0.9, title="found by")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.add_artist(legend)
+
+
 def write_legend(axes):
     """Writes the legend on one line above the axes, the most important entry first."""
     order = ["kept", "kept,", "baseline", "best", "±σ", "not", "given", "crashed", "above", "below"]
@@ -176,6 +205,8 @@ def progress(night):
     axes.set_xlabel("experiment", fontsize=11, color=INK)
     if seen.kept or seen.others:
         scatter(axes, seen, lambda e: e.number)
+        if found := found_by(night):
+            paint_trees(axes, seen, found)
     else:
         axes.set_yticks([])
         say(axes, view.NOTHING if n else "no experiments yet")

@@ -13,7 +13,7 @@ from lab.analysis import holdout
 from lab.base import files
 from lab.base.errors import Stop, os_reason
 from lab.charts import figures, view
-from lab.share.team import read_night
+from lab.share.team import found_by, read_night
 from lab.store import results_tsv
 
 LARGEST = 15  # gains in the table: as many as fit on a page
@@ -108,13 +108,14 @@ def outcomes(night):
 
 def experiments(night):
     """DataFrame of all experiments. val_bpb is NaN for a crash; minutes are of training, over all runs of the commit;
-    runs and minutes are from runs.jsonl."""
+    runs and minutes are from runs.jsonl. Of a team, tree is who made it."""
+    found = found_by(night)
     rows = [
         {"row": e.number, "commit": e.commit, "val_bpb": e.val_bpb, "best": best, "memory_gb": e.memory_gb,
-         "status": e.status, "runs": len(e.runs), "minutes": e.training_minutes, "description": e.description}
+         "status": e.status, "runs": len(e.runs), "minutes": e.training_minutes, "tree": found.get(e.number), "description": e.description}
         for e, best in zip(night.experiments, night.running_best(), strict=True)
     ]  # fmt: skip
-    columns = ["commit", "val_bpb", "best", "memory_gb", "status", "runs", "minutes", "description"]
+    columns = ["commit", "val_bpb", "best", "memory_gb", "status", "runs", "minutes", *(["tree"] if found else []), "description"]
     numbers = {"val_bpb": float, "best": float, "memory_gb": float, "runs": int, "minutes": float}
     return table(rows, columns).astype(numbers).round({"minutes": 1})
 

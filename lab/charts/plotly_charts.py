@@ -4,16 +4,15 @@ import html
 
 from lab.analysis import curves
 from lab.base.text import printable
-from lab.charts.view import EDGE, MANY, NOTHING, band, loss_range, name_of_kept, name_of_missing, view
+from lab.charts.view import EDGE, MANY, NOTHING, TREES, band, loss_range, name_of_kept, name_of_missing, view
 
 WIDTH, LONGEST = 60, 240  # characters of a description in a hover box: per line, and in all
 # The page may be light or dark: these colours have a contrast of at least 3 against white and against near black.
 KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
 RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
-# Of the trees of a team, with the same contrast; the ninth tree has the first colour and another symbol. Beside each symbol
-# the character that stands for it in a text.
-TREES = ("#2b8cd0", "#d9601a", "#2c9a5b", "#a463d1", "#d14d86", "#14949c", "#94850f", "#a5714a")
+# Of the trees of a team: the ninth tree has the first colour and another symbol. Beside each symbol the character that
+# stands for it in a text.
 SYMBOLS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("star", "★"), ("cross", "✚"), ("pentagon", "⬟"), ("hourglass", "⧗"),
            ("bowtie", "⋈"))  # fmt: skip
 DASHES = {"best": "dash", "parent": "dot", "best and parent": "dash"}

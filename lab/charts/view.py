@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 NOTHING = "no experiment has a value yet"
 EDGE = 0.02  # height of the crosses, as a fraction of the axes: just above the lower edge
+# Colours of a team's trees: with a contrast of at least 3 against white and against near black.
+TREES = ("#2b8cd0", "#d9601a", "#2c9a5b", "#a463d1", "#d14d86", "#14949c", "#94850f", "#a5714a")
 MANY = 300  # points; with more of them the discs are smaller
 
 # How much of val_bpb is in view. Tried on nights of 1 to 1000 rows, simulated and published: the gains should take a
