@@ -139,6 +139,12 @@ def test_looking_writes_nothing_names_nobody_and_starts_nothing(first, tmp_path)
                        ("extensions.partialClone", "origin"), ("remote.origin.url", f"ext::{program} x"), (names.REMOTE, "origin"),
                        ("remote.origin.promisor", "true"), ("protocol.ext.allow", "always")]:  # fmt: skip
         twin.git("config", key, value)
+    # A record of a commit that is not here: git would fetch it.
+    record = first.at(first.path.parent / "b").records()[-1] | {"tag": "x", "commit": "0123456789" * 4}
+    stored = twin.git("hash-object", "-w", "--stdin", stdin=json.dumps(record) + "\n")
+    folder = twin.git("mktree", stdin=f"100644 blob {stored}\t0001-{record['run_id']}.json\n")
+    commit = twin.git("commit-tree", twin.git("mktree", stdin=f"040000 tree {folder}\t0000\n"), "-m", "x")
+    twin.git("update-ref", f"{names.MIRROR_REFS}gpus/{'0' * 12}/x", commit)
     shared = twin.path / ".git" / names.SHARE
     if shared.is_dir():
         for path in shared.iterdir():
@@ -149,7 +155,8 @@ def test_looking_writes_nothing_names_nobody_and_starts_nothing(first, tmp_path)
     team._read.clear()
     for path in ("/team", "/api/team", "/api/team/chart", "/api/team/live", "/"):
         assert client.get(path).status_code == 200
-    assert len(client.get("/api/team").json()["experiments"]) == 5
+    told = client.get("/api/team").json()
+    assert len(told["experiments"]) == 5 and "1 record left out: has a hash that does not fit its commit" in told["notes"][0]
     assert "best of the team: 0.970000" in many_trees.text([str(twin.path)])
     assert everything_below(twin.path) == before and os.listdir(ran) == []
 
@@ -165,6 +172,8 @@ def test_new_records_show_without_a_restart_and_old_ones_are_forgotten(first, tm
     after = client.get("/api/team/live").json()
     assert after["version"] != before["version"] and f'data-version="{after["version"]}"' in client.get("/team").text
     assert client.get("/api/team").json()["experiments"][-1]["description"] == "narrower"
+    assert exchange.publish(twin.repo, membership(twin.repo), "test", exchange.state_of(twin.repo, "test", "thinks")) is None
+    assert client.get("/api/team/live").json()["version"] not in (before["version"], after["version"])
     assert {commit for commit, _ in team._read} == {member.commit for member in tree.team()[0].trees}
 
 

@@ -17,6 +17,7 @@ SYMBOLS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("star", "�
            ("bowtie", "⋈"))  # fmt: skip
 DASHES = {"best": "dash", "parent": "dot", "best and parent": "dash"}
 SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
+LEGEND = 16  # trees of a team: a legend of more would leave no room for the chart
 KEPT_LARGER = 4  # pixels: how much larger a kept one is
 
 
@@ -154,6 +155,7 @@ def team(night, found_by, pages):
             trace["hovertemplate"] = "%{customdata[4]}<br>" + trace["hovertemplate"]
             trace["customdata"] = [[*known, label, pages.get(name)] for known in trace["customdata"]]
     made["data"] = [band | {"fillcolor": GRID}, line | {"line": line["line"] | {"color": TEXT}}, *traces]
+    made["layout"]["showlegend"] = len(traces) <= 2 * LEGEND
     made["layout"]["xaxis"]["title"] = {"text": "experiment of the team"}
     return made
 
