@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import left_out
 from fakenight import PROGRESS, ROOT, FakeNight
+from faketeam import Teammate
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
@@ -216,6 +217,41 @@ def test_the_strip_moves_while_a_run_goes_on_and_a_new_row_appears(visit, night)
     until(page, "document.getElementById('shown').textContent === '1 of 6'")
     until(page, "document.querySelectorAll('#chart .points path.point').length === 6")
     night.git("reset", "-q", "--hard")
+
+
+def test_the_teams_page_follows_its_members_and_opens_their_experiments(browser, tmp_path):
+    first = Teammate(tmp_path / "a")
+    first.baseline()
+    second = first.worktree("b")
+    second.experiment(NASTY, 0.97)
+    command = [sys.executable, "-m", "lab", "dashboard", "--port", "0"]
+    process = subprocess.Popen(command, cwd=first.path, env=first.env, stdout=subprocess.PIPE, text=True)
+    context, said = browser.new_context(viewport={"width": 360, "height": 800}), []
+    try:
+        url = re.match(r"(http://\S+/)", process.stdout.readline())[1]
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(url)
+        page.click("text=gpus")
+        drawn(page)
+        assert page.inner_text("h1") == "team gpus" and page.locator("#chart .points path.point").count() == 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.click("button[data-sort=found_by]")
+        assert shown(page) == [2, 1]
+        second.experiment("narrower", 1.2)
+        until(page, "document.querySelectorAll('#chart .points path.point').length === 3", seconds=200)
+        assert shown(page) == [2, 3, 1] and page.inner_text("#trees tr:first-child td:nth-child(4)") == "2"
+        page.evaluate(
+            "document.getElementById('chart').emit('plotly_click', {points: [{customdata: [2, document.querySelector('#table tbody a').textContent, '', '', 'b', 'b']}]})"
+        )
+        page.wait_for_url("**/experiment/*?tree=b")
+        assert page.inner_text("h1") == NASTY and page.title() != "stolen"
+    finally:
+        context.close()
+        process.terminate()
+        process.wait(timeout=200)
+    assert said == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -189,14 +189,16 @@ def read_only(path, *args, stdin=None, raw=False, limit=1 << 20, seconds=5):
         return None
     timer = threading.Timer(seconds, kill_group, [process])
     timer.start()
-    feeder = threading.Thread(target=feed, args=(process.stdin, stdin or ""))  # git answers before it has read all of it
-    feeder.start()
+    feeder = threading.Thread(target=feed, args=(process.stdin, stdin))  # git answers before it has read all of it
+    if stdin:
+        feeder.start()
     with process:
         shown = process.stdout.read(limit)
         cut = len(shown) == limit
         if cut:
             kill_group(process)
-        feeder.join()
+        if stdin:
+            feeder.join()
     timer.cancel()
     if not cut and process.returncode:
         return None
@@ -204,13 +206,10 @@ def read_only(path, *args, stdin=None, raw=False, limit=1 << 20, seconds=5):
 
 
 def feed(pipe, text):
-    """Writes the text to a process that may end before it has read it, and closes the pipe; None: there is nothing to do."""
-    with contextlib.suppress(OSError):
-        if pipe:
-            pipe.write(text.encode())
-    with contextlib.suppress(OSError):
-        if pipe:
-            pipe.close()
+    """Writes the text to a process that may end before it has read it, and closes the pipe."""
+    for step in (lambda: pipe.write(text.encode()), pipe.close):
+        with contextlib.suppress(OSError):
+            step()
 
 
 def kill_group(process):
