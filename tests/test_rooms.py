@@ -19,6 +19,7 @@ ALLOWED = {
     "analysis": {"base", "store"},
     "share": {"base", "store", "analysis"},
     "loop": {"base", "store", "analysis", "share"},
+    "queue": {"base", "store", "analysis", "share", "loop", "keeper"},
     "verify": {"base", "store", "analysis"},
     "charts": {"base", "store", "analysis"},
     "web": {"base", "store", "analysis", "loop", "verify", "charts"},
