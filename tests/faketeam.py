@@ -40,7 +40,7 @@ class Teammate(FakeNight):
         place = self.path.parent / name
         self.git("clone", "-q", "--no-local", str(self.path), str(place))
         twin = self.at(place)
-        twin.git("switch", "-q", "-c", f"autoresearch/{branch or name}", self.start)
+        twin.git("switch", "-q", "-C", f"autoresearch/{branch or name}", self.start)
         for tree in (self, twin):
             tree.git("config", "autoresearch.team", "gpus")
             tree.git("config", "autoresearch.remote", str(hub))
@@ -78,3 +78,12 @@ class Teammate(FakeNight):
 
     def member(self):
         return checks.member_of(self.repo).name
+
+    def check_team(self):
+        """What must hold of what this tree has published."""
+        ref = checks.member_of(self.repo).ref(self.repo.tag())
+        shown = self.git("ls-tree", "-r", "--name-only", ref).splitlines()
+        assert shown == [*self.git("ls-tree", "-r", "--name-only", f"refs/autoresearch/{self.repo.tag()}/log").splitlines(), "state.json"]
+        for r in self.records():
+            self.git("merge-base", "--is-ancestor", r["commit"], ref)
+        assert self.git("fsck", "--strict", "--connectivity-only") == ""

@@ -170,7 +170,7 @@ class Night:
         """The first experiment that is not a crash; None before there is one."""
         return next((e for e in self.experiments if e.val_bpb is not None), None)
 
-    @property
+    @cached_property
     def standing(self):
         """What may be the best: the kept experiments and the baseline, in order. A baseline that was itself discarded
         counts only if nothing was kept."""
@@ -192,7 +192,7 @@ class Night:
         rows = {e.number: kept_record(e) for e in self.standing}
         return {number: self.estimates[r["row"]] for number, r in rows.items() if r and r["row"] in self.estimates}
 
-    @property
+    @cached_property
     def by_estimate(self):
         """Whether the best is the one with the lowest estimate, and not with the lowest value in the table."""
         return bool(self.standing) and len(self.estimated) == len(self.standing)

@@ -1,6 +1,7 @@
 """Makes text safe to print on a terminal or a page, shortens it, and aligns it in columns."""
 
 import json
+import math
 import re
 import unicodedata
 
@@ -36,11 +37,23 @@ def one_line(text, limit):
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
-def json_of(text):
+def finite(text):
+    """The number of a JSON text. Raises ValueError for one that is too large, and for NaN and Infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+FINITE = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+
+
+def json_of(text, decode=json.loads):
     """The value of a JSON text. Raises ValueError for anything that this program never writes: nested deeper than DEPTH
-    (to print or write such a value ends in a RecursionError), or with lone surrogates (no file can hold them)."""
+    (to print or write such a value ends in a RecursionError), or with lone surrogates (no file can hold them). decode:
+    FINITE.decode refuses numbers that are not finite, too."""
     try:
-        value = json.loads(text)
+        value = decode(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
     if text.count("[") + text.count("{") > DEPTH:

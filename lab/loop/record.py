@@ -43,6 +43,8 @@ completes it; 75 the run was killed or preempted, and is run again rather than r
 # val_bpb that a lost fraction of the steps costs, as a fraction of val_bpb: in published logs of an H100 1 % of the speed
 # is worth 0.0005 to 0.001 at a val_bpb of 1.0. On a CPU it may be worth more; then fewer runs are repeated than could be.
 WORTH = 0.1
+DOING = {"repeat": "runs its commit again", "doubt": "runs the best again", "adopt": "takes over the best",
+         "edit": "makes the next experiment"}  # kind of the next step: what the team is told
 
 
 def add_arguments(parser):
@@ -303,7 +305,7 @@ def complete(repo, plan):
     step = next_step(repo)
     if member := checks.member_of(repo):
         code = names.sha256(repo.top / names.TRAIN) if step.kind in ("repeat", "doubt") else ""
-        notes += filter(None, [exchange.publish(repo, member, plan["tag"], exchange.state_of(repo, plan["tag"], step.why, code))])
+        notes += filter(None, [exchange.publish(repo, member, plan["tag"], exchange.state_of(repo, plan["tag"], DOING.get(step.kind, ""), code))])
     return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(step, plan)]
 
 

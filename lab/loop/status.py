@@ -10,10 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 from lab.analysis import verdict
+from lab.analysis.history import label
 from lab.base import locks
 from lab.base.errors import Refused
-from lab.loop import checks, report
+from lab.loop import checks, report, team_status
 from lab.loop.next_step import doubt, next_step
+from lab.share import exchange
 from lab.store import archive, names, records_in_git, run_log
 from lab.store.repository import Repo
 
@@ -21,6 +23,7 @@ HELP = "where the night stands, and what to do next"
 NEAR = -0.5  # σ: a discard that gained at least this much is a near miss
 LAST_ROWS, LAST_DEAD_ENDS, LAST_NEAR_MISSES, LAST_STEPS_BACK = 8, 15, 6, 2  # on one screen; --all shows all
 WIDTH = 90  # characters of a description
+FRESH = 30  # seconds: so old may what was fetched from a team's remote be
 
 
 def add_arguments(parser):
@@ -39,8 +42,9 @@ def add_arguments(parser):
 # The state of the night
 
 
-def gather(path):
-    """The state of the night in the working tree at `path`, as plain data."""
+def gather(path, fetch=False):
+    """The state of the night in the working tree at `path`, as plain data. fetch: of a team, get what others published to
+    its remote first."""
     repo = Repo.find(path)
     known = {"path": str(repo.top), "tag": None, "in_progress": locks.run_in_progress(repo.top)}
     known["progress"] = run_log.progress(repo.top / names.RUN_LOG) if known["in_progress"] else ""
@@ -48,35 +52,47 @@ def gather(path):
         known["tag"] = repo.tag()
     except Refused as refused:
         return {**known, "next": f"{refused}"}
-    history = checks.night_of(repo)
-    note = records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), history.records)
-    best, waiting, search = history.best_record, history.waiting, history.search
+    own = checks.night_of(repo)
+    notes = [records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), own.records)]
+    member = checks.member_of(repo)
+    notes += [exchange.fetch(repo, member, fresh=FRESH)] if member and fetch else []
+    team = checks.team_of(repo, own)
+    notes += [*team.notes, team_status.behind(repo, member)] if team else []
+    history = team.night if team else own
+    best, waiting, search = history.best_record, checks.waiting(own, team), history.search
+    is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
+    dead_ends = [r for r in history.rows if r["verdict"] != "keep" and not near(r)]
     return {
         **known,
+        "team": team and team_status.gather(repo, team),
         "best": best and row(best) | {"best_known": history.estimates.get(best["row"])},
         "baseline": history.kept[0]["mean"] if history.kept else None,
         "sigma": history.sigma, "dof": round(search.dof) if search else 0,
         "keep_below": verdict.bar(search).keep if history.tip else None,
         "lately": report.lately(history), "to_beat": report.to_beat(history), "plateau": report.plateau(history),
-        "cost": report.cost(history), "doubt": doubt(history) if history.doubted else None,
+        "cost": report.cost(own), "doubt": doubt(history) if history.doubted else None,
         "given_up": [row(r) | {"why": r["why"]} for r in history.given_up],
-        "counts": Counter(r["verdict"] for r in history.rows),
-        "runs": len(history.records), "runs_an_hour": history.runs_per_hour,
-        "rows": [row(r) for r in history.rows],
-        "dead_ends": [row(r) for r in history.rows if r["verdict"] != "keep" and not near(r)],
-        "near_misses": [row(r) for r in history.rows if near(r) and not combined(r, history.rows)],
+        "counts": Counter(r["verdict"] for r in own.rows),
+        "runs": len(own.records), "runs_an_hour": own.runs_per_hour,
+        "rows": [row(r) for r in own.rows],
+        "dead_ends": [row(r) for r in (team_status.once(dead_ends, history.records) if team else dead_ends)],
+        "near_misses": [row(r) for r in history.rows if near(r) and not is_tried(r)],
         "waiting": waiting and waiting["short"],
-        "notes": [note] * bool(note),
+        "notes": [note for note in notes if note],
         "next": next_step(repo).sentence,
     }  # fmt: skip
 
 
 def row(r):
-    return {key: r[key] for key in ("row", "short", "verdict", "mean", "n", "gain", "memory_gb", "description")}
+    found = {key: r[key] for key in ("row", "short", "verdict", "mean", "n", "gain", "memory_gb", "description")}
+    return found | ({"label": r["label"], "row": r["home_row"]} if "label" in r else {})
 
 
 def near(r):
-    """Whether a discard came close to the tip of its time: two of them together may be a gain."""
+    """Whether a discard came close to the tip of its time: two of them together may be a gain. A late gain of a team is
+    one, too."""
+    if r.get("late"):
+        return True
     return r["verdict"] == "discard" and not r.get("given_up") and r["gain"] is not None and r["gain"] >= NEAR
 
 
@@ -97,7 +113,8 @@ def short(text):
 def line(r):
     value = "crash   " if r["verdict"] == "crash" else f"{r['mean']:.6f}"
     gain = "" if r["gain"] is None else f"{r['gain']:+.1f}σ"
-    return f"  {r['row']:04d} {r['short']} {value} {gain:>7} {r['verdict']:<7} {short(r['description'])}"
+    where = r["label"].removeprefix("row ") if "label" in r else f"{r['row']:04d}"
+    return f"  {where} {r['short']} {value} {gain:>7} {r['verdict']:<7} {short(r['description'])}"
 
 
 def listed(title, rows, limit):
@@ -114,15 +131,17 @@ def text(known, everything=False):
     counts, limit = known["counts"], (lambda n: None if everything else n)
     lines = [f"night: autoresearch/{known['tag']}, {known['runs']} runs recorded" + (
         f", {known['runs_an_hour']:.1f} an hour" if known["runs_an_hour"] else "")]  # fmt: skip
+    lines += team_status.lines(known["team"], everything) if known["team"] else []
     if best := known["best"]:
         gain = f", {known['baseline'] - best['mean']:.6f} below the baseline" if known["baseline"] != best["mean"] else ""
-        lines.append(f"best: {best['mean']:.6f} (mean of {best['n']}), row {best['row']:04d} {best['short']}{gain}")
+        finder = f", found by {known['team']['best_of']}" if known["team"] else ""
+        lines.append(f"best: {best['mean']:.6f} (mean of {best['n']}), {label(best)} {best['short']}{gain}{finder}")
     sigma = "not known yet" if known["sigma"] is None else f"σ {known['sigma']:.6f}, {known['dof']} degrees of freedom"
     lines.append(f"noise: {sigma}" + (f"; {known['lately']}" if known["lately"] else ""))
     lines += filter(None, [known["to_beat"], known["plateau"], known["doubt"] and f"doubt: {known['doubt']}", known["cost"]])
     lines.append(f"rows: {counts['keep']} keep, {counts['discard']} discard, {counts['crash']} crash")
     back = known["given_up"] if everything else known["given_up"][-LAST_STEPS_BACK:]
-    lines += [f"stepped back: row {r['row']:04d} {r['short']} ({short(r['description'])}): {r['why']}" for r in back]
+    lines += [f"stepped back: {label(r)} {r['short']} ({short(r['description'])}): {r['why']}" for r in back]
     lines += listed("last rows", known["rows"], limit(LAST_ROWS))
     lines += listed("dead ends, not to be tried again", known["dead_ends"], limit(LAST_DEAD_ENDS))
     near = "near misses (when you try two together, name their numbers in the description)"
@@ -139,6 +158,6 @@ def run(args):
         data = json.dumps(many_trees.as_data(args.trees), ensure_ascii=False) if args.json else many_trees.text(args.trees)
         print(data)
         return 0
-    known = gather(Path.cwd())
+    known = gather(Path.cwd(), fetch=True)
     print(json.dumps(known, ensure_ascii=False) if args.json else text(known, args.all))
     return 0

@@ -131,7 +131,7 @@ def fetch(repo, member, seconds=FETCH_SECONDS, fresh=0.0):
         member.shared.mkdir(exist_ok=True)
         with locks.hold(member.shared / f"{member.team}.lock", LOCK_SECONDS) as held:
             known = last_fetch(member)
-            if known and -1 < known["when"] - began + fresh:
+            if known and began - fresh <= known["when"] <= time.time() + 1:
                 return known["note"]
             note = fetched(repo, member, seconds) if held else "another fetch takes too long; this one was left out"
             write(member.shared / f"{member.team}-{names.FETCHED}", json.dumps({"when": time.time(), "note": note}))
@@ -154,7 +154,7 @@ def fetched(repo, member, seconds):
     """Fetches and returns a sentence if a ref was rewritten, or if that failed."""
     before = base_git.refs(repo.top, member.mirror)
     try:
-        check_remote(repo, member)
+        check_remote(repo, member, seconds)
         base_git.with_remote(
             repo.top, "fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--no-recurse-submodules",
             "--no-auto-maintenance", "--refmap=", "--", member.remote, f"+{member.refs}*:{member.mirror}*", seconds=seconds,

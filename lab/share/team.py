@@ -17,7 +17,6 @@ What others published is parsed and checked here, never executed; a record that 
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from datetime import datetime, timezone
@@ -102,7 +101,13 @@ def team_night(repo, member, tag, own, header=None):
     trees, notes = read_trees(repo, member, tag)
     own = Tree(member.name, tag, own, {}, True, True)
     header = next((r["header"] for r in own.records if r["header"]), header) or likely(repo, trees)
-    return assembled(member, tag, (own, *trees), notes, header)
+    trees = (own, *trees)
+    if not _latest or (_latest[0].member, _latest[0].trees, _latest[0].header) != (member, trees, header):
+        _latest[:] = [assembled(member, tag, trees, notes, header)]
+    return _latest[0]
+
+
+_latest = []  # the last Team that was asked for: one `lab record` asks three times, of the same refs
 
 
 def likely(repo, trees):
@@ -136,7 +141,9 @@ def assembled(member, tag, trees, notes, header):
         highest = max(highest, last)
     ours, ideas = (sorted(found, key=lambda item: item[0]) for found in (ours, ideas))
     spread = int(member.name, 16) % SPREAD
-    night = Night(records=one_line_of([(r, is_own) for _, is_own, r in ours]), spread=spread)
+    whole = one_line_of([(r, is_own) for _, is_own, r in ours])
+    night = Night(records=[r for _, _, r in ours], spread=spread)
+    night.replayed = whole.search, whole.line  # what Night would find, too, with a second replay
     return Team(member, tag, tuple(trees), night, tuple(r for _, _, r in ideas), tuple(notes), header, highest + 1)
 
 
@@ -148,9 +155,9 @@ def label_of(tree, name, r):
 
 
 def one_line_of(records):
-    """The records of a team, [(record, whether it is this tree's)] in their order, as those of a single branch, so that a
-    Night reads them: with rows from 1, one for each train.py that was decided, and with the verdicts as they are for the
-    team. The records are changed in place.
+    """Makes the records of a team, [(record, whether it is this tree's)] in their order, those of a single branch, so that
+    a Night reads them: with rows from 1, one for each train.py that was decided, and with the verdicts as they are for the
+    team. The records are changed in place. Returns their Replay.
 
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
     new. given_up: somebody ran the keep again, and its gain does not hold."""
@@ -163,6 +170,10 @@ def one_line_of(records):
             r["same_seed"] = r["header"]["seed"] in used
             used.add(r["header"]["seed"])
         codes = [keep["code"] for keep in whole.line]
+        if codes and not whole.line[0]["row"] and r["row"] and r["code"] != codes[0]:
+            row += 1  # somebody went on from a baseline that ran less often than it should
+            whole.line[0].update(verdict="keep", row=row)
+            decided[codes[0]] = whole.line[0]
         if r["code"] in codes and (codes[0] != r["code"] or whole.line[0]["row"]):
             again(whole, r)
         elif r["baseline"] and r["summary"] and (not codes or r["code"] == codes[0]):
@@ -180,7 +191,7 @@ def one_line_of(records):
         else:
             r["row"] = None
         whole.add(r)
-    return [r for r, _ in records]
+    return whole
 
 
 def again(whole, r):
@@ -226,7 +237,7 @@ def judge_keep(whole, r):
 # Reading what members published
 
 
-_read = {}  # what a member published (name of its commit): (its records, state, notes); one `lab record` looks three times
+_read = {}  # (commit that a member published, branch): (its records, state, notes); one `lab record` looks three times
 
 
 def read_trees(repo, member, tag):
@@ -246,10 +257,10 @@ def read_trees(repo, member, tag):
     if len(found) > MOST_TREES:
         notes.append(f"the team has {len(found)} branches: the first {MOST_TREES} are read")
     wanted = dict(sorted(found.items())[:MOST_TREES])
-    read_commits(repo, member, {commit: branch for (_, branch), (commit, _) in wanted.items()})
+    read_commits(repo, member, [(commit, branch) for (_, branch), (commit, _) in wanted.items()])
     trees = []
     for (name, branch), (commit, is_here) in wanted.items():
-        records, state, why = _read[commit]
+        records, state, why = _read[commit, branch]
         notes += [f"{branch} ({name[:4]}): {sentence}" for sentence in why]
         trees.append(Tree(name, branch, records, state, False, is_here))
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
@@ -257,29 +268,28 @@ def read_trees(repo, member, tag):
 
 
 def read_commits(repo, member, wanted):
-    """Puts what these commits hold into _read. wanted: {commit: the branch that it should be of}."""
-    new = [commit for commit in wanted if commit not in _read]
+    """Puts what these commits hold into _read. wanted: [(commit, the branch that it should be of)]."""
+    new = [key for key in wanted if key not in _read]
     if not new:
         return
-    files, states, bad = published_files(repo, new)
+    files, states, bad = published_files(repo, list(dict.fromkeys(commit for commit, _ in new)))
     data = objects(repo, [blob for own in files.values() for _, blob in own.values()], LARGEST_RECORD, "blob")
     said = objects(repo, states.values(), LARGEST_RECORD, "blob")
-    parsed = {commit: [] for commit in new}
-    problems = {commit: Counter(bad.get(commit, ())) for commit in new}
-    for commit in new:
+    parsed = {key: [] for key in new}
+    problems = {(commit, branch): Counter(bad.get(commit, ())) for commit, branch in new}
+    for commit, branch in new:
         for name, (_, blob) in files.get(commit, {}).items():
-            record, why = parse(data.get(blob), name, wanted[commit])
+            record, why = parse(data.get(blob), name, branch)
             if why:
-                problems[commit][why] += 1
+                problems[commit, branch][why] += 1
             else:
-                parsed[commit].append(record)
+                parsed[commit, branch].append(record)
     fits = fitting(repo, member, [r for records in parsed.values() for r in records])
-    for commit, records in parsed.items():
+    for (commit, branch), records in parsed.items():
         good = [r for r in records if fits.get((r["commit"], r["blob"], r["code"]))]
-        if len(good) < len(records):
-            problems[commit]["has a hash that does not fit its commit"] += len(records) - len(good)
-        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems[commit].items()]
-        _read[commit] = good, state(said.get(states.get(commit))), notes
+        problems[commit, branch]["has a hash that does not fit its commit"] += len(records) - len(good)
+        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems[commit, branch].items() if n]
+        _read[commit, branch] = good, state(said.get(states.get(commit))), notes
 
 
 def published_files(repo, commits):
@@ -345,19 +355,17 @@ def parse(data, name, tag):
         return None, "is missing, or too large"
     try:
         shown = data.decode()
-        record = text.json_of(shown)
+        record = text.json_of(shown, text.FINITE.decode)
     except ValueError:
-        return None, "is not the JSON that lab writes"
-    if CONTROL.search(shown) or ESCAPE.search(shown):
+        return None, "is not JSON as lab writes it, or has numbers that are not finite"
+    if not shown[:-1].isprintable() and CONTROL.search(shown) or "\\" in shown and ESCAPE.search(shown):
         return None, "has control characters"
     if not isinstance(record, dict) or not runs_jsonl.whole(record) or not shared_fields(record):
-        return None, "is not a whole record, or has numbers that are not finite"
+        return None, "is not a whole record"
     if record["tag"] != tag or records_in_git.name_of(record["run_id"]) != name:
         return None, "is of another branch or run than its place"
-    if record["description"] != text.one_line(record["description"], results_tsv.LONG_DESCRIPTION):
+    if not is_one_line(record["description"]):
         return None, "has a description that lab would not write"
-    if not all_finite(record):
-        return None, "has numbers that are not finite"
     return record, None
 
 
@@ -369,10 +377,12 @@ def shared_fields(record):
     )  # fmt: skip
 
 
-def all_finite(value):
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return all(map(all_finite, text.children(value)))
+def is_one_line(description):
+    """Whether the description is as lab writes it; the first test is quick, and true of most."""
+    quick = description.isascii() and description.isprintable() and len(description) <= results_tsv.DESCRIPTION
+    if quick and '"' not in description and "  " not in description and description.strip() == description:
+        return True
+    return description == text.one_line(description, results_tsv.LONG_DESCRIPTION)
 
 
 def state(data):

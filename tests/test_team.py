@@ -1,0 +1,529 @@
+"""A team: runs of several working trees and machines in one order, judged by one rule, shared through git."""
+
+import hashlib
+import json
+import random
+import subprocess
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from faketeam import Teammate
+
+from lab.analysis import verdict
+from lab.analysis.history import replay
+from lab.base.errors import Refused
+from lab.base.git import GitError, change_refs, refs
+from lab.loop import team_status
+from lab.share import exchange, team
+from lab.share.membership import Member, membership
+from lab.store import archive, names
+from lab.store.repository import Repo
+
+HEADER = {"run_id": "", "start": "2026-11-21T00:00:00+00:00", "train_sha256": "", "rules_sha256": "r", "data_sha256": "d",
+          "dataset": "stdlib", "seed": 42, "device": "cpu", "clock": "monotonic"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# One order, one line: records made by hand
+
+
+class Trees:
+    """Trees of a team whose records are made by hand: add("a", "wider", 0.99, "keep", on="base")."""
+
+    def __init__(self, *tags):
+        self.records, self.last, self.n = {tag: [] for tag in tags}, 0, 0
+
+    def add(self, tag, code, value, said, on=None, seq=None, row=True, seed=None, beat=None, device="cpu", **more):
+        self.n += 1
+        own = self.records[tag]
+        self.last = self.last + 1 if seq is None else seq
+        when = datetime(2026, 11, 21, tzinfo=timezone.utc) + timedelta(minutes=6 * self.n)
+        record = {
+            "run_id": f"run{self.n}", "tag": tag, "commit": f"{tag}-{code}", "short": code, "code": code, "blob": code, "verdict": said,
+            "row": 1 + max((r["row"] or 0 for r in own), default=0) if row and said != "confirm" else None, "seq": self.last,
+            "parent": on and next(r["commit"] for t in self.records.values() for r in t if r["code"] == on), "beat": beat,
+            "mean": value, "n": 1, "gain": None, "memory_gb": 1.0, "description": f"{code} of {tag}", "why": "", "simpler": False,
+            "baseline": on is None, "start": when.isoformat(), "end": (when + timedelta(minutes=5)).isoformat(),
+            "header": HEADER | {"seed": 42 + self.n if seed is None else seed, "device": device},
+            "summary": None if value is None else {"val_bpb": value, "training_seconds": 300.0, "num_steps": 900, "total_tokens_M": 1.0},
+        }  # fmt: skip
+        own.append(record | more)
+        return self
+
+    def baseline(self, tag="a"):
+        for i, value in enumerate((1.0, 1.002, 0.998)):
+            self.add(tag, "base", value, "confirm" if i < 2 else "keep")
+        return self
+
+    def seen(self, own, device="cpu"):
+        """The Team as the tree `own` sees it."""
+        trees = [team.Tree(name_of(tag), tag, records, {}, tag == own, True) for tag, records in self.records.items()]
+        trees.sort(key=lambda tree: not tree.is_own)
+        return team.assembled(Member("gpus", name_of(own), None, Path()), own, tuple(trees), (), HEADER | {"device": device})
+
+
+def name_of(tag):
+    return hashlib.sha256(tag.encode()).hexdigest()[:12]
+
+
+def decided(found):
+    """What the team says of each run; whether a repeat is still to come is said for the own tree only."""
+    return [(r["run_id"], r["verdict"].replace("elsewhere", "confirm"), r["row"]) for r in found.night.records]
+
+
+def line(found):
+    return [r["code"] for r in found.night.replayed[1]]
+
+
+def test_the_baseline_is_run_three_times_by_the_team_and_not_by_each_tree():
+    trees = Trees("a", "b", "c")
+    for tag, value in [("a", 1.0), ("b", 1.002), ("c", 0.998)]:
+        assert trees.seen("a").night.tip is None
+        trees.add(tag, "base", value, "confirm")
+    night = trees.seen("a").night
+    assert night.tip["code"] == "base" and night.sigma == pytest.approx(0.002) and night.search.tip.runs == 3
+    assert night.waiting is None
+
+
+def test_two_runs_under_one_seed_count_as_one():
+    trees = Trees("a", "b").add("a", "base", 1.0, "confirm", seed=42).add("b", "base", 1.004, "confirm", seed=42)
+    trees.add("a", "base", 1.002, "confirm", seed=43)
+    assert trees.seen("a").night.tip is None and trees.seen("b").night.values("base") == [1.0, 1.002]
+    trees.add("b", "base", 0.998, "keep", seed=50)
+    assert trees.seen("a").night.values("base") == [1.0, 1.002, 0.998]
+
+
+def test_the_best_of_the_team_is_everybodys_bar():
+    trees = Trees("a", "b").baseline().add("b", "wide", 0.98, "keep", on="base")
+    for own in "ab":
+        seen = trees.seen(own)
+        assert line(seen) == ["base", "wide"] and verdict.bar(seen.night.search).keep < 0.98
+        assert seen.night.best_record["code"] == "wide" and seen.night.best.val_bpb == 0.98
+    assert trees.seen("a").best["label"] == "b/0001" and trees.seen("b").best["label"] == "row 0001"
+    assert trees.seen("a").who(trees.seen("a").best) == "b" and trees.seen("b").who(trees.seen("b").best) == "this tree"
+
+
+def test_of_two_keeps_made_at_the_same_time_the_second_must_beat_the_first():
+    for second, is_late in [(0.985, True), (0.97, False)]:
+        trees = Trees("a", "b").baseline()
+        trees.add("a", "wide", 0.98, "keep", on="base", beat="base", seq=9).add("b", "deep", second, "keep", on="base", beat="base", seq=10)
+        for own in "ab":
+            seen = trees.seen(own)
+            assert line(seen) == ["base", "wide"] + ["deep"] * (not is_late)
+            deep = next(r for r in seen.night.records if r["code"] == "deep")
+            assert bool(deep.get("late")) == is_late and deep["verdict"] == ("discard" if is_late else "keep")
+    assert trees.records["b"][-1]["verdict"] == "keep" and "late" not in trees.records["b"][-1], "the tree's own record has changed"
+
+
+def test_a_keep_that_was_measured_against_the_best_counts_as_it_was_recorded():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.98, "keep", on="base")
+    trees.add("b", "simple", 0.9805, "keep", on="wide", beat="wide", simpler=True)
+    assert line(trees.seen("a")) == ["base", "wide", "simple"]
+
+
+def test_another_tree_may_find_that_a_gain_does_not_hold():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.98, "keep", on="base").add("a", "narrow", 1.01, "discard", on="wide")
+    trees.add("b", "wide", 1.03, "discard", row=False, seed=99, baseline=False)
+    for own in "ab":
+        seen = trees.seen(own)
+        assert line(seen) == ["base"] and [r["code"] for r in seen.night.given_up] == ["wide"]
+        assert seen.night.best_record["code"] == "base" and seen.night.by_estimate
+    assert trees.records["a"][-2]["verdict"] == "keep", "a tree has changed another's record"
+    trees.add("a", "deep", 0.97, "keep", on="wide", beat="base")
+    assert line(trees.seen("b")) == ["base", "deep"]
+
+
+def test_results_of_other_hardware_are_ideas_and_never_values():
+    trees = Trees("a", "b").baseline()
+    for value in (0.5, 0.51, 0.52):
+        trees.add("b", "base", value, "confirm" if value < 0.52 else "keep", device="cuda")
+    trees.add("b", "wide", 0.4, "keep", on="base", device="cuda")
+    seen = trees.seen("a")
+    assert line(seen) == ["base"] and {r["tag"] for r in seen.night.records} == {"a"}
+    assert {r["code"] for r in seen.ideas} == {"base", "wide"}
+    assert line(trees.seen("b", "cuda")) == ["base", "wide"]
+
+
+def test_records_of_a_tree_that_was_copied_count_once():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.98, "keep", on="base")
+    trees.records["b"] = [dict(r) for r in trees.records["a"]]
+    assert len(trees.seen("a").night.records) == len(trees.seen("b").night.records) == 4
+
+
+def test_the_same_code_has_one_row_whoever_tried_it():
+    trees = Trees("a", "b").baseline().add("a", "wide", 1.01, "discard", on="base").add("b", "wide", 1.02, "discard", on="base")
+    night = trees.seen("a").night
+    assert [r["code"] for r in night.rows] == ["base", "wide"] and len(night.runs("wide")) == 2
+
+
+def test_every_member_sees_the_same_line_whatever_the_clocks_say():
+    """Random teams: who looks and how far its clock is off changes nothing, and the replay is the Night's own."""
+    rng, late, lines = random.Random(4), 0, 0
+    for _ in range(40):
+        tags = "abcd"[: rng.randint(2, 4)]
+        trees = Trees(*tags).baseline(rng.choice(tags))
+        for i in range(25):
+            tag, best = rng.choice(tags), rng.choice(line(trees.seen(rng.choice(tags))))
+            value, seq = rng.gauss(0.998 - i * 0.0005, 0.006), trees.last + rng.randint(-1, 1)
+            said = "keep" if value < 0.995 - i * 0.0005 else rng.choice(["discard", "crash"])
+            trees.add(tag, f"x{i}", None if said == "crash" else value, said, on=best, seq=seq, beat=best)
+            if rng.random() < 0.2:
+                keep = rng.choice(line(trees.seen(tag)))
+                trees.add(tag, keep, value, rng.choice(["keep", "discard"]), row=False, on=None, baseline=False)
+        before = decided(trees.seen("a"))
+        for tag in tags:
+            shift = timedelta(minutes=rng.choice([-10, 0, 10]))
+            for r in trees.records[tag]:
+                r.update({key: (datetime.fromisoformat(r[key]) + shift).isoformat() for key in ("start", "end")})
+        for tag in tags:
+            seen = trees.seen(tag)
+            assert decided(seen) == before
+            search, again = replay(seen.night.records)
+            assert (search, [r["code"] for r in again]) == (seen.night.search, line(seen))
+            assert seen.night.best_record in seen.night.replayed[1]
+        late += sum(bool(r.get("late")) for r in seen.night.records)
+        lines += len(line(seen))
+    assert late > 20 and lines > 100, "the random teams were too simple"
+
+
+def test_a_dead_end_is_listed_once():
+    trees = Trees("a", "b").baseline()
+    trees.add("a", "x1", 1.01, "discard", on="base", description="wider MLP").add("b", "x2", 1.02, "discard", on="base", description="Wider  mlp")
+    trees.add("b", "x3", 1.02, "discard", on="x2", description="wider MLP").add("b", "x4", 1.02, "discard", on="base", description="deeper")
+    night = trees.seen("a").night
+    assert [r["code"] for r in team_status.once(night.rows[1:], night.records)] == ["x1", "x3", "x4"]
+
+
+def test_a_near_miss_that_was_tried_with_another_is_known_by_tree_and_number():
+    trees = Trees("a", "b").baseline()
+    for tag in "ab":
+        trees.add(tag, f"x{tag}", 1.001, "discard", on="base").add(tag, f"y{tag}", 1.001, "discard", on="base")
+    trees.add("a", "both", 1.0, "discard", on="base", description="0002 and b/0002 together")
+    night = trees.seen("a").night
+    tried = team_status.is_tried_together(night.rows)
+    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Through git
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A night of its own, in no team: a baseline, and a keep at 0.99."""
+    night = Teammate(tmp_path_factory.mktemp("team") / "a", team=None)
+    night.baseline()
+    night.experiment("wider", 0.99)
+    return night
+
+
+@pytest.fixture
+def first(template, tmp_path):
+    """A copy of it, member of the team "gpus"."""
+    night = template.copy(tmp_path / "a")
+    night.git("config", "autoresearch.team", "gpus")
+    return night
+
+
+@pytest.fixture
+def shared(first):
+    """(the first, a second machine with a clone, a bare repository that both share through); the first has published."""
+    hub = first.hub()
+    second = first.clone("b", hub)
+    assert publish(first) is None
+    return first, second, hub
+
+
+def publish(night):
+    repo = night.repo
+    tag = repo.tag()
+    return exchange.publish(repo, membership(repo), tag, exchange.state_of(repo, tag, "makes the next experiment"))
+
+
+def fetch(night, **kwargs):
+    return exchange.fetch(night.repo, membership(night.repo), **kwargs)
+
+
+def seen(night, device="cpu (a fake)"):
+    """The Team as this tree sees it. The header says what it compares with."""
+    repo = night.repo
+    header = night.header(device=device)
+    return team.team_night(repo, membership(repo), repo.tag(), archive.records_of(repo.top, repo.tag()), header)
+
+
+def test_without_a_team_nothing_is_shared(template):
+    assert membership(template.repo) is None
+    assert not list((template.path / ".git").glob("autoresearch*"))
+    assert "autoresearch-team" not in template.git("for-each-ref") and "seq" not in template.records()[-1]
+    refused = template.lab("adopt")
+    assert refused.rc == 1 and "in no team: git config autoresearch.team" in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_a_member_keeps_its_name_and_no_other_tree_has_it(first):
+    second, third = first.worktree("b"), first.clone("c", "nowhere")
+    found = [membership(night.repo) for night in (first, second, third, first.copy(first.path.parent / "copied"))]
+    assert len({member.name for member in found}) == 4 and {member.team for member in found} == {"gpus"}
+    assert [membership(night.repo).name for night in (first, second, third)] == [member.name for member in found[:3]]
+    assert found[0].shared == found[1].shared != found[2].shared and found[2].remote == "nowhere"
+    first.path.rename(first.path.parent / "moved")
+    assert membership(first.at(first.path.parent / "moved").repo).name == found[0].name
+
+
+@pytest.mark.parametrize("key, value", [("team", "a/b"), ("team", "x" * 99), ("team", "\x1b[31m"), ("remote", "--upload-pack=x")])
+def test_a_team_that_cannot_be_is_refused(first, key, value):
+    first.git("config", f"autoresearch.{key}", value)
+    with pytest.raises(Refused, match="git config autoresearch"):
+        membership(first.repo)
+
+
+def test_two_trees_of_a_checkout_find_one_best(first):
+    """A late gain, taking over, and going on from there, with the real commands."""
+    publish(first)
+    second = first.worktree("b")
+    assert "the team's best is" in second.next() and second.next().endswith("uv run -m lab adopt")
+    commit, late = second.experiment("narrow", 0.992)
+    assert late.verdict == "discard" and "beats test/0001" in late.out and "not test/0002" in late.out
+    assert late.out.splitlines()[-2].endswith("uv run -m lab adopt") and f"git cherry-pick {commit[:7]}" in late.out.splitlines()[-1]
+    assert second.records()[-1]["late"] is True and second.rows()[0][3] == "discard"
+    (second.path / "program.md").write_text("# the human is editing this\n")
+    second.adopted()
+    best = (first.path / "train.py").read_bytes()
+    assert (second.path / "train.py").read_bytes() == best and second.read("program.md") == "# the human is editing this\n"
+    assert second.chain()[0].startswith("adopt ") and "wider" in second.chain()[0] and second.git("log", "--format=%h", "-1", "--stat")
+    assert second.git("diff", "--name-only", "HEAD~1", "HEAD") == "train.py"
+    assert "edit train.py" in second.next()
+    refused = second.lab("adopt")
+    assert refused.rc == 1 and "nothing is better" in refused.err
+    assert second.experiment("deeper", 0.97)[1].verdict == "keep"
+    shown = first.lab("status").out
+    assert "best: 0.970000 (mean of 1), b/0002" in shown and "found by b" in shown
+    second.check_team()
+
+
+def test_two_machines_share_through_a_remote(shared):
+    first, second, hub = shared
+    assert fetch(second) is None
+    found = seen(second)
+    assert [r["code"] for r in found.night.replayed[1]] == [r["code"] for r in first.records()[2:]]
+    assert found.best["description"] == "wider" and found.trees[1].state["next"] == "makes the next experiment"
+    assert all(r["commit"] == second.git("rev-parse", r["commit"]) for r in first.records()), "the commits are here"
+    assert refs(second.path, "refs/autoresearch/") == {}, "what was fetched is no record of its own"
+    second.adopted()
+    assert second.experiment("deeper", 0.97)[1].verdict == "keep"
+    assert seen(first).best["description"] == "wider"
+    fetch(first)
+    assert seen(first).best["description"] == "deeper" and "deeper" in first.next()
+    assert exchange.unpublished(second.repo, membership(second.repo)) == 0
+
+
+def test_members_with_one_branch_name_do_not_overwrite_each_other(first):
+    hub = first.hub()
+    second = first.clone("b", hub, branch="test")
+    publish(first)
+    second.run(1.001, seed=77)
+    assert second.recorded("baseline").verdict == "keep"
+    there = refs(hub, "refs/")
+    assert sorted(there) == sorted(membership(n.repo).ref("test") for n in (first, second))
+    fetch(first)
+    found = seen(first)
+    assert {tree.member for tree in found.trees} == {membership(n.repo).name for n in (first, second)}
+    assert found.name_of(found.night.records[0]) != found.name_of(found.night.records[-1])
+
+
+@pytest.mark.parametrize("away", ["removed", "no repository", "read-only", "wants a password", "silent"])
+def test_a_remote_that_is_gone_never_stops_a_record(shared, away, tmp_path, monkeypatch):
+    first, _, hub = shared
+    kept, wanted = tmp_path / "kept.git", []
+    env = {"GIT_SSH_COMMAND": "false", "GIT_ASKPASS": "", "DISPLAY": ":9", "SSH_ASKPASS": "/bin/cat"}
+    if away == "removed":
+        hub.rename(kept)
+    elif away == "no repository":
+        first.git("config", "autoresearch.remote", str(tmp_path))
+        wanted = ["not a git repository"]
+    elif away == "read-only":
+        (hub / "hooks").mkdir(exist_ok=True)
+        (hub / "hooks" / "pre-receive").write_text("#!/bin/sh\necho read-only >&2; exit 1\n")
+        (hub / "hooks" / "pre-receive").chmod(0o755)
+    elif away == "wants a password":
+        asks = tmp_path / "ssh"
+        asks.write_text('#!/bin/sh\ncase "$*" in *BatchMode=yes*) echo "Permission denied (publickey,password)." >&2; exit 255;; esac\n'
+                        "sleep 600\n")  # fmt: skip
+        asks.chmod(0o755)
+        first.git("config", "autoresearch.remote", "ssh://somebody@example.org/x.git")
+        env["GIT_SSH_COMMAND"], wanted = str(asks), ["wants a password"]
+    else:
+        monkeypatch.setenv("GIT_SSH_COMMAND", "sleep 600;#")
+        first.git("config", "autoresearch.remote", "ssh://example.org/x.git")
+        note = fetch(first, seconds=1)  # git itself would wait ten minutes
+        assert "no answer within 1 s" in note and fetch(first, seconds=1, fresh=60) == note
+        return
+    result = first.experiment("deeper", 0.97, **{})[1] if away != "wants a password" else None
+    if result is None:
+        first.change_train()
+        first.commit("deeper")
+        first.run(0.97)
+        result = first.lab("record", "deeper", **env)
+    assert result.rc == 0 and result.verdict == "keep", result.err
+    (note,) = [line for line in result.out.splitlines() if "not shared with the team" in line]
+    assert all(text in note for text in wanted) and len(note) < 500
+    if away in ("removed", "read-only"):
+        assert "1 record of this tree is not on the team's remote yet" in first.lab("status").out
+        if away == "removed":
+            kept.rename(hub)
+        else:
+            (hub / "hooks" / "pre-receive").unlink()
+        first.experiment("no gain", 1.1)
+        assert exchange.unpublished(first.repo, membership(first.repo)) == 0
+        assert len(exchange.runs_in(Repo(hub), refs(hub, "refs/")[membership(first.repo).ref("test")])) == 6
+
+
+def test_a_remote_of_another_project_is_left_alone(first, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for args in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "another"]):
+        subprocess.run(["git", *args], cwd=other, check=True)
+    first.git("config", "autoresearch.remote", str(other))
+    assert "holds another project" in publish(first) and "holds another project" in fetch(first)
+    assert list(refs(other, "refs/")) == [ref for ref in refs(other, "refs/") if ref.startswith("refs/heads/")]
+
+
+def test_what_somebody_rewrites_or_removes_on_the_remote_stays_known_here(shared):
+    first, second, hub = shared
+    assert fetch(second) is None
+    ref = membership(first.repo).ref("test")
+    old = refs(second.path, "refs/autoresearch-mirror/")
+    subprocess.run(["git", "update-ref", "-d", ref], cwd=hub, check=True)
+    assert "removed or rewrote" in fetch(second) and refs(second.path, "refs/autoresearch-mirror/") == old
+    subprocess.run(["git", "update-ref", ref, first.start], cwd=hub, check=False)
+    first.git("push", "-q", str(hub), f"+{first.start}:{ref}")
+    assert "removed or rewrote" in fetch(second) and refs(second.path, "refs/autoresearch-mirror/") == old
+    assert seen(second).best["description"] == "wider"
+    assert publish(first) is None and refs(hub, ref) == refs(first.path, ref), "its own member repairs it"
+    assert fetch(second) is None
+
+
+BAD = {
+    "not JSON": lambda r: "{",
+    "a list": lambda r: [r],
+    "no commit": lambda r: {k: v for k, v in r.items() if k != "commit"},
+    "a value that is not finite": lambda r: r | {"summary": r["summary"] | {"val_bpb": float("nan")}},
+    "an extra number that is not finite": lambda r: r | {"header": r["header"] | {"x": float("-inf")}},
+    "a number that is too large": lambda r: json.dumps(r).replace("300.0", "1e999"),
+    "a negative val_bpb": lambda r: r | {"summary": r["summary"] | {"val_bpb": -1.0}},
+    "huge": lambda r: r | {"description": "x" * 10**6},
+    "nested": lambda r: r | {"header": r["header"] | {"x": json.loads("[" * 60 + "]" * 60)}},
+    "control characters": lambda r: r | {"description": "wider \x1b[31m\x07"},
+    "a change of direction": lambda r: r | {"why": "\u202egniht"},
+    "two lines": lambda r: r | {"description": "wider\ndeeper"},
+    "a hash of another train.py": lambda r: r | {"code": "0" * 64},
+    "another blob": lambda r: r | {"blob": "0" * 40},
+    "a commit that is not there": lambda r: r | {"commit": "0" * 40},
+    "another branch": lambda r: r | {"tag": "elsewhere"},
+    "another run": lambda r: r | {"run_id": "0" * 32},
+    "a number in the order that is no number": lambda r: r | {"seq": "9"},
+    "a number in the order that is huge": lambda r: r | {"seq": 10**12},
+}
+
+
+def foreign(hub, record, written, name="0" * 12, tag="evil"):
+    """Puts a ref of another member into the hub, whose one record is `written`."""
+    text = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
+    data = text.encode()
+    ref = f"refs/autoresearch-team/gpus/{name}/{tag}"
+    stream = f"commit {ref}\ncommitter x <x@x> 1700000000 +0000\ndata 0\nmerge {record['commit']}\n".encode()
+    stream += f"M 100644 inline 0000/0001-{record['run_id']}.json\ndata {len(data)}\n".encode() + data + b"\n"
+    stream += b"M 100644 inline state.json\ndata 3\n[1]\n"
+    subprocess.run(["git", "fast-import", "--quiet", "--force"], cwd=hub, input=stream, check=True)
+
+
+def test_bad_records_from_elsewhere_are_left_out(shared):
+    first, second, hub = shared
+    good = first.records()[-1] | {"tag": "evil", "run_id": "f" * 32, "mean": 0.5}
+    good |= {"summary": good["summary"] | {"val_bpb": 0.5}, "header": good["header"] | {"seed": 99}}
+    for i, change in enumerate(BAD.values()):
+        foreign(hub, good, change(good), name=f"{i:012x}")
+    foreign(hub, good, good, name="f" * 12, tag="good")  # of another branch than its place
+    assert fetch(second) is None
+    found = seen(second)
+    assert [r["description"] for r in found.night.records] == [r["description"] for r in first.records()]
+    assert found.best["description"] == "wider" and found.night.values(good["code"]) == [0.99]
+    assert len(found.notes) == team.SHOWN_NOTES + 1 and all("left out" in note for note in found.notes[:-1])
+    assert not any(c in note for note in found.notes for c in "\x1b\x07\n")
+    for i in range(len(BAD)):
+        assert found.trees[1 + i].records == [], list(BAD)[i]
+    foreign(hub, good, good, name="e" * 12)  # the same record without a fault does count
+    assert fetch(second) is None
+    assert seen(second).night.values(good["code"]) in ([0.99, 0.5], [0.5, 0.99])
+
+
+def test_a_ref_that_is_no_members_is_left_out(shared):
+    first, second, hub = shared
+    for ref in ("gpus/someone/x", "gpus/" + "0" * 12 + "/a/b"):
+        subprocess.run(["git", "update-ref", f"refs/autoresearch-team/{ref}", first.start], cwd=first.path, check=True)
+        first.git("push", "-q", str(hub), f"refs/autoresearch-team/{ref}")
+    blob = first.git("hash-object", "-w", "--stdin", stdin="x")
+    first.git("push", "-q", str(hub), f"{blob}:refs/autoresearch-team/gpus/{'1' * 12}/blob")
+    fetch(second)
+    notes = " ".join(seen(second).notes)
+    assert notes.count("not what a member publishes") == 2 and "cannot be read" in notes
+    assert seen(second).best["description"] == "wider"
+
+
+@pytest.mark.parametrize("case", ["dirty", "experiment at HEAD", "interrupted", "off a branch", "blob gone"])
+def test_adopt_refuses_in_one_line_and_changes_nothing(first, case):
+    publish(first)
+    second = first.worktree("b")
+    if case == "dirty":
+        second.change_train()
+    elif case == "experiment at HEAD":
+        second.change_train()
+        second.commit("an idea")
+    elif case == "interrupted":
+        plan = {"run_id": "x", "tag": "b", "records": [first.records()[-1]], "best": None, "drop": [], "say": ["x"]}
+        (second.path / ".lab").mkdir(exist_ok=True)
+        (second.path / ".lab" / "journal.json").write_text(json.dumps(plan))
+    elif case == "off a branch":
+        second.git("switch", "-q", "--detach")
+    else:
+        publish(first)
+        code = names.sha256(second.path / "train.py")
+        first.git("update-ref", "-d", membership(first.repo).ref("test"))
+        assert code == first.records()[0]["code"]
+    before = second.state()
+    result = second.lab("adopt")
+    assert result.rc == 1 and result.out == "" and len(result.err.splitlines()) == 1 and result.err.startswith("lab adopt: ")
+    assert second.state() == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# Compare-and-swap
+
+
+def test_a_ref_is_changed_only_if_it_is_what_is_expected(first):
+    ref, (old, new) = names.queue_ref("gpus", "1"), first.git("rev-list", "-2", "HEAD").split()
+    assert change_refs(first.path, [(ref, old, None)]) and not change_refs(first.path, [(ref, old, None)])
+    assert not change_refs(first.path, [(ref, new, new)]) and refs(first.path, ref) == {ref: old}
+    other = names.queue_ref("gpus", "2")
+    assert not change_refs(first.path, [(other, new, None), (ref, new, new)]) and refs(first.path, other) == {}
+    assert change_refs(first.path, [(other, new, None), (ref, new, old)]) and refs(first.path, ref, other) == {ref: new, other: new}
+    assert not change_refs(first.path, [(ref, None, old)]) and change_refs(first.path, [(ref, None, new)])
+    with pytest.raises(GitError):
+        change_refs(first.path, [("refs/not a ref", new, None)])
+
+
+def test_a_ref_of_the_remote_is_changed_only_if_it_is_what_is_expected(shared):
+    first, _, hub = shared
+    repo, member = first.repo, membership(first.repo)
+    ref, (old, new) = names.queue_ref("gpus", "1", "claim"), first.git("rev-list", "-2", "HEAD").split()
+    other = names.queue_ref("gpus", "2", "claim")
+    assert exchange.swap(repo, member, [(ref, old, None)]) == "done" and exchange.swap(repo, member, [(ref, old, None)]) == "same"
+    assert exchange.swap(repo, member, [(ref, new, None)]) == "refused" and refs(hub, ref) == {ref: old}
+    assert exchange.swap(repo, member, [(other, new, None), (ref, new, new)]) == "refused" and refs(hub, other) == {}
+    assert exchange.swap(repo, member, [(other, new, None), (ref, new, old)]) == "done" and refs(hub, ref) == {ref: new}
+    assert exchange.swap(repo, member, [(ref, None, old)]) == "refused" and exchange.swap(repo, member, [(ref, None, new)]) == "done"
+    first.git("config", "autoresearch.remote", "/nowhere")
+    with pytest.raises(GitError):
+        exchange.swap(repo, membership(first.repo), [(ref, old, None)])
+    fetch_of_queue = refs(hub, names.queue_ref("gpus", ""))
+    assert list(fetch_of_queue) == [other]
