@@ -14,9 +14,10 @@ from contextlib import contextmanager
 import fake_training
 from faketeam import Teammate
 
+from lab.loop import checks
 from lab.queue.board import Board
 from lab.queue.work import Worker
-from lab.share import queue_refs
+from lab.share import exchange
 
 
 @contextmanager
@@ -57,13 +58,16 @@ class Proposer(Teammate):
         assert result.rc == 0, result.err
         return result
 
+    def publish(self):
+        """What `lab record` does after each record."""
+        repo = self.repo
+        assert exchange.publish(repo, checks.member_of(repo), "test", exchange.state_of(repo, "test")) is None
+
     # --- the queue, in this process ---
 
     @property
     def queue(self):
         repo = self.repo
-        from lab.loop import checks
-
         board = Board(repo, checks.member_of(repo))
         return board.look(fresh=0)
 
@@ -72,13 +76,13 @@ class Proposer(Teammate):
         return {item.state["description"]: item.state["verdict"] or item.kind for item in self.queue.items}
 
     def worker(self, hours=1, **options):
-        from lab.loop import checks
-
         repo = self.repo
         (self.path / ".lab").mkdir(exist_ok=True)
         member = checks.member_of(repo)
         (self.path / ".lab" / "worker.lock").write_text(member.name)
         worker = Worker(repo, member, hours, **options)
+        look = worker.board.look
+        worker.board.look = lambda fresh=0: look(fresh=0)  # nothing that is two seconds old
         worker.said_all = []
         say = worker.say
         worker.say = lambda sentence, once=False: (worker.said_all.append(sentence), say(sentence, once))[1]
@@ -90,7 +94,8 @@ class Proposer(Teammate):
             worker = self.worker(**options)
             worker.begin()
             for _ in range(most):
-                if not worker.step():
+                if not worker.step() and not worker.board.note:  # a note: the remote was gone a moment ago
+                    worker.leave()
                     return worker
         raise AssertionError(f"{most} steps: {worker.said_all}")
 
@@ -101,6 +106,3 @@ class Proposer(Teammate):
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-
-def states(tree):
-    return [(item.id, item.kind, item.state["description"]) for item in queue_refs.read(tree.repo, tree.team.member).items]

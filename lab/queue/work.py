@@ -370,7 +370,9 @@ class Worker:
         """From a claim to a verdict. Raises Fault, Lost, Stopped."""
         description = item.state["description"]
         for attempt in range(ROUNDS):
-            team = self.team()
+            team, running = self.team(), item.state["running"]
+            if running and (r := decided(team, running)) and not r.get("late"):
+                return self.settle(item, r, r["why"])  # its worker was killed before it could say so
             if not self.goes_on(item, team):
                 brought = bring(self.repo, item.state, team.best)
                 if brought.content is None:
@@ -516,12 +518,12 @@ class Worker:
                 self.drop(item)
         team = self.team()
         if not team.night.tip:
-            return self.measure_baseline(self.board.look(fresh=0), team)
+            return self.measure_baseline(queue, team)
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]
         if not mine and self.repeat_best(queue, team):
             return True
         for item in self.free(queue)[:3]:
-            if claimed := self.claim(item, **({} if self.is_mine(item) else {"running": ""})):
+            if claimed := self.claim(item):
                 self.take(claimed)
                 return True
         return False
