@@ -211,7 +211,6 @@ def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
 @pytest.mark.slow
 def test_a_best_in_doubt_runs_again_once(agent):
     for i in range(30):
-        tree = agent if not i else tree
         if agent.team.night.doubted:
             break
         agent.experiment(f"no gain {i}", 1.5 + i / 100)
