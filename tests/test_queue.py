@@ -360,6 +360,12 @@ def test_sigterm_ends_a_worker_and_its_training_and_the_proposal_waits_again(age
     try:
         until(lambda: "run: {" in tree.read("run.log"))
         assert agent.queue.of("claimed")[0].state["doing"] == "run 1"
+        agent.idea("another", A=0.02)
+        shown = agent.lab("status").out
+        assert "queue: 0 proposals wait, 1 run, 0 decided; workers: 1" in shown and "  w1: slow (run 1)" in shown
+        assert "next: " in shown and 'has not run yet: uv run -m lab propose "what it tries"' in shown
+        agent.git("reset", "-q", "--hard", "main")
+        assert "next: 1 workers run, 0 proposals wait" in agent.lab("status").out
         assert "slow (run 1)" in agent.lab("wait", "--timeout", "0").out
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)

@@ -142,7 +142,8 @@ def run(args):
         if not new:
             lines.append(f"nothing was decided in {args.timeout:.0f} s")
         about, team = situation(repo, queue)
-        lines += [*about, *[f"note: {board.note}"] * bool(board.note), f"next: {what_next(repo, queue, team)}"]
+        notes = [f"note: {note}" for note in [*queue.notes, board.note] if note]
+        lines += [*about, *notes, f"next: {what_next(repo, queue, team)}"]
         print("\n".join(lines), flush=True)
         remember(path, board, told | {item.id: item.state["nonce"] for item in new})
     return 0

@@ -513,9 +513,10 @@ class Worker:
             self.say(self.board.note, once=True)
             return False
         self.sign(queue)
-        for item in queue.slots:
-            if self.is_mine(item):  # of a worker that was killed in this tree
+        if left := [item for item in queue.slots if self.is_mine(item)]:  # of a worker that was killed in this tree
+            for item in left:
                 self.drop(item)
+            return True
         team = self.team()
         if not team.night.tip:
             return self.measure_baseline(queue, team)

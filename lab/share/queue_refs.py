@@ -177,7 +177,7 @@ def as_data(queue):
     return {
         "waiting": [{key: item.state[key] for key in shown} for item in waiting], "running": running, "decided": decided,
         "returned": returned, "workers": [item.state["worker_branch"] for item in queue.workers],
-        "unpublished": sum(item.unpublished for item in queue.items), "notes": list(queue.notes),
+        "unpublished": sum(item.unpublished for item in queue.items),
     }  # fmt: skip
 
 
@@ -193,4 +193,19 @@ def lines(data, limit=4):
         shown.append(f"  {run['worker_branch']}: {text.one_line(run['description'], 70)} ({run['doing']})")
     if len(data["running"]) > limit:
         shown.append(f"  and {len(data['running']) - limit} more")
-    return [*shown, *(f"note: {note}" for note in data["notes"])]
+    return shown
+
+
+def instead(queue, member, has_trained, step):
+    """What comes next for a tree that feeds workers: a sentence in place of the Step's, or None for one that trains itself.
+    has_trained: whether it has records of its own."""
+    workers = {item.state["worker"] for item in queue.workers}
+    feeds = not has_trained or any(item.state["member"] == member.name for item in queue.items)
+    if not workers or member.name in workers or not feeds or step.kind not in ("run", "repeat", "doubt", "edit"):
+        return None
+    if step.kind == "run" and step.why.endswith("has not run yet"):
+        return f'{step.why}: uv run -m lab propose "what it tries"'
+    return (
+        f"{len(workers)} workers run, {len(queue.of('open'))} proposals wait: edit train.py, commit it, uv run -m lab propose "
+        '"what it tries"; once the queue is full: uv run -m lab wait'
+    )
