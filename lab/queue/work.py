@@ -3,7 +3,8 @@
     git worktree add -b autoresearch/nov21-w1 ../w1 && cd ../w1 && uv run -m lab work --hours 8
 
 It needs a working tree of its own, which nobody else edits, and one GPU. Writes run.log, what `lab record` writes, night.log
-(one line for each thing that it did) and .lab/worker.lock (locked while it runs; contains its name in the team).
+(one line for each thing that it did) and .lab/worker.lock (locked while it runs; contains its name in the team). It holds .lab/night.lock as well, as an agent's night
+does: one tree, one of them.
 
 Killed at any moment it loses at most the run in progress: what it had claimed is in the queue, what it had recorded is in
 git, and the next start in this tree, or another worker, finds both.
@@ -636,8 +637,6 @@ def training_command(top, wanted):
 
 def check_tree(repo, member, lock):
     """Refuses a tree in which somebody else may work: what a worker finds there it takes off the branch."""
-    if locks.is_held(repo.top / names.LAB / names.NIGHT_LOCK):
-        raise Refused("a night is running in this tree: give the worker a working tree of its own (git worktree add)")
     with contextlib.suppress(OSError):
         if lock.read_text(encoding="utf-8", errors="replace").strip() == member.name:
             return  # it was this worker's before
@@ -660,11 +659,13 @@ def run(args):
     os.chdir(repo.top)
     member = member_of(repo)
     (repo.top / names.LAB).mkdir(exist_ok=True)
-    lock = repo.top / names.LAB / names.WORKER_LOCK
-    check_tree(repo, member, lock)
-    with locks.hold(lock) as held:
-        if not held:
-            raise Refused("a worker is running in this tree already: one tree, one worker")
+    lock, night = repo.top / names.LAB / names.WORKER_LOCK, repo.top / names.LAB / names.NIGHT_LOCK
+    with locks.hold(night) as alone, locks.hold(lock) as held:
+        if not alone or not held:
+            raise Refused("a worker or a night is running in this tree: give each worker a working tree of its own (git worktree add)")
+        check_tree(repo, member, lock)
+        with contextlib.suppress(OSError):  # a full disk
+            night.write_text(str(os.getpid()))  # `lab fleet stop` signals it
         lock.write_text(member.name, encoding="utf-8")
         command, why = training_command(repo.top, not args.no_sandbox)
         worker = Worker(repo, member, args.hours, args.ideas, command)
