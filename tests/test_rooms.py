@@ -20,11 +20,11 @@ ALLOWED = {
     "share": {"base", "store", "analysis"},
     "loop": {"base", "store", "analysis", "share"},
     "queue": {"base", "store", "analysis", "share", "loop", "keeper"},
-    "verify": {"base", "store", "analysis"},
-    "charts": {"base", "store", "analysis"},
-    "web": {"base", "store", "analysis", "loop", "verify", "charts"},
-    "keeper": {"base", "store", "analysis", "loop", "verify"},
-    "fleet": {"base", "store", "analysis", "loop", "verify", "keeper"},
+    "verify": {"base", "store", "analysis", "share"},
+    "charts": {"base", "store", "analysis", "share"},
+    "web": {"base", "store", "analysis", "share", "loop", "verify", "charts"},
+    "keeper": {"base", "store", "analysis", "share", "loop", "verify"},
+    "fleet": {"base", "store", "analysis", "share", "loop", "verify", "keeper"},
 }
 CORE = {  # top-level module -> those of the core that it may import
     "constants": set(),

@@ -2,8 +2,13 @@
 
 import hashlib
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
 from lab.store.repository import Repo
+from lab.verify import commits
 
 HEADER = {"run_id": "", "start": "2026-11-21T00:00:00+00:00", "train_sha256": "", "rules_sha256": "r", "data_sha256": "d",
           "dataset": "stdlib", "seed": 42, "device": "cpu", "clock": "monotonic"}  # fmt: skip
@@ -317,6 +323,18 @@ def test_two_machines_share_through_a_remote(shared):
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
 
 
+def test_prove_and_the_notebook_read_the_team_as_one_night(shared):
+    first, second, _ = shared
+    assert team.read_night(second.path).experiments == () and fetch(second) is None
+    night = team.read_night(second.path)
+    assert [e.description for e in night.experiments] == ["baseline", "wider"] and night.best.val_bpb == 0.99
+    assert night.sigma == pytest.approx(0.002) and night.by_estimate
+    assert commits.default(second.repo) == [first.records()[0]["commit"], first.records()[-1]["commit"]]
+    assert {r["run_id"] for r in commits.of_the_team(second.repo)} == {r["run_id"] for r in first.records()}
+    second.git("switch", "-q", "main")
+    assert team.read_night(second.path).experiments == () and commits.of_the_team(second.repo) == ()
+
+
 def test_members_with_one_branch_name_do_not_overwrite_each_other(first):
     hub = first.hub()
     second = first.clone("b", hub, branch="test")
@@ -527,3 +545,114 @@ def test_a_ref_of_the_remote_is_changed_only_if_it_is_what_is_expected(shared):
         exchange.swap(repo, membership(first.repo), [(ref, old, None)])
     fetch_of_queue = refs(hub, names.queue_ref("gpus", ""))
     assert list(fetch_of_queue) == [other]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two machines, over a network
+
+
+SHIFTED = """\
+import datetime, time
+SHIFT = {shift}
+real, clock = datetime.datetime, time.time
+class Shifted(real):
+    @classmethod
+    def now(cls, tz=None):
+        return real.now(tz) + datetime.timedelta(seconds=SHIFT)
+datetime.datetime = Shifted
+time.time = lambda: clock() + SHIFT
+"""
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    """A bare repository behind `git daemon`; its URL."""
+    if not (Path(subprocess.check_output(["git", "--exec-path"], text=True).strip()) / "git-daemon").exists():
+        pytest.skip("git has no daemon here")
+    subprocess.run(["git", "init", "-q", "--bare", str(tmp_path / "served" / "hub.git")], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["git", "daemon", f"--base-path={tmp_path / 'served'}", "--export-all", "--enable=receive-pack", "--reuseaddr",
+               "--listen=127.0.0.1", f"--port={port}"]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    url, deadline = f"git://127.0.0.1:{port}/hub.git", time.monotonic() + 60
+    while subprocess.run(["git", "ls-remote", url], capture_output=True).returncode:
+        assert process.poll() is None and time.monotonic() < deadline, "git daemon does not answer"
+        time.sleep(0.1)
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_two_machines_whose_clocks_are_ten_minutes_apart_find_one_best(tmp_path, daemon):
+    """Both go on at the same time, over git's own protocol; what they see in the end is the same."""
+    first = Teammate(tmp_path / "a")
+    second = first.clone("b", daemon)
+    for night, shift in [(first, 0), (second, -600)]:
+        folder = tmp_path / f"clock{shift}"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(SHIFTED.format(shift=shift))
+        night.shift, night.env = shift, night.env | {
+            "PYTHONPATH": f"{folder}:{night.env['PYTHONPATH']}", "GIT_COMMITTER_DATE": f"@{int(time.time()) + shift} +0000"}  # fmt: skip
+
+    def runs(night, value, seed):
+        when = datetime.now(timezone.utc) + timedelta(seconds=night.shift)
+        night.run(value, seed=seed, start=when.isoformat(timespec="seconds"))
+        os.utime(night.path / "run.log", (when.timestamp() + 1, when.timestamp() + 1))
+
+    for i, value in enumerate((1.0, 1.002, 0.998)):
+        runs((first, second)[i % 2], value, 42 + i)
+        (first, second)[i % 2].recorded("baseline")
+    assert second.records()[-1]["recorded"] < first.records()[0]["recorded"], "the clocks are not apart"
+    rng, tried = random.Random(1), 0
+    for i in range(14):
+        night = (first, second)[rng.random() < 0.5]
+        if night.next().endswith("lab adopt"):
+            night.adopted()
+        night.change_train()
+        night.commit(f"idea {i}")
+        runs(night, 0.999 - 0.002 * i + rng.gauss(0, 0.004), 42)
+        result = night.recorded(f"idea {i}")
+        while result.verdict == "confirm":
+            runs(night, 0.999 - 0.002 * i, 50 + tried)
+            tried, result = tried + 1, night.recorded()
+    found = []
+    for night in (first, second):
+        fetch(night)
+        seen_here = night.team
+        found.append(decided(seen_here))
+        assert {r["verdict"] for r in seen_here.night.rows} >= {"keep", "discard"} and not seen_here.notes
+        night.check_team()
+    assert found[0] == found[1] and len(found[0]) == len(first.records()) + len(second.records())
+    assert first.team.best["code"] == second.team.best["code"]
+    lists = [json.loads(night.lab("status", "--json").out) for night in (first, second)]
+    for key in ("dead_ends", "near_misses"):
+        assert [r["short"] for r in lists[0][key]] == [r["short"] for r in lists[1][key]]
+    assert lists[0]["best"]["short"] == lists[1]["best"]["short"] and lists[0]["dead_ends"]
+
+
+@pytest.mark.slow
+def test_records_made_at_the_same_moment_are_all_there(first):
+    """Four trees of one checkout record eight times each, all at once, through one remote."""
+    hub = first.hub()
+    first.git("config", "autoresearch.remote", str(hub))
+    publish(first)
+    trees = [first.worktree(name) for name in "bcde"]
+
+    def work(night):
+        for i in range(8):
+            if night.next().endswith("lab adopt"):
+                night.adopted()
+            night.experiment(f"idea {i}", 1.0 - 0.003 * i)
+        night.check_team()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, trees))
+    elsewhere = first.clone("z", hub)
+    assert fetch(elsewhere) is None
+    found = seen(elsewhere)
+    runs = sorted(r["run_id"] for night in (first, *trees) for r in night.records())
+    assert sorted(r["run_id"] for r in found.night.records) == runs and len(set(runs)) == len(runs)
+    assert all(decided(night.team) == decided(found) for night in trees)

@@ -62,7 +62,7 @@ class Night:
     """experiments: the rows of results.tsv, or None for those that follow from the records.
     records: runs.jsonl of one branch, oldest first; () for a table of another harness.
     notes: what could not be read. sigma: noise of one run in val_bpb, if there are no records to estimate it from.
-    spread: of a team's member, so that two of them that run the same code again do so under different seeds."""
+    spread: of a team's member, from 1: where it begins in the list of seeds, as others may run the same code now."""
 
     def __init__(self, experiments=None, records=(), tree=None, notes=(), sigma=None, spread=0):
         self.records, self.tree, self.notes, self.spread = list(records), tree, tuple(notes), spread

@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from lab.analysis import holdout
-from lab.analysis.history import read_night
 from lab.base import files
 from lab.base.errors import Stop, os_reason
 from lab.charts import figures, view
+from lab.share.team import read_night
 from lab.store import results_tsv
 
 LARGEST = 15  # gains in the table: as many as fit on a page

@@ -18,6 +18,7 @@ from lab.store.repository import Repo
 RUN = "uv run train.py > run.log 2>&1"
 ADOPT = "uv run -m lab adopt"
 COMMIT_RUN = 'git commit -m "..." -- train.py (no second run is needed), then: uv run -m lab record "what this tried"'
+SEEDS = range(43, 63)  # of repeats in a team: those that the permission files in agents/ allow
 BRIEF = 80  # characters of a description
 TOUCHED = 3  # files that a refusal names, of those that an experiment may not touch
 
@@ -112,9 +113,14 @@ def run_command(top):
 
 
 def next_run(top, history, code):
-    """The command for the next run of this code: a repeat has a seed that the code has not run under."""
-    seeds = [r["header"]["seed"] for r in history.runs(code)]
-    return f"AUTORESEARCH_SEED={max(seeds) + 1 + history.spread} {run_command(top)}" if seeds else run_command(top)
+    """The command for the next run of this code: a repeat has a seed that the code has not run under. So has the first run
+    of a team's baseline: the members may begin at the same time."""
+    used = [r["header"]["seed"] for r in history.runs(code)]
+    if not used and (not history.spread or history.anchors):
+        return run_command(top)
+    begin = (history.spread - 1) % len(SEEDS) if history.spread else 0
+    free = [seed for seed in [*SEEDS[begin:], *SEEDS[:begin]] if seed not in used] if history.spread else []
+    return f"AUTORESEARCH_SEED={free[0] if free else max(used) + 1} {run_command(top)}"
 
 
 def examine(repo, description, discard=False, simpler=False):
@@ -248,7 +254,7 @@ def place(repo, history, team=None):
     kept, which is recognised by its train.py."""
     edits = repo.edits()
     blob = edits[0].blob if edits else repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
-    anchors = [*history.anchors, *(team.night.anchors if team else [])]
+    anchors = [*history.anchors, *(team.bases if team else [])]
     if not anchors:
         own = repo.own_edits(repo.tag())
         if own and not history.records:  # if the baseline itself crashed, mending it comes first

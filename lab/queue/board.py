@@ -84,7 +84,10 @@ class Board:
         """Changes refs of the queue, all or none: [(ref, new commit or None, commit that it must have or None)]. Whether that
         was done, by this call or by an earlier one whose answer was lost. Raises GitError if the remote does not answer."""
         if not self.member.remote:
-            return base_git.change_refs(self.repo.top, changes)
+            if base_git.change_refs(self.repo.top, changes):
+                return True
+            there = base_git.refs(self.repo.top, *(ref for ref, _, _ in changes))
+            return all(there.get(ref) == new for ref, new, _ in changes)
         if exchange.swap(self.repo, self.member, changes) == "refused":
             return False
         self.mirrored([(ref, new) for ref, new, _ in changes])

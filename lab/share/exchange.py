@@ -24,7 +24,7 @@ from lab.base.errors import Refused, Stop, os_reason
 from lab.base.files import write
 from lab.base.git import GitError
 from lab.base.text import json_of, one_line
-from lab.store import names, records_in_git
+from lab.store import archive, names, records_in_git
 from lab.store.names import PREFIX
 
 FETCH_SECONDS, PUSH_SECONDS = 15, 15  # of one call; a queue's call may use other limits
@@ -64,7 +64,8 @@ def update_own(repo, member, tag, state):
     ref, log = member.ref(tag), records_in_git.ref_of(tag)
     tree = repo.git("rev-parse", "--verify", "--quiet", f"{log}^{{tree}}").strip()
     before = repo.ask("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    recorded = list(dict.fromkeys([*repo.numbers(tag).values(), repo.head()]))  # HEAD may wait for a repeat
+    # Also those that have no number yet, and another member's commit that this one ran again.
+    recorded = list(dict.fromkeys(r["commit"] for r in archive.records_of(repo.top, tag)))
     wanted = "\n".join([*recorded, *[f"^{before}"] * bool(before)])
     listed = repo.ask("rev-list", "--ignore-missing", "--stdin", stdin=wanted) or ""
     new = [commit for commit in recorded if commit in set(listed.split())]

@@ -7,7 +7,9 @@ A member is a working tree. Its name is random and in its own git folder, so two
 same ref. Without autoresearch.team nothing in lab.share is used.
 """
 
+import hashlib
 import os
+import platform
 import re
 import secrets
 from pathlib import Path
@@ -26,6 +28,7 @@ class Member(NamedTuple):
     name: str  # of this working tree in the team: 12 hexadecimal digits
     remote: str | None  # name, path or URL of the git remote that the team shares through; None: this checkout only
     shared: Path  # folder in the git folder that all working trees of this checkout share; for caches and locks
+    apart: int = 1  # from which of a team's seeds this member begins: trees of one checkout have numbers in a row
 
     def ref(self, tag):
         """The ref that this member publishes its branch autoresearch/TAG to; nobody else writes it."""
@@ -55,7 +58,18 @@ def membership(repo):
     if remote and remote.startswith("-"):
         raise Refused(f"{remote[:80]!r} is not a git remote: git config {names.REMOTE} NAME-OR-PATH-OR-URL")
     shared = (repo.top / common).resolve() / names.SHARE
-    return Member(team, name_of(Path(own) / names.MEMBER, repo.top.resolve()), remote, shared)
+    return Member(team, name_of(Path(own) / names.MEMBER, repo.top.resolve()), remote, shared, apart(Path(own), shared, remote))
+
+
+def apart(own, shared, remote):
+    """The number of the working tree in its checkout, from 1; with a remote, where checkouts do not know of each other,
+    from a number that follows from machine and path."""
+    begin = hashlib.sha256(f"{platform.node()} {shared}".encode()).digest()[0] if remote else 0
+    try:
+        others = sorted(path.name for path in (shared.parent / "worktrees").iterdir())
+    except OSError:
+        others = []
+    return 1 + begin + (1 + others.index(own.name) if own.name in others else 0)
 
 
 def name_of(path, top):

@@ -20,17 +20,19 @@ import json
 import re
 from collections import Counter
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import NamedTuple
 
-from lab.analysis import verdict
+from lab.analysis import history, verdict
 from lab.analysis.history import Night, Replay, is_measurement, kind
 from lab.base import git as base_git
 from lab.base import text
-from lab.base.errors import Stop
+from lab.base.errors import Refused, Stop
 from lab.base.git import GitError
 from lab.share.exchange import REASON, STATE_KEYS
-from lab.share.membership import NAME
-from lab.store import names, records_in_git, results_tsv, rules, runs_jsonl
+from lab.share.membership import NAME, membership
+from lab.store import archive, names, records_in_git, results_tsv, rules, runs_jsonl
+from lab.store.repository import Repo
 
 LARGEST_RECORD, LARGEST_TREE, LARGEST_TRAIN = 1 << 16, 1 << 20, 1 << 20  # bytes; a record has about 3,000
 MOST_RUNS, MOST_TREES = 20_000, 2_000  # of one member's branch; of a team
@@ -38,7 +40,6 @@ ABANDONED = 3600  # seconds after which nobody waits for what a member said it w
 ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\[^"\\]')  # in JSON: lab writes only \" and \\
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_NOTES = 6
-SPREAD = 97  # seeds: so far apart may two members be that run the same code again
 
 
 class Tree(NamedTuple):
@@ -72,6 +73,12 @@ class Team(NamedTuple):
         team is measuring; None before its first run. r["member"] found it, r["label"] names it."""
         return self.night.tip or self.night.baseline_record
 
+    @property
+    def bases(self):
+        """What an experiment may be based on: the team's keeps, then those that were kept once, by their tree or by all."""
+        once = [r for r in self.night.rows if r.get("late") or r.get("given_up")]
+        return [*self.night.anchors, *once[::-1]]
+
     def after(self, changed):
         """The Team once these records of the own branch were recorded, too."""
         own = self.trees[0]
@@ -99,6 +106,8 @@ def team_night(repo, member, tag, own, header=None):
     autoresearch/TAG, which is the member's. header: that of a run of this tree, if `own` has none: it says which records
     compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same."""
     trees, notes = read_trees(repo, member, tag)
+    known = {r["run_id"] for r in own}
+    trees = [tree for tree in trees if not tree.records or any(r["run_id"] not in known for r in tree.records)]  # an old name
     own = Tree(member.name, tag, own, {}, True, True)
     header = next((r["header"] for r in own.records if r["header"]), header) or likely(repo, trees)
     trees = (own, *trees)
@@ -108,6 +117,26 @@ def team_night(repo, member, tag, own, header=None):
 
 
 _latest = []  # the last Team that was asked for: one `lab record` asks three times, of the same refs
+
+
+def team_of(repo):
+    """The Team of a working tree on a night's branch, for those that only read; None if it is in no team. Raises Refused
+    elsewhere than on such a branch."""
+    member = membership(repo)
+    return member and team_night(repo, member, repo.tag(), archive.records_of(repo.top, repo.tag()))
+
+
+def read_night(tree, results=None):
+    """What lab.analysis.history.read_night returns of a tree, or, of a member of a team, the Night of the team."""
+    try:
+        team = None if results else team_of(Repo.find(tree))
+    except (Refused, GitError):
+        team = None
+    if not team or not team.night.records:
+        return history.read_night(tree, results)
+    night = team.night
+    night.tree, night.notes = Path(tree), team.notes
+    return night
 
 
 def likely(repo, trees):
@@ -140,9 +169,8 @@ def assembled(member, tag, trees, notes, header):
             (ours if tree.is_own or wanted and same else ideas).append(((last, tree.member, tree.tag, i), tree.is_own, record))
         highest = max(highest, last)
     ours, ideas = (sorted(found, key=lambda item: item[0]) for found in (ours, ideas))
-    spread = int(member.name, 16) % SPREAD
     whole = one_line_of([(r, is_own) for _, is_own, r in ours])
-    night = Night(records=[r for _, _, r in ours], spread=spread)
+    night = Night(records=[r for _, _, r in ours], spread=member.apart)
     night.replayed = whole.search, whole.line  # what Night would find, too, with a second replay
     return Team(member, tag, tuple(trees), night, tuple(r for _, _, r in ideas), tuple(notes), header, highest + 1)
 
@@ -203,7 +231,7 @@ def again(whole, r):
     if r["verdict"] != "discard":
         r["verdict"] = "keep"
     elif r["code"] == whole.line[-1]["code"] and len(whole.line) > 1 and is_measurement(r) and not r["home_row"]:
-        whole.line[-1].update(verdict="discard", given_up=r["run_id"], why=f"its gain did not hold when {r['label']} ran it again")
+        whole.line[-1].update(verdict="discard", given_up=r["run_id"], why=f"its gain did not hold when {r['tag']} ran it again")
     else:
         r["verdict"] = "keep"
         for keep in whole.line:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from lab.analysis.history import Night
 from lab.base import text
 from lab.base.errors import Refused
+from lab.share.team import team_of
 from lab.store import archive, names, rules, runs_jsonl
 from lab.store.repository import Repo
 
@@ -41,6 +42,7 @@ def find(given, tops):
     repos = [Repo.find(top) for top in tops]
     nights = [path for repo in repos for path in (repo.top / names.RUNS_JSONL, *repo.top.glob("runs/**/runs.jsonl"))]
     records = [record for path in nights for record in runs_jsonl.read_runs(path)[0]]
+    records += [r for repo in repos for r in of_the_team(repo)]
     if not given:
         given = default(repos[0])
     arms = [find_one(name, repos, records) for name in given]
@@ -58,9 +60,19 @@ def find(given, tops):
     return arms, {r["header"]["seed"] for r in records if r.get("header")}
 
 
+def of_the_team(repo):
+    """The records of everybody in the tree's team that compare with its own; () without a team."""
+    try:
+        team = team_of(repo)
+    except Refused:  # it is on no night's branch
+        return ()
+    return team.night.records if team else ()
+
+
 def default(repo):
-    tag = repo.tag()
-    history = Night(records=archive.records_of(repo.top, tag))
+    """The baseline and the best, of the team if the tree is in one."""
+    tag, team = repo.tag(), team_of(repo)
+    history = team.night if team else Night(records=archive.records_of(repo.top, tag))
     if not history.kept:
         raise Refused("nothing was kept on this branch yet: name the commits, or record a baseline first")
     baseline, best = min(history.kept, key=lambda r: r["row"]), history.best_record
