@@ -3,7 +3,7 @@
     uv run benchmarks/team.py [--members 64] [--rows 100]
 
 Makes a team out of nothing: a repository with real commits and records, no training. Each member's ref is in a bare
-repository, from which a clone fetches. Prints seconds: the first status, which fetches and checks everything; later ones;
+repository, from which a clone fetches. Prints seconds and CPU seconds: the first status, which fetches and checks everything; later ones;
 and one record of that clone, which is judged by all of them.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -76,9 +77,11 @@ def make(first, hub, members, rows):
 
 
 def timed(what, call):
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     result = call()
-    print(f"{what}: {time.monotonic() - began:.2f} s", flush=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{what}: {time.monotonic() - began:.2f} s, of it {cpu:.2f} s CPU", flush=True)
     assert result.rc == 0, result.err
     return result
 
