@@ -80,7 +80,7 @@ def test_propose_takes_the_experiment_off_the_branch_and_leaves_the_humans_edits
 
 
 def test_propose_refuses_what_is_no_experiment_of_this_branch(agent):
-    refused(agent, "propose", "nothing", needle="is on refs/heads/main too")
+    refused(agent, "propose", "nothing", needle="is on refs/heads/main too: commit the experiment")
     agent.edit(**KEEP)
     refused(agent, "propose", "dirty", needle="not committed")
     agent.commit("more A")

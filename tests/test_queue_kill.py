@@ -56,7 +56,7 @@ def propose(agent, description, rng, kills):
         if process.returncode == 0:
             return
         if process.returncode > 0:  # not killed: an earlier call has queued it, and may have moved the branch, too
-            assert "recorded already" in out or "runs already" in out or "is on refs/heads/main too" in out, out
+            assert "recorded already" in out or "runs already" in out or "too: commit the experiment" in out, out
             assert description in [item.state["description"] for item in agent.queue.items]
             agent.git("reset", "-q", "--keep", "main")
             return

@@ -103,6 +103,7 @@ class Worker:
     def __init__(self, repo, member, hours, ideas=False, command=None, board=None, now=time.monotonic, sleep=time.sleep):
         """command: what runs a training. now, sleep: for tests."""
         self.repo, self.member, self.ideas, self.tag = repo, member, ideas, repo.tag()
+        repo.tag = lambda: self.tag  # git is asked a dozen times for one proposal otherwise; record asks it again
         self.command = command or [sys.executable, names.TRAIN]
         self.board = board or Board(repo, member)
         self.now, self.sleep = now, sleep
@@ -229,6 +230,8 @@ class Worker:
         """Takes an experiment that was not recorded off the branch, as a killed worker or a lost claim leaves it."""
         if not self.repo.train_is_committed():
             self.repo.git("checkout", "--quiet", "HEAD", "--", names.TRAIN)
+        if team.best and names.sha256(self.repo.top / names.TRAIN) == team.best["code"]:
+            return
         with contextlib.suppress(checks.NotBased):
             place = checks.place(self.repo, checks.night_of(self.repo), team)
             if place.edits:
@@ -312,9 +315,8 @@ class Worker:
             raise Fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
         return item, log
 
-    def check_kind(self, log):
-        """Raises Hopeless if the run does not compare with the team's."""
-        own = checks.night_of(self.repo)
+    def check_kind(self, log, own):
+        """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
         if self.ideas or not log.header or own.first:
             return
         team = checks.team_of(self.repo, own)
@@ -343,9 +345,9 @@ class Worker:
         while True:
             n += 1
             item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
-            self.check_kind(log)
-            item = self.renew(item, "records", code)
-            again = bool(checks.night_of(self.repo).latest(code))
+            own = checks.night_of(self.repo)
+            self.check_kind(log, own)
+            item, again = self.renew(item, "records", code), bool(own.latest(code))
             try:
                 said = self.recorded(description, item.state["simpler"] and not again)
             except Again:
