@@ -350,6 +350,11 @@ def test_a_worker_of_another_device_says_so_and_puts_the_proposal_back(agent):
     done = tree.lab("work", "--no-sandbox", timeout=PATIENCE, FAKE_DEVICE="another")
     assert done.rc == 1 and "device another, not cpu (a fake)" in done.err and "--ideas" in done.err
     assert agent.kinds() == {"more A": "open"} and not tree.records()
+    (tree.path / "prepare.py").write_text("# other rules\n")
+    tree.commit("other rules", "prepare.py")
+    done = tree.lab("work", "--no-sandbox", timeout=PATIENCE)
+    assert done.rc == 1 and "prepare.py is not that of the team's runs" in done.err
+    assert agent.kinds() == {"more A": "open"} and not tree.records()
 
 
 @pytest.mark.slow
@@ -407,6 +412,8 @@ def test_a_worker_takes_no_tree_that_somebody_else_uses(agent):
     assert "not recorded" in agent.lab("work").err
     with locks.hold(agent.path / ".lab" / "night.lock"):
         assert "a worker or a night is running" in agent.lab("work").err
+    with locks.hold(agent.path / ".lab" / "worker.lock"):
+        assert "a worker runs in this tree" in agent.lab("propose", "more A").err
     agent.git("reset", "-q", "--hard", "main")
     with locks.hold(agent.path / ".lab" / "worker.lock"):
         assert "a worker or a night is running" in agent.lab("work").err

@@ -94,6 +94,8 @@ def run(args):
     description = one_line(args.description, results_tsv.LONG_DESCRIPTION)
     if not description:
         raise Refused('say in a few words what this tries: uv run -m lab propose "..."')
+    if locks.is_held(repo.top / names.LAB / names.WORKER_LOCK):
+        raise Refused("a worker runs in this tree, which resets it as it needs: propose from another working tree (git worktree add)")
     with locks.one_at_a_time(repo.top / names.LAB, "record or propose"):
         head, parent = check(repo, tag)
         code, board = names.sha256(repo.top / names.TRAIN), Board(repo, member)
