@@ -45,9 +45,9 @@ from corpus.tokenizer import NUM_ORDINARY, Tokenizer
 from frozen import device as devices
 from frozen import guard
 from frozen.audit import score_and_audit
-from frozen.device import FA3_KERNEL, pick_device  # noqa: F401 (train.py and lab import them from here)
+from frozen.device import FA3_KERNEL, is_out_of_memory, pick_device  # noqa: F401 (train.py and lab import from here)
 from frozen.metric import checked_logits, eval_batches, score_rows, token_nats  # noqa: F401
-from frozen.process import Watchdog, end_on_signals, lock_folder, process_age
+from frozen.process import Watchdog, end_on_device_errors, end_on_signals, lock_folder, process_age
 
 # ---------------------------------------------------------------------------------------------------
 # The clock
@@ -279,7 +279,10 @@ def begin_run(train_file, *, now=time.monotonic, watchdog_now=time.monotonic):
 
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it: the same for all
     end_on_signals()
+    end_on_device_errors()
     _run = run = Run(now, watchdog, pick_device(), choose_seed(injected), manifest, folder_fd, train_file, injected)
+    if run.device.type == "cpu":
+        devices.keep_freed_memory()
     run.check_code()
     rules_files = rules.file_hashes(Path(__file__).parent)
     header = {

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from constants import MAX_SEQ_LEN
-from prepare import FA3_KERNEL, begin_run, evaluate_bpb, load_tokenizer, make_dataloader, warmup_batch
+from prepare import FA3_KERNEL, begin_run, evaluate_bpb, is_out_of_memory, load_tokenizer, make_dataloader, warmup_batch
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters. In `a if GPU else b`, a is for a large GPU, b for CPUs and Apple silicon (measured on two cores,
@@ -202,16 +202,26 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6).to(x.dtype)  # autocast may make it float32
 
 
-def rotate(x, cos, sin):  # (B, T, H, D) by (T, 1, D/2)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+def rotate(x, cos, sin):  # (B, T, H, D) by (T, 1, D): cos is (c, c), sin is (s, -s)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+
+
+class ReluSquared(torch.autograd.Function):  # fewer passes over the largest activation than autograd takes
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x := F.relu(x))
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, gated):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
-        kv_dim = config.n_kv_head * self.head_dim
+        self.head_dim, self.n_kv_head = config.n_embd // config.n_head, config.n_kv_head
+        kv_dim = self.n_kv_head * self.head_dim
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_k = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
@@ -221,11 +231,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ve, cos, sin, attend, window, mask):
         B, T, _ = x.shape
-        q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
+        qkv = F.linear(x, torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight]))  # one matmul, not three
+        qk, v = qkv.view(B, T, -1, self.head_dim).tensor_split([-self.n_kv_head], dim=2)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = norm(rotate(qk, cos, sin)).tensor_split([-self.n_kv_head], dim=2)
         y = attend(q, k, v, window, mask)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, -1))
 
@@ -239,7 +250,7 @@ class Block(nn.Module):
 
     def forward(self, x, *attention_inputs):
         x = x + self.attn(norm(x), *attention_inputs)
-        return x + self.c_proj(F.relu(self.c_fc(norm(x))).square())  # the MLP
+        return x + self.c_proj(ReluSquared.apply(self.c_fc(norm(x))))  # the MLP
 
 
 class GPT(nn.Module):
@@ -258,8 +269,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         frequency = config.rope_base ** -(torch.arange(0, head_dim, 2) / head_dim)
         angle = torch.arange(config.sequence_len)[:, None, None] * frequency  # (T, 1, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([angle.sin(), -angle.sin()], dim=-1), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -323,11 +334,11 @@ def orthogonalize(G, coefficients, dtype):
     """Approximates the orthogonal matrix nearest to each of G (..., rows, cols): singular values of about 1."""
     tall = G.size(-2) > G.size(-1)
     X = G.mT if tall else G  # the Gram matrix of the shorter side is the smaller one
-    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
+    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype).reshape(-1, *X.shape[-2:])
     for a, b, c in coefficients:
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 def even_out(update, second_moment, beta2):
@@ -504,12 +515,6 @@ def rehearse(model, optimizer, device, batch_size, lengths):
     getattr(torch, device.type).synchronize()
 
 
-def is_out_of_memory(error):
-    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
-    found = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in signs)
-    return found and "out of resource" not in str(error)  # of shared memory: a smaller batch does not help
-
-
 def warm_up(model, optimizer, device):
     """Returns the device batch size (rows) that works; on failure tries a smaller one, the next attention, eager."""
     rows, lengths = plan_batches()
@@ -526,9 +531,9 @@ def warm_up(model, optimizer, device):
             remedy = one_line(error)
             if is_out_of_memory(error):
                 if batch_size == 1:
-                    raise SystemExit(f"out of memory at one row: make the model smaller ({remedy})") from None
+                    raise SystemExit(f"out of memory at one row: make the model smaller, or free the GPU ({remedy})") from None
                 batch_size = max(n for n in range(1, batch_size // 2 + 1) if rows % n == 0)
-                remedy = f"out of memory, with a device batch of {batch_size}"
+                remedy = f"out of memory, with a device batch of {batch_size} ({remedy})"
             elif model.attention.name != "sdpa" and not ATTENTION:
                 failed[model.attention.name] = remedy
                 remedy = f"{model.attention.name} failed, with the next attention: {remedy}"
@@ -537,6 +542,7 @@ def warm_up(model, optimizer, device):
                 remedy = f"torch.compile failed, in eager mode: {remedy}"
             else:
                 raise
+            print(f"warm-up again: {remedy}", flush=True)
         # Outside the except clause, because its traceback holds the activations.
         model.train()
         restore()
@@ -545,7 +551,6 @@ def warm_up(model, optimizer, device):
             getattr(torch, device.type).empty_cache()
         if remedy is None:
             break
-        print(f"warm-up again: {remedy}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     print(f"attention: {model.attention.name} ({why_attention})")

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: text with natural document lengths, a copy of the code to run, a line in results.jsonl."""
 
 import json
+import math
 import os
 import platform
 import random
@@ -19,8 +20,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
@@ -72,6 +71,9 @@ def _sources():
 
 def write_shard(path, seed, characters):
     """Writes a parquet file in climbmix's layout: zstd, a column `text`, row groups of 1,024 documents."""
+    import pyarrow as pa  # here, so that what a GPU is measured with runs without it
+    import pyarrow.parquet as pq
+
     texts = list(natural_documents(seed, characters))
     pq.write_table(pa.table({"text": texts}), path, row_group_size=1024, compression="zstd")
 
@@ -110,8 +112,8 @@ def clock(prepare):
 @contextmanager
 def data(prepare, tokens=20_000_000):
     """Provides data: the prepared ones, or random ones in a temporary folder. Yields which."""
-    if import_module("corpus.layout").read_manifest(prepare.data_dir() / "manifest.json"):
-        yield "prepared"
+    if manifest := import_module("corpus.layout").read_manifest(prepare.data_dir() / "manifest.json"):
+        yield "random" if manifest.get("random") else "prepared"
         return
     kept = os.environ.get("AUTORESEARCH_CACHE")
     with tempfile.TemporaryDirectory() as folder:
@@ -125,23 +127,48 @@ def data(prepare, tokens=20_000_000):
                 os.environ["AUTORESEARCH_CACHE"] = kept
 
 
+REPEATABLE = 0.5  # share of random tokens that follow from the one before: a model can learn these
+
+
+def random_tokens(rng, shape, ordinary):
+    """uint16 tokens of this shape. Along the last axis half of them are a fixed function of the token before and the
+    others are uniform, so their entropy is known (entropy_of_random_tokens) and a training has something to learn."""
+    tokens = rng.integers(0, ordinary, shape, dtype=np.uint16)
+    follows = rng.random(shape, dtype=np.float32) < REPEATABLE
+    for t in range(1, shape[-1]):
+        successor = (5 * tokens[..., t - 1].astype(np.uint32) + 3) % ordinary
+        tokens[..., t] = np.where(follows[..., t], successor, tokens[..., t])
+    return tokens
+
+
+def entropy_of_random_tokens(ordinary):
+    """Nats per token of random_tokens, given the token before: no model can score lower on average."""
+    other = (1 - REPEATABLE) / ordinary
+    right = REPEATABLE + other
+    return -right * math.log(right) - (ordinary - 1) * other * math.log(other)
+
+
 def write_random_tokens(prepare, tokens):
-    """Writes one shard of random tokens in documents of natural lengths, an untrained tokenizer and a manifest."""
+    """Writes one shard of random tokens in documents of natural lengths, an untrained tokenizer and a manifest.
+
+    Returns the bits per byte of the val rows that no model can beat on average."""
     layout = import_module("corpus.layout")
     root, rng = prepare.data_dir(), np.random.default_rng(0)
     root.mkdir(parents=True)
+    V = prepare.NUM_ORDINARY
     lengths = (rng.lognormal(0, 1.0, 2 * tokens // 700) * MEDIAN_CHARACTERS / 4).astype(np.int64) + 2
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    shard = rng.integers(0, prepare.NUM_ORDINARY, offsets[-1], dtype=np.uint16)
-    shard[offsets[:-1]] = prepare.NUM_ORDINARY  # BOS
+    chains = random_tokens(rng, (-(-offsets[-1] // 1000), 1000), V)
+    shard = chains.reshape(-1)[: offsets[-1]]
+    shard[offsets[:-1]] = V  # BOS
     path = root / "train_00000.npy"
     np.save(path, shard)
     np.save(import_module("corpus.shards").offsets_path(path), offsets)
     T = prepare.MAX_SEQ_LEN
-    rows = rng.integers(0, prepare.NUM_ORDINARY, (layout.EVAL_TOKENS // T, T + 1), dtype=np.uint16)
+    rows = random_tokens(rng, (layout.EVAL_TOKENS // T, T + 1), V)
     np.save(root / "val_rows.npy", rows)
     longer = (bytes(pair) for pair in product(range(256), repeat=2))
-    ranks = [bytes([i]) for i in range(256)] + [next(longer) for _ in range(prepare.NUM_ORDINARY - 256)]
+    ranks = [bytes([i]) for i in range(256)] + [next(longer) for _ in range(V - 256)]
     text = "".join(f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
     (root / "tokenizer.tiktoken").write_text(text)
     token_bytes = prepare.load_tokenizer().token_bytes()
@@ -149,9 +176,12 @@ def write_random_tokens(prepare, tokens):
         "bytes": (root / "val_rows.npy").stat().st_size,
         "sha256": prepare.sha256_files(root / "val_rows.npy"),
         "text_bytes": int(token_bytes[rows[:, 1:]].sum()),
+        "rows": len(rows),
+        "cropped_share": 0.0,
     }
-    manifest = {"rules": layout.DATA_RULES, "train_shards": 1, "files": {"val_rows.npy": val}}
+    manifest = {"rules": layout.DATA_RULES, "train_shards": 1, "files": {"val_rows.npy": val}, "random": True}
     (root / "manifest.json").write_text(json.dumps(manifest))
+    return entropy_of_random_tokens(V) * rows[:, 1:].size / (math.log(2) * val["text_bytes"])
 
 
 def model(train, prepare, device):
@@ -169,36 +199,64 @@ def model(train, prepare, device):
 
 def attention(name, train, device):
     """A back end of train.py by its name, or one that train.py does not use, to measure its benefit."""
-    if name == "varlen":
-        return varlen(train)
-    if name == "flash4":
-        return flash4(train)
+    others = {"varlen": varlen, "varlen4": varlen4, "flash4": flash4, "flex4": flex4}
+    if name in others:
+        return others[name](train)
     return {"fa3": train.load_fa3, "flex": train.load_flex, "sdpa": lambda: train.SDPA}[name]()
 
 
-def varlen(train):
-    """torch's own variable-length attention (FlashAttention inside), with one sequence per row."""
+def varlen(train, name="varlen"):
+    """torch's own variable-length attention, with one sequence per row: cuDNN's kernel for full context where it has
+    one, FlashAttention-2's for windows."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q, k, v, window, mask):
         B, T = q.shape[:2]
         starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+        sizes = dict(window_size=(window if window < T - 1 else -1, 0))
+        if q.size(2) != k.size(2):  # older torch takes grouped queries without being told, and lacks the argument
+            sizes["enable_gqa"] = True
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, *q.shape[1:])
+        return varlen_attn(q, k, v, starts, starts, T, T, **sizes).view(B, T, *q.shape[1:])
 
-    return train.Attention("varlen", lambda T, window, device: None, attend)
+    return train.Attention(name, lambda T, window, device: None, attend)
+
+
+def varlen4(train):
+    """The same with FlashAttention-4's kernels, which torch takes from the package flash-attn-4: in one graph."""
+    from torch.nn.attention import activate_flash_attention_impl
+
+    activate_flash_attention_impl("FA4")
+    return varlen(train, "varlen4")
 
 
 def flash4(train):
-    """FlashAttention-4 (the package flash-attn-4), if it is installed."""
+    """FlashAttention-4 (the package flash-attn-4), if it is installed. torch.compile cannot trace it: its call is left
+    out of the graphs, as in README's lines."""
+    import torch
     from flash_attn.cute import flash_attn_func
 
+    @torch.compiler.disable
     def attend(q, k, v, window, mask):
         y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         return y[0] if isinstance(y, tuple) else y
 
     return train.Attention("flash4", lambda T, window, device: None, attend)
+
+
+def flex4(train):
+    """FlexAttention with FlashAttention-4's kernels (its back end FLASH), which need the package flash-attn-4."""
+    from functools import partial
+
+    from torch.nn.attention import flex_attention as module
+
+    plain = module.flex_attention
+    module.flex_attention = partial(plain, kernel_options={"BACKEND": "FLASH"})
+    try:
+        return train.load_flex()._replace(name="flex4")
+    finally:
+        module.flex_attention = plain
 
 
 def installed(package):

@@ -5,7 +5,7 @@
 
 Times three things in turn, with an untrained model of the default size: the audited scoring of all val rows as a run does
 it, their scoring alone, and a bare forward pass over as many rows (`model(x)`, nothing computed from the logits). The
-audit costs the difference of the first two. Prints a table of medians of REPEATS and appends a line to
+audit costs the difference of the first two. Prints a table of medians of --repeats and appends a line to
 benchmarks/results.jsonl.
 """
 
@@ -15,14 +15,15 @@ import time
 
 import common
 
-REPEATS = 5
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, help="device batch in rows (default: train.py's)")
     parser.add_argument("--compile", choices=["yes", "no"], help="default: as train.py does here")
-    parser.add_argument("--attention", help="fa3, varlen, flash4, flex or sdpa (default: what train.py chooses)")
+    parser.add_argument(
+        "--attention", help="fa3, varlen, varlen4, flash4, flex, flex4 or sdpa (default: what train.py chooses)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of each of the three (default: 5)")
     args = parser.parse_args()
     import numpy as np
     import torch
@@ -60,11 +61,13 @@ def main():
 
         first = seconds(forward)
         times = {"audited": [], "scoring": [], "bare forward": []}
-        for _ in range(REPEATS):
+        for _ in range(args.repeats):
             for name, work in zip(times, (audited, score, forward), strict=True):
                 times[name].append(seconds(work))
     tokens = rows.shape[0] * (rows.shape[1] - 1)
-    print(f"{model.attention.name}, {'compiled' if compiled else 'eager'}, batch {batch_size} x {rows.shape[1] - 1}, {data} data")
+    print(
+        f"{model.attention.name}, {'compiled' if compiled else 'eager'}, batch {batch_size} x {rows.shape[1] - 1}, {data} data"
+    )
     print(f"first forward pass (compiles, where it does): {first:.2f} s")
     for name, values in times.items():
         median = statistics.median(values)

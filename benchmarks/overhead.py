@@ -77,7 +77,9 @@ def main():
         print(f"{stage:<12}{cold[stage]:>9.2f}{medians[stage]:>9.2f}")
     beyond = [sum(r.values()) - r["training"] for r in runs]
     later = statistics.median(beyond[1:])
-    print(f"{'beyond training':<12}{beyond[0]:>6.2f}{later:>9.2f}   later: {min(beyond[1:]):.2f} to {max(beyond[1:]):.2f}")
+    print(
+        f"{'beyond training':<12}{beyond[0]:>6.2f}{later:>9.2f}   later: {min(beyond[1:]):.2f} to {max(beyond[1:]):.2f}"
+    )
     budget = prepare.TIME_BUDGET
     print(f"8 hours hold {8 * 3600 / (budget + later):.0f} runs of {budget} s, without the agent's own time")
     result = {"data": data, "compile": args.compile, "budget": args.budget, "repeats": args.repeats}
@@ -89,7 +91,7 @@ def copy(folder, args):
     shutil.copy(common.ROOT / "train.py", folder)
     edit(folder / "constants.py", r"^TIME_BUDGET = \d+", f"TIME_BUDGET = {args.budget}")
     if args.compile:
-        edit(folder / "train.py", r"COMPILE=False", "COMPILE=True")
+        edit(folder / "train.py", r"^COMPILE = GPU", "COMPILE = True")
 
 
 def edit(path, pattern, replacement):

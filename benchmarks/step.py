@@ -4,6 +4,7 @@
     uv run benchmarks/step.py --attention flex --compile yes     one combination
     uv run benchmarks/step.py --attention flex --compile yes --set WINDOW_PATTERN=L     another hyperparameter
     uv run benchmarks/step.py --attention sdpa --compile no --profile     with a profile of one step, by operator
+    uv run benchmarks/step.py --against COMMIT --compile no     two versions in turn: is this train.py faster?
 
 Each combination runs in its own process. There, train.py's own `train` (data, schedules, deferred read-out of the loss,
 log lines) alternates with the bare forward + backward + optimizer on one batch that is already on the device, BLOCKS
@@ -11,6 +12,10 @@ times each, so that drift of the machine affects both; `loop/bare` is the ratio 
 forward, backward and optimizer is measured on other steps, with a synchronisation after each part. `gaps` is the time of
 a step beyond the four parts (negative if the device overlaps them). Data: those prepared for AUTORESEARCH_DATASET,
 otherwise random tokens in documents of natural lengths. Prints a table and appends a line to benchmarks/results.jsonl.
+
+With --against a commit's train.py and this one take steps in turn, pinned to the same core (--cores: to others), from
+the same weights and with the same batches and hyperparameters: the ratio of their speeds, and whether their losses
+agree (in_turn.py says more). --type bfloat16 or float32: the type of the matmuls.
 """
 
 import argparse
@@ -37,10 +42,21 @@ def main():
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other hyperparameters of train.py")
     parser.add_argument("--profile", action="store_true", help="print what one step of each spends, by operator")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with a commit's train.py, step by step")
+    parser.add_argument("--type", choices=["float32", "bfloat16"], help="with --against (default: train.py's choice)")
+    parser.add_argument("--cores", type=int, nargs="+", default=[0], help="with --against: run on these (default: 0)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return print("RESULT " + json.dumps(measure(args)))
+    if args.against:
+        import in_turn  # not on Windows
+
+        settings = {name: ast.literal_eval(value) for name, _, value in (s.partition("=") for s in args.set)}
+        for compiled in args.compile:
+            plan = dict(compiled=compiled == "yes", dtype=args.type, cores=args.cores, steps=args.steps, blocks=BLOCKS)
+            common.record("step in turn", in_turn.against(args.against, settings, **plan))
+        return
     rows = []
     for attention in args.attention:
         for compiled in args.compile:

@@ -3,6 +3,7 @@
 torch is imported inside the functions: `uv run prepare.py` does not need it.
 """
 
+import ctypes
 import platform
 import re
 import shutil
@@ -40,6 +41,27 @@ def synchronize(device):
     import torch
 
     getattr(torch, device.type).synchronize()
+
+
+def keep_freed_memory():
+    """Makes glibc keep freed memory for the next allocation instead of returning it to the system.
+
+    It would return every large tensor, so a training step on a CPU would take thousands of page faults to get the
+    memory back: 8 % of its CPU time (benchmarks/README.md). Other C libraries are left as they are."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # parameters in malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)  # bytes at the end of the heap that are not returned
+        if not libc.mallopt(mmap_threshold, 2**30):  # larger blocks get pages of their own, which free returns
+            libc.mallopt(mmap_threshold, 2**25)  # the most that older versions accept
+
+
+def is_out_of_memory(error):
+    """Whether a smaller batch may help against an exception; not all back ends raise torch.OutOfMemoryError."""
+    import torch
+
+    signs = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
+    found = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in signs)
+    return found and "out of resource" not in str(error)  # of shared memory: a smaller batch does not help
 
 
 def peak_memory_mb(device):

@@ -1,17 +1,20 @@
-"""The process of a run: its age, its watchdog, what it does on SIGTERM and Ctrl-C, and the lock on its folder."""
+"""The process of a run: its age, its watchdog, how signals and errors of the device end it, and the lock on its folder."""
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 LOOK_SECONDS = 0.2  # between two checks of the watchdog's deadline
 # A hang that holds the interpreter's lock also stops the watchdog's thread: faulthandler, which needs no lock, ends the
 # process this many seconds after the deadline.
 FALLBACK_SECONDS = 10
+DEVICE_ERROR = re.compile(r"(CUDA|HIP|cuDNN|Triton)( driver)? error", re.IGNORECASE)  # of RuntimeErrors
 LOCK_ATTEMPTS, LOCK_WAIT_SECONDS = 20, 0.05  # `lab status` and the dashboard hold the lock for some milliseconds
 
 
@@ -67,6 +70,37 @@ def end_on_signals():
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
         signal.signal(signal.SIGINT, _end)
+
+
+def end_on_device_errors():
+    """An error of the device that nobody handles ends the run with one line and exit status 1; all other errors keep
+    their trace. The exit is immediate: libraries that clean up on a lost device may hang or abort."""
+    previous = sys.excepthook
+
+    def hook(kind, error, trace):
+        if sentence := device_failure(error, trace):
+            print(sentence, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)
+        previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def device_failure(error, trace):
+    """One line about an error of the device (lost, out of memory, a kernel that failed); None for any other error."""
+    import torch
+
+    text = str(error).strip().partition("\n")[0]
+    short = isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", text)
+    if not short and not isinstance(error, torch.AcceleratorError) and not DEVICE_ERROR.match(text):
+        return None
+    frames = [f for f in traceback.extract_tb(trace) if os.path.basename(f.filename) == "train.py"]
+    where = f" (train.py, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    remedy = "see nvidia-smi for other processes, or lower DEVICE_BATCH_SIZE in train.py"
+    if not short:
+        remedy = "if nvidia-smi shows a healthy GPU, CUDA_LAUNCH_BLOCKING=1 shows the line of train.py that fails"
+    return f"{type(error).__name__}: {text}{where}: {remedy}"
 
 
 def lock_folder(folder):

@@ -19,6 +19,7 @@ COMMANDS = {  # command -> room; the module in the room is named like the comman
     "wait": "queue",
     "work": "queue",
     "sample": "verify",
+    "profile": "machine",
     "night": "keeper",
     "sandbox": "keeper",
     "audit": "verify",
@@ -26,6 +27,7 @@ COMMANDS = {  # command -> room; the module in the room is named like the comman
     "dashboard": "web",
     "fleet": "fleet",
     "slurm": "fleet",
+    "doctor": "machine",
 }
 EPILOG = """\
 exit status: 0 done; 1 refused or failed, nothing was changed; 2 wrong usage; 3 stopped half-way (disk full and

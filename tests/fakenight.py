@@ -115,11 +115,12 @@ class FakeNight:
         }  # fmt: skip
         return header | changes
 
-    def run(self, val_bpb=None, seed=42, tail=None, checkpoint=True, seconds=300.0, steps=953, **changes):
-        """Writes run.log and checkpoint.pt of a run of train.py as it is; tail: what stands for the summary."""
+    def run(self, val_bpb=None, seed=42, tail=None, checkpoint=True, seconds=300.0, steps=953, progress=PROGRESS, **changes):
+        """Writes run.log and checkpoint.pt of a run of train.py as it is; tail: what stands for the summary;
+        progress: its progress lines."""
         header = self.header(seed, **changes)
         end = SUMMARY.format(val_bpb=val_bpb, seconds=seconds, steps=steps) if tail is None else tail
-        log = f"run: {json.dumps(header)}\ndtype: bfloat16 (fast)\nattention: sdpa (no GPU)\n{PROGRESS}{end}"
+        log = f"run: {json.dumps(header)}\ndtype: bfloat16 (fast)\nattention: sdpa (no GPU)\n{progress}{end}"
         (self.path / "run.log").write_text(log)
         if checkpoint and tail is None:
             with zipfile.ZipFile(self.path / "checkpoint.pt", "w") as f:

@@ -273,6 +273,88 @@ def test_a_named_back_end_that_fails_is_an_error_and_not_replaced(monkeypatch):
         train.warm_up(model, train.build_optimizer(model, torch.float32), torch.device("cpu"))
 
 
+NO_IMAGE = "CUDA error: no kernel image is available for execution on the device"
+OUT_OF_RESOURCE = "out of resource: shared memory, Required: 246016, Hardware limit: 232448"
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("this build has no backward")
+
+
+def raises(error):
+    def flash_attn_func(*args, **kwargs):
+        raise error
+
+    return flash_attn_func
+
+
+def without_backward(q, k, v, **kwargs):
+    return FailsInBackward.apply(stand_in().flash_attn_func(q, k, v, **kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "kernel, name, says",
+    [
+        (stand_in(), "fa3", "a Hopper GPU and bfloat16"),
+        (stand_in("(y, None)"), "fa3", "a Hopper GPU and bfloat16"),
+        (ValueError("not in the local cache"), "flex", "FA3 not used: ValueError: not in the local cache"),
+        (SimpleNamespace(), "flex", "FA3 not used: AttributeError: "),
+        (SimpleNamespace(flash_attn_func=raises(RuntimeError(NO_IMAGE))), "flex", f"FA3 not used: RuntimeError: {NO_IMAGE}"),
+        (SimpleNamespace(flash_attn_func=raises(TypeError("unexpected keyword argument"))), "flex", "FA3 not used: TypeError"),
+        (SimpleNamespace(flash_attn_func=raises(torch.OutOfMemoryError(OUT_OF_RESOURCE))), "flex", "FA3 not used: OutOfMemory"),
+        (SimpleNamespace(flash_attn_func=without_backward), "flex", "FA3 not used: RuntimeError: this build has no backward"),
+        (SimpleNamespace(flash_attn_func=lambda q, k, v, **kwargs: v[:, :1]), "flex", "FA3 not used: RuntimeError: mm"),
+    ],
+    ids=["present", "a tuple", "missing", "another interface", "no kernel image", "other arguments", "shared memory", "backward",
+         "a wrong shape"],
+)  # fmt: skip
+def test_on_a_hopper_gpu_the_warm_up_ends_with_what_works(kernel, name, says, gpu, monkeypatch, capsys):
+    """The whole warm-up, with the choice of a Hopper GPU in bfloat16, and kernels that stand in for FlashAttention-3."""
+    gpu(9, 0)
+    put_kernels(monkeypatch, failing(kernel) if isinstance(kernel, Exception) else lambda **pin: kernel)
+    choose = train.choose_attention
+    monkeypatch.setattr(train, "choose_attention", lambda device, dtype, *rest: choose(CUDA, torch.bfloat16, *rest))
+    monkeypatch.setattr(train, "choose_compile", lambda device: (True, "triton"))
+    monkeypatch.setattr(train, "set_compile", lambda *args: None)
+    for knob, value in dict(MAX_SEQ_LEN=16, TOTAL_BATCH_SIZE=64, DEVICE_BATCH_SIZE=4).items():
+        monkeypatch.setattr(train, knob, value)
+    monkeypatch.setattr(train, "warmup_batch", lambda B, T: torch.zeros(2, B, T, dtype=torch.int64))
+    model = random_weights(tiny_model(n_head=4, n_kv_head=2))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert train.warm_up(model, train.build_optimizer(model, torch.float32), torch.device("cpu")) == 4
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.attention.name == name
+    out = capsys.readouterr().out
+    assert f"\nattention: {name} ({says}" in f"\n{out}", out
+    assert out.count("warm-up again") == ("failed, with the next attention" in out) <= 1
+    assert "\ndevice batch: 4 x 16 tokens, 1 micro-batches a step\n" in out
+
+
+def test_an_error_that_outlives_the_attention_is_printed_before_the_run_ends_by_it(gpu, monkeypatch, capsys):
+    """After an illegal access every further call of CUDA fails: no other attention can help within this process."""
+    broken = train.Attention("fa3", lambda T, window, device: None, raises(torch.AcceleratorError("CUDA error: illegal access")))
+
+    def restore():
+        raise torch.AcceleratorError("CUDA error: illegal access")
+
+    monkeypatch.setattr(train, "choose_attention", lambda *args: (broken, ""))
+    monkeypatch.setattr(train, "snapshot", lambda *args: restore)
+    for knob, value in dict(COMPILE=False, MAX_SEQ_LEN=16, TOTAL_BATCH_SIZE=64).items():
+        monkeypatch.setattr(train, knob, value)
+    monkeypatch.setattr(train, "warmup_batch", lambda B, T: torch.zeros(2, B, T, dtype=torch.int64))
+    model = tiny_model()
+    with pytest.raises(torch.AcceleratorError):
+        train.warm_up(model, train.build_optimizer(model, torch.float32), torch.device("cpu"))
+    assert "fa3 failed, with the next attention: AcceleratorError: CUDA error: illegal access" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
 def test_without_cuda_it_is_sdpa(kind, monkeypatch):
     put_kernels(monkeypatch, failing(AssertionError("asked for a kernel")))

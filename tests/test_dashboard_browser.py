@@ -20,14 +20,23 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 NASTY = "<script>document.title='stolen'</script><img src=x onerror=document.title='stolen'>"
 
 
+def progress_lines(rise):
+    """Progress lines of a training loss that falls, and that rises by so much in the second half of the run."""
+    xs = [i / 30 for i in range(31)]
+    losses = [2 + 5 * 0.001**x + 2 * rise * max(0.0, x - 0.5) + 0.001 * (i % 3) for i, x in enumerate(xs)]
+    return "".join(
+        f"step {10 * i + 2:05d} ({x:.1%}) | loss {y:.6f} | 318 ms | 1,648,000 tok/s\n" for i, (x, y) in enumerate(zip(xs, losses, strict=True))
+    )
+
+
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
     night = FakeNight(tmp_path_factory.mktemp("night") / "tree")
     night.baseline()
     night.experiment(NASTY, 0.99)
-    night.experiment("worse", 1.002)
+    night.experiment("worse", 1.002, progress=progress_lines(0.4))
     night.experiment("broken", None, tail="Traceback (most recent call last):\nRuntimeError: a shape\n")
-    night.experiment("better still", 0.95)
+    night.experiment("better still", 0.95, progress=progress_lines(0.0))
     (archive,) = (night.path / "runs").glob("0002-*")
     (archive / "sample_output.txt").write_text(f"Once upon a time {NASTY}\n")
     return night
@@ -145,6 +154,16 @@ def test_an_experiment_opens_from_table_and_chart_and_shows_its_texts_as_text(vi
     )
     page.wait_for_url("**/experiment/**")
     assert page.inner_text("h1") == "better still"
+
+
+def test_an_experiment_draws_its_loss_curve_over_the_bests(visit):
+    page = drawn(visit())
+    page.click("#table tbody tr:nth-child(3) a")
+    page.wait_for_selector("#curves .main-svg")
+    until(page, "document.querySelectorAll('#curves .scatterlayer .trace').length === 2")
+    assert "It parts from the best (row 5) at" in page.inner_text("main")
+    assert "parts from the best" in page.text_content("#curves")
+    assert page.locator("#curves .shapelayer path").count() == 1
 
 
 def test_hovering_a_point_shows_the_description_as_text(visit):

@@ -61,8 +61,9 @@ def tree(tmp_path_factory, prepared_stdlib):
         AUTORESEARCH_DATASET="stdlib", AUTORESEARCH_NO_SAMPLE="1",
     )  # fmt: skip
     repo.copy_cache(prepared_stdlib)
-    # Verdicts are staged, so the speed of this machine must not ask for further runs.
+    # Verdicts are staged, so a busy machine must neither ask for further runs nor let one overrun its second.
     repo.edit("lab/analysis/history.py", r"^SLOWED = \S+", "SLOWED = 10.0")
+    repo.edit("prepare.py", r"^SLACK = .*", "SLACK = 20")
     repo.edit("prepare.py", r"\{self\.val_bpb:\.6f\}", "{staged_bpb(self):.6f}")
     with open(repo.path / "prepare.py", "a") as f:
         f.write("\nimport re\n" + STAGE)
@@ -131,10 +132,11 @@ def test_a_scripted_night(tree):
         assert len(str(caught.value).splitlines()) == 1
 
     # the baseline, then what the verdict makes of close and clear cases
-    assert verdict(agent.baseline()) == "keep"
+    said = agent.baseline()
+    assert verdict(said) == "keep", said
     tried("a loss at first", "# effect: 0.02", expect="discard")
     tried("close, and does not hold", "# effect: -0.00232\n# under 43: 0.003", expect="discard")
-    tried("close, and holds", "# effect: -0.0024\n# under 43: -0.004", expect="keep")
+    tried("close, and holds", "# effect: -0.00238\n# under 43: -0.004", expect="keep")
     tried("equal", "# effect: 0", expect="discard")
     tried("a loss", "# effect: 0.03", expect="discard")
     tried("a gain", "# effect: -0.03", expect="keep")
@@ -204,7 +206,9 @@ def test_a_scripted_night(tree):
     assert [row[3] for row in rows] == (
         ["keep", "discard", "discard", "keep", "discard", "discard", "keep", *["crash"] * 4, "keep", "keep", "keep"]
     )
-    assert len(records) == len(rows) + 2 + 1 + 1  # repeats: two of the baseline, and two where one run did not decide
+    runs = {row[4]: sum(r["commit"].startswith(row[0]) for r in records) for row in rows}
+    again = {"baseline": 3, "close, and does not hold": 2, "close, and holds": 2, "less code": 2}
+    assert runs == {row[4]: again.get(row[4], 1) for row in rows}  # a second run where one does not decide
     assert (tree / "program.md").read_text().endswith("half a sentence of the human")
     assert os.readlink(tree / "runs" / "best") == f"0014-{rows[-1][0]}"
 

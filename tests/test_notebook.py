@@ -139,7 +139,7 @@ ALL = ["recorded", *KINDS]
 @pytest.mark.parametrize("kind", ALL)
 def test_every_section_shows_something_and_the_picture_that_is_saved(shown, kind):
     folder, out = shown[kind]
-    sections = {"load", "progress", "experiments-table", "gains-table", "effort-table", "memory-picture", "pace-line"}
+    sections = {"load", "progress", "experiments-table", "gains-table", "effort-table", "curves-picture", "memory-picture", "pace-line"}
     assert set(out.text) == sections
     assert out.pictures["progress"] == (folder / "progress.png").read_bytes()
     assert len(out.pictures["progress"]) > 20_000 and out.pictures["memory-picture"].startswith(b"\x89PNG")

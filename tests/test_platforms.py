@@ -5,6 +5,7 @@ of devices that are not there. (dtype, compile and attention by device: test_mod
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -202,11 +203,12 @@ def machine(monkeypatch):
     [
         (dict(gpu="NVIDIA H100 80GB HBM3", capability=(9, 0)), "cuda", "NVIDIA H100 80GB HBM3"),
         (dict(gpu="NVIDIA A100-SXM4-80GB", mps=True), "cuda", "NVIDIA A100-SXM4-80GB"),
+        (dict(gpu="NVIDIA A100-SXM4-80GB MIG 3g.40gb"), "cuda", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"),
         (dict(gpu="AMD Instinct MI300X", capability=(9, 4), hip="6.4"), "cuda", "AMD Instinct MI300X"),
         (dict(mps=True), "mps", ", [0-9]+ cores"),
         (dict(), "cpu", ", [0-9]+ cores"),
     ],
-    ids=["H100", "A100", "ROCm", "Apple", "CPU"],
+    ids=["H100", "A100", "MIG", "ROCm", "Apple", "CPU"],
 )
 def test_the_device_is_the_best_that_torch_reports(machine, reported, device, name):
     machine(**reported)
@@ -225,6 +227,29 @@ def test_a_rocm_gpu_trains_in_bfloat16_compiled_by_triton_on_flex(machine, monke
     assert attention.name == "flex", reason
 
 
+def test_of_two_gpus_the_first_visible_one_decides_everything(monkeypatch):
+    """Name, dtype, attention and peak speed are those of one device, the one that the tensors are on."""
+    names, capabilities = ["Tesla T4", "NVIDIA H100 80GB HBM3"], [(7, 5), (9, 0)]
+
+    def index(device=None):
+        return torch.device(device or "cuda").index or 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[index(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[index(device)])
+    for first in range(2):
+        if first:
+            names.reverse(), capabilities.reverse()
+        device, name = devices.pick_device()
+        assert device.type == "cuda" and name == names[0]
+        dtype, why = train.choose_dtype(device)
+        assert dtype == (torch.bfloat16 if first else torch.float32) and f"{capabilities[0][0]}." in why
+        monkeypatch.setitem(train.ATTENTIONS, "fa3", lambda: train.SDPA._replace(name="fa3"))
+        assert train.choose_attention(device, dtype)[0].name == ("fa3" if first else "flex")
+        assert (devices.mfu_percent(name, 1e9, 1e6, 1.0) > 0) == bool(first)
+
+
 def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):
     machine()
     monkeypatch.delattr(os, "sched_getaffinity")
@@ -240,3 +265,30 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
     monkeypatch.setattr(train.shutil, "which", lambda name: asked.append(name) or name)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_stays_in_the_process():
+    """In a child process: allocating the same block again takes no new page faults, which by default it does."""
+
+    def faults(call):
+        script = (
+            "from resource import RUSAGE_SELF, getrusage\n"
+            "from frozen.device import keep_freed_memory\n"
+            f"{call}\n"
+            "import torch\n"
+            "for _ in range(8): torch.ones(2**24)\n"  # 64 MiB each: above glibc's largest threshold of its own
+            "before = getrusage(RUSAGE_SELF).ru_minflt\n"
+            "for _ in range(4): torch.ones(2**24)\n"
+            "print(getrusage(RUSAGE_SELF).ru_minflt - before)"
+        )
+        command, folder = [sys.executable, "-c", script], Path(train.__file__).parent
+        return int(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    assert 4 * faults("keep_freed_memory()") < faults("pass")  # with huge pages both are few
+
+
+def test_other_c_libraries_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: pytest.fail("there is no mallopt to call"))
+    devices.keep_freed_memory()

@@ -264,8 +264,8 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
 
         def long(seed):
             status = train(seed)
-            second.work()  # sees a free lock, and takes over
-            os.chdir(first.path)
+            heir = second.worker()
+            assert heir.claim(heir.free(heir.board.look())[0])  # it sees a free lock, and takes over
             return status
 
         frozen.train = long
@@ -273,6 +273,7 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
         frozen.step()
     assert "another worker has taken this proposal over: what was run is discarded" in frozen.said_all
     assert not (first.path / "run.log").exists() and not first.records()
+    second.work()
     assert one_verdict_each(agent) == {"more A": "keep"}
     assert agent.queue.items[0].state["worker_branch"] == "w2"
 

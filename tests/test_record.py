@@ -178,6 +178,7 @@ def test_a_crash_shows_the_end_of_its_trace_and_undoes_the_commit(begun):
         "FAIL: loss is nan\n",
         "\nwatchdog: training took longer than 336 s; every thread's stack follows\nThread 0x1 (most recent call first):\n",
         "torch.OutOfMemoryError: CUDA out of memory.\n",
+        "AcceleratorError: CUDA error: unspecified launch failure (train.py, line 503, in train_step): if nvidia-smi shows\n",
         "the model sees its own future (earlier logits moved by 0.500): refused\n",
         "model(x) returned (2, 3): evaluation needs logits of shape (B, T, V) = (2, 3, 4)\n",
         "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call first):\n",

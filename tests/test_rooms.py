@@ -20,6 +20,7 @@ ALLOWED = {
     "share": {"base", "store", "analysis"},
     "loop": {"base", "store", "analysis", "share"},
     "queue": {"base", "store", "analysis", "share", "loop", "keeper"},
+    "machine": {"base", "store"},
     "verify": {"base", "store", "analysis", "share"},
     "charts": {"base", "store", "analysis", "share"},
     "web": {"base", "store", "analysis", "share", "loop", "verify", "charts"},

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import Result, assert_refused, clean_environment, kill_group, left_out
 
+from lab.store import run_log
+
 KEYS = """val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"""
 TINY = {  # on any machine: of the two dtypes, with and without a compiler, the one that needs least of it
     "DEPTH": "2", "MODEL_DIM": "32", "HEAD_DIM": "16", "WINDOW_PATTERN": '"SL"', "DEVICE_BATCH_SIZE": "8",
@@ -216,6 +218,35 @@ def test_a_compiled_training_on_the_standard_library_offline_and_read_only(
     assert (result.rc, told) == (0, [])
     assert "\nval_bpb: " in result.out and "graphs compiled after the clock started: 0\n" in result.out
     assert "\ntorch.compile: yes" in result.out and f"\ndtype: {dtype} (set by DTYPE)\n" in result.out
+
+
+AS_ON_A_GPU = """
+import functools
+
+torch.compile = functools.partial(torch.compile, fullgraph=True)  # a graph break is an error
+
+
+def set_compile(model, optimizer, compiled, device, set_compile=set_compile):
+    set_compile(model, optimizer, compiled, torch.device("cuda"))
+    assert optimizer.adamw_step is not adamw_step and optimizer.muon_step is not muon_step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2000)
+def test_with_everything_compiled_that_a_gpu_compiles_no_graph_is_made_after_the_warm_up(make_training):
+    """Network and both optimizer steps in one graph each, two micro-batches, a batch that does not divide the rows that
+    are scored, and schedules that change every value. In a process of its own: compiling starts threads."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        left_out("no C++ compiler")
+    knobs = TINY | {"GPU": "True", "COMPILE": "True", "DTYPE": "torch.bfloat16", "DEVICE_BATCH_SIZE": "7", "TOTAL_BATCH_SIZE": "14 * 32"}
+    knobs |= {"WARMUP_RATIO": "0.2", "EMBEDDING_WEIGHT_DECAY": "0.01"}
+    result = make_training(AS_ON_A_GPU, knobs=knobs, grace=1500).run("train.py", timeout=1900)
+    assert result.rc == 0, result.err
+    assert "\ntorch.compile: yes" in result.out and "warm-up again" not in result.out
+    assert "\ndevice batch: 7 x 32 tokens, 2 micro-batches a step\n" in result.out
+    assert int(summary(result.out)["num_steps"]) > 2
+    assert "\ngraphs compiled after the clock started: 0\n" in result.out
 
 
 CPU_WITH = """
@@ -465,6 +496,48 @@ GPT.forward = out_of_memory
     result = python.run(repo, "train.py")
     assert_refused(result, "out of memory at one row", "make the model smaller", "20.00 GiB")
     assert "out of memory, with a device batch of 4" in result.out
+
+
+LOST = "CUDA error: unspecified launch failure\\nCUDA kernel errors might be asynchronously reported\\nFor debugging"
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.25 GiB is free. "
+    "Process 4242 has 70.10 GiB memory in use."
+)
+FAILS_AT = """
+def {function}(*args, {function}={function}, calls=[], **kwargs):
+    calls.append(1)
+    if len(calls) == {call}:
+        raise torch.{error}
+    return {function}(*args, **kwargs)
+"""
+DEVICE_FAILURES = {  # what fails: (function of train.py, at which call, the error, what the line says)
+    "the GPU, in training": ("train_step", 7, f'AcceleratorError("{LOST}")', "CUDA error: unspecified launch failure (train.py"),
+    "the GPU, in the first call": ("build_optimizer", 1, f'AcceleratorError("{LOST}")', "in build_optimizer"),
+    "the GPU, in evaluation": ("evaluate_bpb", 1, 'AcceleratorError("CUDA error: device not ready")', "in evaluate_bpb"),
+    "ROCm's GPU": ("train_step", 7, 'AcceleratorError("HIP error: unspecified launch failure")', "HIP error: unspecified"),
+    "memory, in training": ("train_step", 7, f'OutOfMemoryError("{FULL}")', "Process 4242 has 70.10 GiB memory in use."),
+    "memory, in evaluation": ("evaluate_bpb", 1, f'OutOfMemoryError("{FULL}")', "see nvidia-smi for other processes"),
+}
+
+
+@pytest.mark.parametrize("what", DEVICE_FAILURES)
+def test_a_device_that_fails_ends_the_run_with_one_line(make_training, python, what):
+    """And the line is a crash to whoever reads the log, so that a night records it and goes on."""
+    function, call, error, says = DEVICE_FAILURES[what]
+    repo = make_training(FAILS_AT.format(function=function, call=call, error=error))
+    result = python.run(repo, "train.py")
+    assert result.rc == 1 and "val_bpb" not in result.out and left_in(repo) == set()
+    assert_refused(result, says, f"in {function}): ", "nvidia-smi")
+    (repo.path / "run.log").write_text(result.out + result.err)
+    log = run_log.read(repo.path / "run.log")
+    assert log.ended == "crash" and log.lines[-1] == result.err.strip()
+
+
+def test_a_mistake_that_is_not_the_devices_keeps_its_trace(make_training, python):
+    error = """RuntimeError("Expected all tensors to be on the same device, but found at least two, cuda:0 and cpu")"""
+    repo = make_training(FAILS_AT.format(function="train_step", call=7, error=error).replace("torch.Runtime", "Runtime"))
+    result = python.run(repo, "train.py")
+    assert result.rc == 1 and result.err.startswith("Traceback") and "in train_step\n" in result.err
 
 
 GIANT = """

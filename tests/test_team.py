@@ -323,6 +323,31 @@ def test_two_machines_share_through_a_remote(shared):
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
 
 
+def test_a_tree_that_ran_on_another_device_has_a_baseline_of_its_own(first):
+    """What run.log says of the device counts before anything is recorded: not what most of the team have."""
+    publish(first)
+    second = first.worktree("b")
+    assert second.team.best["description"] == "wider"
+    second.run(2.0, device="another")
+    assert second.team.best is None and {r["description"] for r in second.team.ideas} == {"baseline", "wider"}
+    assert 'not recorded: uv run -m lab record "baseline"' in second.next()
+    assert second.recorded("baseline").verdict == "confirm" and second.team.night.values(second.records()[0]["code"]) == [2.0]
+    shown = first.lab("status").out
+    assert "other hardware, data or rules" in shown and "best: 0.990000" in shown
+
+
+def test_what_another_member_tried_is_not_run_again(first):
+    publish(first)
+    second = first.worktree("b")
+    second.adopted()
+    second.change_train(first.git("show", f"{first.experiment('narrow', 1.02)[0]}:train.py") + "\n")
+    commit = second.commit("the same edit")
+    assert second.next().startswith(f"next: {commit[:7]} was tried already (test/0003): git reset --keep ")
+    second.run(1.02)
+    assert "this very train.py was tried before under seed 42 (test/0003)" in second.refused("the same edit")
+    assert second.next().startswith(f"next: {commit[:7]} was tried already (test/0003): git reset --keep ")
+
+
 def test_prove_and_the_notebook_read_the_team_as_one_night(shared):
     first, second, _ = shared
     assert team.read_night(second.path).experiments == () and fetch(second) is None

@@ -5,20 +5,23 @@ import math
 from functools import cache
 
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import colormaps, font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lab.analysis import curves
 from lab.charts import label_placement, view
 
 KEPT, OTHER, MISSING, INK = "#0072b2", "#8b9099", "#d55e00", "#22262b"
+KEEPS = colormaps["plasma"]  # of kept curves, in their order: readable without telling red from green
 LABEL = 44  # characters of a description beside its point: about a quarter of the picture's width
 MOST = 40  # labels that are tried, most important first: placing takes time, and few more would find room
 LARGE, SMALL = 34, 14  # points²: area of a disc in a chart with up to view.MANY experiments, and with more
 FRAME = 4, 24, 2, 22  # pixels at left, bottom, right, top that labels leave free: crosses and triangles are there
 LEADER = 25  # pixels from a point to its label, beyond which a line is drawn between them
+NAMED = 12  # kept experiments whose curve the legend names: the best, and the latest ones
 # Triangles for values outside the view: their height as a fraction of the axes (the lower ones are above the crosses),
 # and the fraction of the width that a value written beside one needs.
 ABOVE, BELOW, ROOM_FOR_VALUE = 0.985, 0.07, 0.07
@@ -47,7 +50,7 @@ def png(figure):
     return file.getvalue()
 
 
-def blank(width, height, title):
+def blank(width, height, title, y_label="val_bpb (lower is better)"):
     """(figure, axes) of width x height inches; without pyplot, which would keep the figure in memory."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -58,7 +61,7 @@ def blank(width, height, title):
     axes.tick_params(colors=INK, labelsize=10)
     axes.ticklabel_format(useOffset=False)
     axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=30)
-    axes.set_ylabel("val_bpb (lower is better)", fontsize=11, color=INK)
+    axes.set_ylabel(y_label, fontsize=11, color=INK)
     return figure, axes
 
 
@@ -215,3 +218,41 @@ def memory(night):
         everything = np.array([(e.memory_gb, e.val_bpb) for e in seen.kept + seen.others])
         write_labels(axes, ends, lambda e: e.memory_gb, night.best, everything, everything)
     return figure
+
+
+def loss_curves(night):
+    """Figure of training loss against progress: a line for each run, kept experiments in colour, from the first keep (dark)
+    to the last one (bright), the others grey."""
+    figure, axes = blank(12, 6.75, "Training loss", "training loss, smoothed (nats)")
+    axes.set_xlabel("progress", fontsize=11, color=INK)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    drawn = [e for e in night.experiments if curves.of(e)]
+    if not drawn:
+        axes.set_yticks([])
+        say(axes, "runs.jsonl has no loss curves")
+        return figure
+    standing, best = {e.number for e in night.standing}, night.best
+    kept = [e for e in drawn if e.number in standing]
+    named = [best, *[e for e in kept if e is not best][-NAMED:]]
+    for e in drawn:
+        if e.number not in standing:
+            draw_runs(axes, e, color=OTHER, linewidth=0.8, alpha=0.45, zorder=2)
+    for e, shade in zip(kept, np.linspace(0.1, 0.9, max(len(kept), 1)), strict=True):
+        name = f"{e.number} {shortened(e.description) or e.commit}{' (best)' if e is best else ''}"
+        width = {"linewidth": 2.6, "zorder": 4} if e is best else {"linewidth": 1.5, "zorder": 3}
+        draw_runs(axes, e, color=KEEPS(shade), label=name if e in named else None, **width)
+    axes.set_ylim(*view.loss_range([curves.of(e) for e in kept or drawn]))
+    if kept:
+        for text in axes.legend(loc="upper right", fontsize=9, labelcolor=INK, title="kept", framealpha=0.9).get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def draw_runs(axes, experiment, label=None, **style):
+    """Draws the curve of each of its runs; the label is that of one of them."""
+    for run in experiment.runs:
+        if run.get("curve"):
+            x, y, _ = zip(*run["curve"], strict=True)
+            axes.plot(x, y, label=label, **style)
+            label = None

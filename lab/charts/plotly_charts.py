@@ -2,13 +2,15 @@
 
 import html
 
-from lab.charts.view import EDGE, MANY, NOTHING, band, name_of_kept, name_of_missing, view
+from lab.analysis import curves
+from lab.charts.view import EDGE, MANY, NOTHING, band, loss_range, name_of_kept, name_of_missing, view
 
 WIDTH, LONGEST = 60, 240  # characters of a description in a hover box: per line, and in all
 # The page may be light or dark: these colours have a contrast of at least 3 against white and against near black.
 KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
 RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
+DASHES = {"best": "dash", "parent": "dot", "best and parent": "dash"}
 SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
 KEPT_LARGER = 4  # pixels: how much larger a kept one is
 
@@ -60,21 +62,25 @@ def traces(night, x):
     return made
 
 
-def layout(night, x_title):
-    """plotly's layout, with axes for the view of the night."""
-    seen = view(night)
-    room = 0.03 * (seen.high - seen.low)  # so that a triangle at the edge is not cut off
+def frame(x_title, y_title, y_range):
+    """plotly's layout of a chart with these axes."""
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True}
-    made = {
+    return {
         "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": TEXT, "size": 13}, "hovermode": "closest",
         "margin": {"l": 70, "r": 20, "t": 40, "b": 55}, "uirevision": "night",  # keeps the zoom when the data is refreshed
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "bgcolor": "#22262b", "font": {"color": "#f4f5f7"}},
         "modebar": {"bgcolor": CLEAR, "color": TEXT},
         "xaxis": {**axis, "title": {"text": x_title}},
-        "yaxis": {**axis, "title": {"text": "val_bpb (lower is better)"}, "range": [seen.low - room, seen.high + room],
-                  "exponentformat": "none"},
+        "yaxis": {**axis, "title": {"text": y_title}, "range": y_range, "exponentformat": "none"},
     }  # fmt: skip
+
+
+def layout(night, x_title):
+    """plotly's layout, with axes for the view of the night."""
+    seen = view(night)
+    room = 0.03 * (seen.high - seen.low)  # so that a triangle at the edge is not cut off
+    made = frame(x_title, "val_bpb (lower is better)", [seen.low - room, seen.high + room])
     if not seen.kept and not seen.others:
         made["yaxis"] |= {"showticklabels": False, "showgrid": False}
         text = NOTHING if night.experiments else "no experiments yet"
@@ -102,6 +108,35 @@ def progress(night):
             kept,
             points(name_of_missing(seen.missing), seen.missing, [e.number for e in seen.missing],
                    [EDGE] * len(seen.missing), crossed, yaxis="y2"),
+        ],
+        "layout": made,
+    }  # fmt: skip
+
+
+def loss_curves(night, experiment):
+    """{"data": [...], "layout": {...}} of the experiment's curve (the last trace) over those of its parent and of the best,
+    with a vertical line where it parts from each. Without a curve there are no traces."""
+    own = curves.of(experiment)
+    others = curves.compared_with(night, experiment) if own else []
+    lines = [(f"{name} (row {e.number})", curves.of(e), {"color": OTHER, "width": 2, "dash": DASHES[name]}) for name, e in others]
+    lines += [(f"row {experiment.number}", own, {"color": KEPT, "width": 3})] if own else []
+    low, high = loss_range([curve for _, curve, _ in lines]) or (0, 1)
+    made = frame("progress", "training loss, smoothed (nats)", [low, high])
+    made["xaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
+    made["hovermode"] = "x unified"
+    made["shapes"], made["annotations"] = [], []
+    for level, (name, e) in enumerate(others):
+        if (x := curves.parting(own, curves.of(e))) is not None:
+            made["shapes"].append({"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1,
+                                   "line": {"color": MISSING, "width": 1, "dash": DASHES[name]}})  # fmt: skip
+            made["annotations"].append({"x": x, "yref": "paper", "y": 0.98 - 0.08 * level, "showarrow": False,
+                                        "xanchor": "left" if x < 0.7 else "right", "text": f" parts from the {name} "})  # fmt: skip
+    return {
+        "data": [
+            {"type": "scatter", "mode": "lines", "name": name, "x": [p[0] for p in curve], "y": [p[1] for p in curve],
+             "customdata": ["–" if p[2] is None else f"{p[2]:,.0f}" for p in curve],
+             "hovertemplate": "%{y:.4f}, %{customdata} tokens/s", "line": line}
+            for name, curve, line in lines
         ],
         "layout": made,
     }  # fmt: skip

@@ -22,6 +22,7 @@ TYPICAL = 3  # times the median distance of discards from the best: shown, so th
 MOST = 3, 0.02  # the room for discards is at most 3 ranges of the running best, or 2 % of val_bpb if that is more
 MOST_WITHOUT_GAIN = 0.25  # of val_bpb: as long as nothing is gained, there are no small steps that must be visible
 LEAST = 1e-4  # of val_bpb: equal values need a range too
+STEEP = 0.1  # of progress: before it the training loss falls so far that the rest would be a flat line
 MARGIN = 0.08, 1.5  # around what is shown: a fraction of its range, and σ, so that the band fits
 
 
@@ -74,6 +75,16 @@ def band(night):
         ys += [ys[-1], y]
     xs, ys = [*xs, xs[-1] + 0.5], [*ys, ys[-1]]
     return [*xs, *xs[::-1]], [*(y + night.sigma for y in ys), *(y - night.sigma for y in ys[::-1])]
+
+
+def loss_range(curves):
+    """(low, high) of training loss that shows these curves (lab.analysis.curves) from STEEP of progress on; None without
+    any such point."""
+    shown = [y for curve in curves for x, y, _ in curve if x >= STEEP] or [y for curve in curves for _, y, _ in curve]
+    if not shown:
+        return None
+    margin = MARGIN[0] * (max(shown) - min(shown)) or LEAST * max(shown) or LEAST
+    return min(shown) - margin, max(shown) + margin
 
 
 def name_of_kept(experiments):

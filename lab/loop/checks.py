@@ -89,10 +89,14 @@ def member_of(repo):
     return repo.member
 
 
-def team_of(repo, history, header=None):
-    """The lab.share.team.Team of the working tree, or None. history: the Night of its branch; header: of a run that is not
-    recorded yet."""
-    member = member_of(repo)
+def team_of(repo, history):
+    """The lab.share.team.Team of the working tree, or None. history: the Night of its branch. Before its first record, the
+    run in run.log says which device and data the tree has."""
+    member, header = member_of(repo), None
+    if member and not history.first:
+        log = run_log.read(repo.top / names.RUN_LOG)
+        known = log is not None and log.header is not None and not rules.changed(log.header, rules.tree(repo.top))
+        header = log.header if known else None
     return team_night(repo, member, repo.tag(), history.records, header) if member else None
 
 
@@ -134,8 +138,7 @@ def examine(repo, description, discard=False, simpler=False):
     if not repo.train_is_committed():
         refuse_uncommitted(repo, history, log)
     code = names.sha256(train)
-    is_of_head = log is not None and log.header is not None and log.header["train_sha256"] == code
-    team = team_of(repo, history, log.header if is_of_head else None)
+    team = team_of(repo, history)
     rule = team.night if team else history
     check_new(repo, history, rule, log, code, discard)
     check_identity(repo, history, rule, log, head, code)

@@ -76,7 +76,8 @@ def new_record(case, args, team):
         "simpler": simpler, "baseline": case.baseline, "code": case.code, "blob": case.blob, "ended": log.ended,
         "start": log.header["start"] if log.header else None, "end": log.end,
         "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary, **shared,
+        "header": log.header, "summary": None if args.discard and log.ended != "complete" else log.summary,
+        "curve": log.curve, **shared,
     }  # fmt: skip
 
 

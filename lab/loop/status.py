@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from lab.analysis import verdict
+from lab.analysis import curves, verdict
 from lab.analysis.history import label
 from lab.base import locks
 from lab.base.errors import Refused
@@ -67,6 +67,7 @@ def gather(path, fetch=False):
         **known,
         "team": team and team_status.gather(repo, team),
         "queue": queue and queue_refs.as_data(queue),
+        "beside_the_best": beside_the_best(repo.top, history) if known["in_progress"] else None,
         "best": best and row(best) | {"best_known": history.estimates.get(best["row"])},
         "baseline": history.kept[0]["mean"] if history.kept else None,
         "sigma": history.sigma, "dof": round(search.dof) if search else 0,
@@ -83,6 +84,12 @@ def gather(path, fetch=False):
         "notes": [note for note in [*notes, *(queue.notes if queue else ())] if note],
         "next": queue and queue_refs.instead(queue, member, bool(own.records), step) or step.sentence,
     }  # fmt: skip
+
+
+def beside_the_best(top, history):
+    """A sentence: how far the run in progress is behind the best at the same progress; None if that is not known."""
+    log = run_log.read(top / names.RUN_LOG)
+    return curves.in_progress(log.curve, curves.of(history.best)) if log and history.best else None
 
 
 def row(r):
@@ -151,6 +158,7 @@ def text(known, everything=False):
     lines += listed(near, known["near_misses"], limit(LAST_NEAR_MISSES))
     if known["in_progress"]:
         lines.append(f"run in progress: {known['progress'] or 'setting up'}")
+        lines += [f"  {known['beside_the_best']}"] if known["beside_the_best"] else []
     return "\n".join([*lines, *(f"note: {note}" for note in known["notes"]), f"next: {known['next']}"])
 
 

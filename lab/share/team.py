@@ -140,8 +140,10 @@ def read_night(tree, results=None):
 
 
 def likely(repo, trees):
-    """A header of the kind that most runs have, if its rules are this tree's; None otherwise."""
-    headers = [r["header"] for tree in trees for r in tree.records if r["header"]]
+    """A header of the kind that most runs have, in this checkout if any were made here, if its rules are this tree's; None
+    otherwise."""
+    near = [tree for tree in trees if tree.is_here and tree.kind] or trees
+    headers = [r["header"] for tree in near for r in tree.records if r["header"]]
     if not headers:
         return None
     most = Counter(json.dumps(kind(h)) for h in headers).most_common(1)[0][0]

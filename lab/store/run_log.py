@@ -14,6 +14,7 @@ import os
 import re
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from lab.base.text import json_of, printable, without_colours
@@ -25,6 +26,7 @@ MAX_OVERRUN = 10  # seconds that training may take beyond its budget, at most: o
 ROUNDING = 0.05e6  # tokens: total_tokens_M has one decimal
 UNEVEN = 4  # how far tokens a step may be from what the progress lines show: batches may grow and rows be short
 FEW = 8  # progress lines: fewer say nothing about how even the speed was
+CURVE = 50  # points of a loss curve, at most
 TRACE = 3600  # characters of a crash's trace that are shown
 SUMMARY = [
     "val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps",
@@ -68,6 +70,11 @@ class RunLog(NamedTuple):
         if len(speeds) < FEW:
             return 0.0
         return 1 - len(speeds) / sum(1 / v for v in speeds) / speeds[-(len(speeds) // 4)]
+
+    @property
+    def curve(self):
+        """Its loss curve as curve_of() makes it."""
+        return curve_of(self.told)
 
     @property
     def tokens(self):
@@ -270,6 +277,40 @@ def progress_of(line):
         match = re.search(pattern, step[3])
         found[key] = finite(match[1]) if match else None
     return found
+
+
+def curve_of(told):
+    """At most CURVE points [progress in [0, 1], smoothed training loss in nats, tokens/s or None] of these progress lines
+    (progress_of), in the order of progress. Of more lines, each point stands for several: it has the last one's progress
+    and loss, and the median of their tokens/s. A line without a loss, or with less progress than the one before it, is
+    left out."""
+    points = []
+    for found in told:
+        progress, loss, speed = round(found["percent"] / 100, 4), found["loss"], found["tokens_per_second"]
+        if loss is None or not 0 <= loss < LARGEST or progress > 1 or (points and progress < points[-1][0]):
+            continue
+        if points and progress == points[-1][0]:
+            points.pop()
+        points.append([progress, loss, speed if speed is not None and 0 <= speed < LARGEST else None])
+    if len(points) <= CURVE:
+        return points
+    bounds = [i * len(points) // CURVE for i in range(CURVE + 1)]
+    groups = [points[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [[*group[-1][:2], median([p[2] for p in group if p[2] is not None] or [None])] for group in groups]
+
+
+def is_curve(value):
+    """Whether a JSON value is a curve as curve_of() makes it."""
+    return (
+        isinstance(value, list) and len(value) <= CURVE
+        and all(isinstance(point, list) and len(point) == 3 for point in value)
+        and all(is_number(x) or i == 2 and x is None for point in value for i, x in enumerate(point))
+        and all(a[0] < b[0] for a, b in zip(value, value[1:], strict=False))
+    )  # fmt: skip
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST  # NaN is not
 
 
 def finite(text):

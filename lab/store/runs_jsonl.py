@@ -8,6 +8,7 @@ from lab.base.errors import os_reason
 from lab.base.files import write
 from lab.base.text import json_of
 from lab.store import run_log
+from lab.store.run_log import is_number
 
 FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "baseline", "code", "parent", "header",
           "summary", "mean", "n", "start", "end"}  # fmt: skip
@@ -74,7 +75,9 @@ def whole(record):
 
 def newer(record):
     """Whether the fields that older records lack have the right types."""
-    return all(record.get(key) is None or is_number(record[key]) for key in ("slowed", "tokens"))
+    curve = record.get("curve")
+    numbers = all(record.get(key) is None or is_number(record[key]) for key in ("slowed", "tokens"))
+    return numbers and (curve is None or run_log.is_curve(curve))
 
 
 def merged(records, changed):
@@ -103,10 +106,6 @@ def line_of(record):
 def instant(text):
     """Whether the text is a time with a time zone, or None."""
     return text is None or run_log.is_time(text)
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < run_log.LARGEST  # NaN is not
 
 
 def sound(record):

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from starlette.exceptions import HTTPException as StarletteException
 
+from lab.analysis import curves
 from lab.charts import plotly_charts
 from lab.web import content, models
 from lab.web.guard import Guard
@@ -27,7 +28,7 @@ def create(trees, token=None, local_only=True):
     """The ASGI application. trees: {name: Tree}, at least one."""
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape(default=True))
     pages.globals["trees"] = list(trees)
-    static = {name: HERE / "static" / name for name in ("style.css", "app.js")}
+    static = {name: HERE / "static" / name for name in ("style.css", "app.js", "chart.js", "experiment.js")}
     (package,) = importlib.util.find_spec("plotly").submodule_search_locations
     static["plotly.min.js"] = Path(package) / "package_data" / "plotly.min.js"
     app = FastAPI(title="autoresearch", redirect_slashes=False, docs_url=None, redoc_url=None, version="1",
@@ -87,7 +88,11 @@ def create(trees, token=None, local_only=True):
         text, reason = content.sample(found[2])
         values = detail(*found)
         columns = dict.fromkeys(key for facts in values["run_facts"] for key in facts)
-        return page("experiment.html", **values, columns=columns, sample=text, sample_reason=reason)
+        night, shown = found[1:]
+        told, has_curve = curves.sentences(night, shown), bool(curves.of(shown))
+        return page(
+            "experiment.html", **values, columns=columns, sample=text, sample_reason=reason, told=told, has_curve=has_curve,
+        )  # fmt: skip
 
     @app.get("/docs", include_in_schema=False)
     def docs_page():
@@ -109,6 +114,11 @@ def create(trees, token=None, local_only=True):
     def experiment(commit: Commit, tree: TreeName = None) -> models.Detail:
         """One experiment: its runs, the diff against its parent, the end of its log."""
         return detail(*experiment_of(tree, commit))
+
+    @app.get("/api/curves/{commit}", responses=MISSING)
+    def loss_curves(commit: Commit, tree: TreeName = None) -> dict:
+        """The experiment's training loss over the best's and its parent's, as plotly's data and layout."""
+        return plotly_charts.loss_curves(*experiment_of(tree, commit)[1:])
 
     @app.get("/api/samples/{commit}", responses=MISSING)
     def sample(commit: Commit, tree: TreeName = None) -> models.Sample:

@@ -11,23 +11,8 @@ let sorted = { key: "number", ascending: true };
 // --- the chart
 
 async function draw() {
-  const answer = await fetch("/api/chart" + query);
-  if (!answer.ok) return;
-  const figure = await answer.json();
   const chart = document.getElementById("chart");
-  const narrow = window.matchMedia("(max-width: 640px)").matches;
-  if (narrow) figure.layout.margin = { ...figure.layout.margin, l: 58, r: 8 };
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  figure.layout.font = { ...figure.layout.font, color: colour("--soft") };
-  figure.layout.modebar = { ...figure.layout.modebar, color: colour("--soft"), activecolor: colour("--ink") };
-  await Plotly.react(chart, figure.data, figure.layout, {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: !narrow,
-    showSendToCloud: false, // plotly's default offers to upload the chart
-    plotlyServerURL: "",
-    modeBarButtonsToRemove: ["lasso2d", "select2d"],
-  });
+  if (!(await drawChart(chart, "/api/chart" + query))) return;
   chart.removeAllListeners("plotly_click");
   chart.on("plotly_click", (event) => {
     const commit = (event.points[0].customdata || [])[1];

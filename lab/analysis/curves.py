@@ -1,0 +1,92 @@
+"""Loss curves: how far a run is behind another, where two of them part, and which ones an experiment is compared with.
+
+A curve is what a record has as "curve" (lab.store.run_log.curve_of): points [progress, smoothed training loss in nats,
+tokens/s], at most 50. Older records have none. All runs of a night have one budget, so their losses are compared at the
+same progress. That says nothing if an edit changes what the training loss is (label smoothing, an auxiliary loss).
+"""
+
+from math import sqrt
+from statistics import median
+
+NOISES = 2.0  # two curves have parted where their difference exceeds this many standard deviations of its own noise
+LEAST = 3  # points from there to the end: fewer may exceed that by chance
+
+
+def loss_at(curve, progress):
+    """The training loss at this progress, linear between two points; None outside of the curve."""
+    for (x0, y0, _), (x1, y1, _) in zip(curve, curve[1:], strict=False):
+        if x0 <= progress <= x1:
+            return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
+    return None
+
+
+def differences(curve, other):
+    """[(progress, loss of the curve - loss of the other)] at the points of the curve that are within the other."""
+    return [(x, y - at) for x, y, _ in curve if (at := loss_at(other, x)) is not None]
+
+
+def behind(curve, other):
+    """(progress, how far the curve is above the other there) at the last progress that both have; None without one."""
+    return next(reversed(differences(curve, other)), None)
+
+
+def parting(curve, other):
+    """The progress from which on the curve stays above the other, or stays below it; None if they do not part.
+
+    The noise of the difference is estimated from its second differences, which a slow drift does not change."""
+    found = differences(curve, other)
+    if len(found) < LEAST + 2:
+        return None
+    values = [d for _, d in found]
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    limit = NOISES * 1.4826 * median(bends) / sqrt(6)  # of normal noise: median to σ, and σ of a second difference to σ
+    sign = 1 if values[-1] > 0 else -1
+    first = len(values)
+    while first and sign * values[first - 1] > limit:
+        first -= 1
+    return found[first][0] if len(values) - first >= LEAST else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Of an experiment (lab.analysis.history)
+
+
+def of(experiment):
+    """The curve of its last run that has one, of two points or more; [] if no run has one."""
+    return next((r["curve"] for r in reversed(experiment.runs) if len(r.get("curve") or ()) > 1), [])
+
+
+def parent_of(night, experiment):
+    """The Experiment that it was an edit of; None for a baseline, and if the records do not say."""
+    parent = next((r["parent"] for r in experiment.runs if r["parent"]), None)
+    return next((e for e in night.experiments if parent and any(r["commit"] == parent for r in e.runs)), None)
+
+
+def compared_with(night, experiment):
+    """[(name, Experiment)] that its curve is shown with: the night's best and its parent, those that have a curve."""
+    best, parent = night.best, parent_of(night, experiment)
+    found = [("best and parent", best)] if best is parent else [("best", best), ("parent", parent)]
+    return [(name, e) for name, e in found if e and e is not experiment and of(e)]
+
+
+def sentences(night, experiment):
+    """What the curve shows beside those that it is compared with, one sentence each; () without a curve."""
+    curve, made = of(experiment), []
+    for name, other in compared_with(night, experiment) if curve else ():
+        last = behind(curve, of(other))
+        if last is None:
+            continue
+        x = parting(curve, of(other))
+        parts = f"parts from the {name} (row {other.number}) at {x:.0%}" if x else f"does not part from the {name} (row {other.number})"
+        side = "above" if last[1] > 0 else "below"
+        made.append(f"{parts}; at {last[0]:.0%} the training loss is {abs(last[1]):.3f} {side} it")
+    return tuple(made)
+
+
+def in_progress(curve, best):
+    """"at 40 %: 0.031 behind the best at 40 %", of the curve so far of a run and that of the best; None without both."""
+    last = behind(curve, best)
+    if last is None:
+        return None
+    at = f"{100 * last[0]:.0f} %"
+    return f"at {at}: {abs(last[1]):.3f} {'behind' if last[1] > 0 else 'ahead of'} the best at {at}"
