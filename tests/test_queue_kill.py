@@ -132,7 +132,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, remote):
         for process in last:
             process.send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=PATIENCE)[0] for process in last]
-    assert [process.returncode for process in last] == [143] * len(last), said
+    assert {process.returncode for process in last} <= {143, -signal.SIGTERM}, said  # or it had not begun yet
     check(agent)
     for tree in trees:
         check_tree(tree)

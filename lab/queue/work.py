@@ -38,6 +38,7 @@ from lab.queue.bring import bring
 from lab.queue.propose import member_of
 from lab.share import exchange
 from lab.share.queue_refs import Item
+from lab.share.team import team_night
 from lab.store import journal, names, rules, run_log
 from lab.store.repository import Repo
 
@@ -162,7 +163,9 @@ class Worker:
     # --- the queue ---
 
     def team(self):
-        return checks.team_of(self.repo, checks.night_of(self.repo))
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own."""
+        own = checks.night_of(self.repo)
+        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records)
 
     def change(self, item, **changes):
         """Moves the item to its state with these changes; the Item as it is then. Raises Lost if it is not as it was."""
@@ -319,7 +322,7 @@ class Worker:
         """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
         if self.ideas or not log.header or own.first:
             return
-        team = checks.team_of(self.repo, own)
+        team = team_night(self.repo, self.member, self.tag, own.records)
         if team.header and kind(log.header) != kind(team.header):
             keys = ("device", "dataset", "rules_sha256", "data_sha256")
             differ = [f"{key} {log.header.get(key)}, not {team.header.get(key)}" for key in keys if log.header.get(key) != team.header.get(key)]
@@ -419,8 +422,9 @@ class Worker:
 
     def give_back(self, item, why):
         """Hands the proposal back to its proposer, with the reason."""
-        self.tidy(self.team())
         self.change(item, kind="returned", text=why, when=now(), doing="", running="")
+        with contextlib.suppress(Refused):
+            self.tidy(self.team())
         self.say(f"handed back: {item.state['description'][: checks.BRIEF]}: {one_line(why, 200)}")
 
     def release(self, item, why=None):
@@ -547,10 +551,10 @@ class Worker:
         except Hopeless:
             self.release(self.latest(item))
             raise
-        except Fault as fault:
+        except (Fault, Refused) as fault:  # Refused: this tree is not as a worker needs it
             with contextlib.suppress(Lost):
                 self.release(self.latest(item), str(fault))
-            raise
+            raise Fault(str(fault)) from None
 
     def watch(self):
         """Works until the hours are over. Returns the exit status."""
