@@ -95,7 +95,7 @@ def test_pages_are_there_and_hold_every_row(client):
     page = client.get("/")
     assert page.status_code == 200 and page.text.count('<tr class="') == 5
     assert 'class="crash"' in page.text and ">0.990000<" in page.text
-    assert client.get("/docs").text.count("<h2><code>/") == 8
+    assert client.get("/docs").text.count("<h2><code>/") == 11
     assert client.get("/health").json() == {"status": "ok"}
 
 
@@ -477,7 +477,7 @@ def test_schemathesis_finds_no_server_error(night):
         "/openapi.json", app.create(working_trees.find([night.path]), local_only=False)
     )
     operations = [found.ok() for found in description.get_all_operations()]
-    assert len(operations) == 8
+    assert len(operations) == 11
     calls = []
     for operation in operations:
         for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:

@@ -233,7 +233,7 @@ def test_it_fits_the_screen_and_follows_the_scheme(visit, scheme, width):
     page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
     until(page, f"getComputedStyle(document.querySelector('#chart .legendtext')).fill !== '{ink}'")
     page.goto(page.url + "docs")
-    assert page.locator("h2").count() == 7 and page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("h2").count() == 11 and page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_token_is_asked_for_once(browser, night):

@@ -96,6 +96,9 @@ def git_is_running(path):
 # Refs that several processes write: compare-and-swap
 
 
+REFS = "--format=%(refname) %(objectname)"
+
+
 def change_refs(path, changes):
     """Changes refs of the repository at `path`, all or none. changes: [(ref, new, old)] of object names; old None: there must
     be no such ref; new None: it is deleted. Returns whether that was done: False, with nothing changed, if a ref is not
@@ -118,7 +121,11 @@ def change_refs(path, changes):
 
 def refs(path, *patterns):
     """{ref: object name} of the refs with these names, or below these names where they end with a slash."""
-    listed = git(path, "for-each-ref", "--format=%(refname) %(objectname)", *patterns)
+    return refs_in(git(path, "for-each-ref", REFS, *patterns))
+
+
+def refs_in(listed):
+    """{ref: object name} of what `git for-each-ref` prints with REFS."""
     return dict(line.split() for line in listed.splitlines())
 
 
@@ -173,24 +180,39 @@ QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTO
          "GIT_PAGER": "cat", "LC_ALL": "C"}  # fmt: skip
 
 
-def read_only(path, *args, limit=1 << 20, seconds=5):
-    """Runs git without prompts, locks or other programs. Returns the first `limit` bytes that it prints, decoded; None if
-    it fails or takes longer than `seconds`."""
+def read_only(path, *args, stdin=None, raw=False, limit=1 << 20, seconds=5):
+    """Runs git without prompts, locks or other programs. Returns the first `limit` bytes that it prints, decoded unless
+    `raw`; None if it fails or takes longer than `seconds`."""
     command = ["git", "--no-pager", *(part for setting in OFF for part in ("-c", setting)), *args]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    pipes = {"stdin": subprocess.PIPE if stdin else subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         process = subprocess.Popen(command, cwd=path, env=os.environ | QUIET, start_new_session=True, **pipes)
     except OSError:
         return None
     timer = threading.Timer(seconds, kill_group, [process])
     timer.start()
+    feeder = threading.Thread(target=feed, args=(process.stdin, stdin or ""))  # git answers before it has read all of it
+    feeder.start()
     with process:
         shown = process.stdout.read(limit)
         cut = len(shown) == limit
         if cut:
             kill_group(process)
+        feeder.join()
     timer.cancel()
-    return shown.decode(errors="replace") if cut or process.returncode == 0 else None
+    if not cut and process.returncode:
+        return None
+    return shown if raw else shown.decode(errors="replace")
+
+
+def feed(pipe, text):
+    """Writes the text to a process that may end before it has read it, and closes the pipe; None: there is nothing to do."""
+    with contextlib.suppress(OSError):
+        if pipe:
+            pipe.write(text.encode())
+    with contextlib.suppress(OSError):
+        if pipe:
+            pipe.close()
 
 
 def kill_group(process):

@@ -3,6 +3,7 @@
 import html
 
 from lab.analysis import curves
+from lab.base.text import printable
 from lab.charts.view import EDGE, MANY, NOTHING, band, loss_range, name_of_kept, name_of_missing, view
 
 WIDTH, LONGEST = 60, 240  # characters of a description in a hover box: per line, and in all
@@ -10,6 +11,11 @@ WIDTH, LONGEST = 60, 240  # characters of a description in a hover box: per line
 KEPT, OTHER, MISSING = "#2b8cd0", "#8b9099", "#d9601a"
 RIM = {"width": 1, "color": "white"}
 TEXT, GRID, CLEAR, BAND = "#767b84", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)", "rgba(43,140,208,0.18)"
+# Of the trees of a team, with the same contrast; the ninth tree has the first colour and another symbol. Beside each symbol
+# the character that stands for it in a text.
+TREES = ("#2b8cd0", "#d9601a", "#2c9a5b", "#a463d1", "#d14d86", "#14949c", "#94850f", "#a5714a")
+SYMBOLS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("star", "★"), ("cross", "✚"), ("pentagon", "⬟"), ("hourglass", "⧗"),
+           ("bowtie", "⋈"))  # fmt: skip
 DASHES = {"best": "dash", "parent": "dot", "best and parent": "dash"}
 SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
 KEPT_LARGER = 4  # pixels: how much larger a kept one is
@@ -111,6 +117,46 @@ def progress(night):
         ],
         "layout": made,
     }  # fmt: skip
+
+
+def mark(i):
+    """(colour, plotly's symbol, the character for it) of the i-th tree of a team."""
+    return TREES[i % len(TREES)], *SYMBOLS[i // len(TREES) % len(SYMBOLS)]
+
+
+def team(night, found_by, pages):
+    """{"data": [...], "layout": {...}} of a team's night: ±σ and best so far of all trees together, then two traces for each
+    tree, in the order of their first experiments: those with a value (large: kept; a ring: given up, or a late gain), and
+    crashes. found_by: {number of the experiment: name of its tree}; pages: {such a name: the working tree whose page a
+    click on one of its points opens}. customdata ends with both names."""
+    made, seen = progress(night), view(night)
+    band, line = made["data"][:2]
+    traces, kept, missing = [], {e.number for e in seen.kept}, {e.number for e in seen.missing}
+    size = SMALL if len(night.experiments) > MANY else LARGE
+    for i, name in enumerate(dict.fromkeys(found_by.values())):
+        colour, symbol, _ = mark(i)
+        own = [e for e in night.experiments if found_by[e.number] == name]
+        shown, crashed = [e for e in own if e.number not in missing], [e for e in own if e.number in missing]
+        rings = [bool(e.given_up or any(r.get("late") and r["row"] for r in e.runs)) for e in shown]
+        marker = {
+            "color": colour, "size": [size + KEPT_LARGER * (e.number in kept) for e in shown],
+            "opacity": [1 if e.number in kept or ring else 0.6 for e, ring in zip(shown, rings, strict=True)],
+            "symbol": [(symbol + "-open" * ring) if seen.clamped(e) == e.val_bpb else f"triangle-{'up' if e.val_bpb > seen.high else 'down'}"
+                       for e, ring in zip(shown, rings, strict=True)],
+        }  # fmt: skip
+        crossed = {"color": colour, "size": 9, "symbol": "x-thin", "line": {"width": 2, "color": colour}}
+        label, group = escaped(printable(name)), f"tree {i}"
+        traces += [
+            points(label, shown, [e.number for e in shown], [*map(seen.clamped, shown)], marker, legendgroup=group),
+            points(label, crashed, [e.number for e in crashed], [EDGE] * len(crashed), crossed, yaxis="y2", legendgroup=group, showlegend=False),
+        ]  # fmt: skip
+        for trace in traces[-2:]:
+            trace["name"] = f"{label} ({sum(e.number in kept for e in own)} of {len(own)} kept)"
+            trace["hovertemplate"] = "%{customdata[4]}<br>" + trace["hovertemplate"]
+            trace["customdata"] = [[*known, label, pages.get(name)] for known in trace["customdata"]]
+    made["data"] = [band | {"fillcolor": GRID}, line | {"line": line["line"] | {"color": TEXT}}, *traces]
+    made["layout"]["xaxis"]["title"] = {"text": "experiment of the team"}
+    return made
 
 
 def loss_curves(night, experiment):

@@ -225,14 +225,13 @@ def await_up(server, started):
 
 def status(repo, args):
     state = known(repo.top, args.tag)
-    found = []
-    for slot in state["slots"]:
-        place = bring_home.home_of(repo, slot) if slot["cleaned"] else Path(slot["folder"])
-        tree = many_trees.read(place)
+    places = [bring_home.home_of(repo, slot) if slot["cleaned"] else Path(slot["folder"]) for slot in state["slots"]]
+    found = [many_trees.read(place) for place in places]
+    many_trees.as_teams(found)
+    for slot, tree in zip(state["slots"], found, strict=True):
         tree["tree"] = slot_processes.name_of(slot)
         tree["state"] = "cleaned" if slot["cleaned"] else ("running" if slot_processes.is_running(slot) else "dead") + (
             f", {tree['state']}" if tree["state"] not in ("", "night") else "")  # fmt: skip
-        found.append(tree)
     print(f"fleet {args.tag}: " + f"{state['folder']}/*, branches {worktrees.branch_of(args.tag, 'gpuK')}")
     print(many_trees.table(found))
     return 0

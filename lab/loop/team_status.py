@@ -33,8 +33,13 @@ def gather(repo, team):
         "trees": trees, "runs": sum(len(tree.records) for tree in team.trees), "runs_an_hour": runs_an_hour(team.night.records),
         "best_of": team.who(best) if best else None,
         "ideas": [{"label": label(r), "device": device_of(r), **{k: r[k] for k in ("verdict", "gain", "description")}}
-                  for r in team.ideas if r["verdict"] == "keep" and r["home_row"] and not r["baseline"]],
+                  for r in kept_ideas(team)],
     }  # fmt: skip
+
+
+def kept_ideas(team):
+    """Records of what members kept on other hardware, data or rules."""
+    return [r for r in team.ideas if r["verdict"] == "keep" and r["home_row"] and not r["baseline"]]
 
 
 def tree_of(team, tree, here):

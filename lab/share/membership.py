@@ -27,7 +27,7 @@ class Member(NamedTuple):
     team: str
     name: str  # of this working tree in the team: 12 hexadecimal digits
     remote: str | None  # name, path or URL of the git remote that the team shares through; None: this checkout only
-    shared: Path  # folder in the git folder that all working trees of this checkout share; for caches and locks
+    shared: Path | None  # folder in the git folder that all working trees of this checkout share; for caches and locks
     apart: int = 1  # from which of a team's seeds this member begins: trees of one checkout have numbers in a row
 
     def ref(self, tag):
@@ -48,17 +48,23 @@ class Member(NamedTuple):
 def membership(repo):
     """The Member that this working tree is; None if it is in no team. Gives the tree its name on the first call. Raises
     Refused if the configuration cannot be used."""
-    team = (repo.ask("config", names.TEAM) or "").strip()
+    team = team_name(repo)
     if not team:
         return None
-    if not TEAM.fullmatch(team):
-        raise Refused(f"a team's name has letters, digits, - and _ only: git config {names.TEAM} gpus (it is {team[:80]!r})")
     own, common = repo.git("rev-parse", "--absolute-git-dir", "--git-common-dir").splitlines()
     remote = (repo.ask("config", names.REMOTE) or "").strip() or None
     if remote and remote.startswith("-"):
         raise Refused(f"{remote[:80]!r} is not a git remote: git config {names.REMOTE} NAME-OR-PATH-OR-URL")
     shared = (repo.top / common).resolve() / names.SHARE
     return Member(team, name_of(Path(own) / names.MEMBER, repo.top.resolve()), remote, shared, apart(Path(own), shared, remote))
+
+
+def team_name(repo):
+    """The name of the team that this working tree is in; None if it is in none. Raises Refused if it cannot be used."""
+    team = (repo.ask("config", names.TEAM) or "").strip()
+    if team and not TEAM.fullmatch(team):
+        raise Refused(f"a team's name has letters, digits, - and _ only: git config {names.TEAM} gpus (it is {team[:80]!r})")
+    return team or None
 
 
 def apart(own, shared, remote):

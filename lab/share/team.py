@@ -25,12 +25,11 @@ from typing import NamedTuple
 
 from lab.analysis import history, verdict
 from lab.analysis.history import Night, Replay, is_measurement, kind
-from lab.base import git as base_git
 from lab.base import text
 from lab.base.errors import Refused, Stop
 from lab.base.git import GitError
 from lab.share.exchange import REASON, STATE_KEYS
-from lab.share.membership import NAME, membership
+from lab.share.membership import NAME, Member, membership
 from lab.store import archive, names, records_in_git, results_tsv, rules, runs_jsonl
 from lab.store.repository import Repo
 
@@ -51,6 +50,7 @@ class Tree(NamedTuple):
     state: dict  # what it said last, as lab.share.exchange.state_of returns it; {} if nothing can be read
     is_own: bool  # this working tree's
     is_here: bool  # of a working tree of this checkout: its refs were read where it writes them
+    commit: str = ""  # that it published; the own tree's is not read
 
     @property
     def kind(self):
@@ -85,6 +85,10 @@ class Team(NamedTuple):
         trees = (own._replace(records=runs_jsonl.merged(own.records, changed)), *self.trees[1:])
         return assembled(self.member, self.tag, trees, self.notes, self.header)
 
+    def comparing(self, header):
+        """The same team, judged by what compares with this header."""
+        return assembled(self.member, self.tag, self.trees, self.notes, header)
+
     def who(self, record):
         """Whose record this is, in words: "this tree", or the name of a branch."""
         return "this tree" if record["member"] == self.member.name and record["tag"] == self.tag else self.name_of(record)
@@ -105,7 +109,7 @@ def team_night(repo, member, tag, own, header=None):
     """The Team as this member sees it, from the refs that are here; fetch first (lab.share.exchange). own: the records of
     autoresearch/TAG, which is the member's. header: that of a run of this tree, if `own` has none: it says which records
     compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same."""
-    trees, notes = read_trees(repo, member, tag)
+    trees, notes = read_trees([repo], member, tag)
     known = {r["run_id"] for r in own}
     trees = [tree for tree in trees if not tree.records or any(r["run_id"] not in known for r in tree.records)]  # an old name
     own = Tree(member.name, tag, own, {}, True, True)
@@ -114,6 +118,19 @@ def team_night(repo, member, tag, own, header=None):
     if not _latest or (_latest[0].member, _latest[0].trees, _latest[0].header) != (member, trees, header):
         _latest[:] = [assembled(member, tag, trees, notes, header)]
     return _latest[0]
+
+
+def team_seen(repos, name, tag=None):
+    """The Team of this name for an onlooker, from the refs of these checkouts (lab.store.repository.Untrusted will do): no
+    tree is its own, and nothing is fetched, written or named. It compares what the tree of branch autoresearch/TAG does, or
+    without one the kind that most runs are of. Not for several threads at once."""
+    onlooker = Member(name, "", None, None)
+    trees, notes = read_trees(repos, onlooker, "")
+    own = next((tree for tree in trees if tree.is_here and tree.tag == tag and tree.kind), None)
+    header = next(r["header"] for r in own.records if r["header"]) if own else usual(trees)
+    for key in _read.keys() - {(tree.commit, tree.tag) for tree in trees}:
+        del _read[key]  # an onlooker may look for days
+    return assembled(onlooker, "", trees, notes, header)
 
 
 _latest = []  # the last Team that was asked for: one `lab record` asks three times, of the same refs
@@ -140,15 +157,19 @@ def read_night(tree, results=None):
 
 
 def likely(repo, trees):
-    """A header of the kind that most runs have, in this checkout if any were made here, if its rules are this tree's; None
-    otherwise."""
+    """A header of the kind that most runs have, if its rules are this tree's; None otherwise."""
+    header = usual(trees)
+    return header if header and not rules.changed(header, rules.tree(repo.top)) else None
+
+
+def usual(trees):
+    """A header of the kind that most runs have, in this checkout if any were made here; None without runs."""
     near = [tree for tree in trees if tree.is_here and tree.kind] or trees
     headers = [r["header"] for tree in near for r in tree.records if r["header"]]
     if not headers:
         return None
     most = Counter(json.dumps(kind(h)) for h in headers).most_common(1)[0][0]
-    header = next(h for h in headers if json.dumps(kind(h)) == most)
-    return None if rules.changed(header, rules.tree(repo.top)) else header
+    return next(h for h in headers if json.dumps(kind(h)) == most)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -166,7 +187,7 @@ def assembled(member, tag, trees, notes, header):
             if r["run_id"] in seen:  # of a tree that was copied, its records included
                 continue
             seen.add(r["run_id"])
-            record = {**r, "member": tree.member, "home_row": r["row"], "label": label_of(tree, name, r)}
+            record = {**r, "member": tree.member, "home_row": r["row"], "label": label_of(tree, name, r), "found_by": name}
             same = (kind(r["header"]) or tree.kind) == wanted  # a run that crashed early may have no header
             (ours if tree.is_own or wanted and same else ideas).append(((last, tree.member, tree.tag, i), tree.is_own, record))
         highest = max(highest, last)
@@ -175,6 +196,11 @@ def assembled(member, tag, trees, notes, header):
     night = Night(records=[r for _, _, r in ours], spread=member.apart)
     night.replayed = whole.search, whole.line  # what Night would find, too, with a second replay
     return Team(member, tag, tuple(trees), night, tuple(r for _, _, r in ideas), tuple(notes), header, highest + 1)
+
+
+def found_by(night):
+    """{number of an experiment: name of the tree that made it} of a team's Night; {} of another."""
+    return {r["row"]: r["found_by"] for r in night.rows if "found_by" in r}
 
 
 def label_of(tree, name, r):
@@ -270,29 +296,29 @@ def judge_keep(whole, r):
 _read = {}  # (commit that a member published, branch): (its records, state, notes); one `lab record` looks three times
 
 
-def read_trees(repo, member, tag):
-    """([Tree], notes) of all other branches of the team: from their own refs if they are of this checkout, from the mirror
-    of the remote if not."""
-    here, mirrored = base_git.refs(repo.top, member.refs), base_git.refs(repo.top, member.mirror)
+def read_trees(repos, member, tag):
+    """([Tree], notes) of all other branches of the team: from their own refs if they are of one of these checkouts, from a
+    mirror of the remote if not."""
     found, notes = {}, []
-    for where, refs, is_here in [(member.refs, here, True), (member.mirror, mirrored, False)]:
-        for ref, commit in refs.items():
+    for where, is_here, repo in [(member.refs, True, r) for r in repos] + [(member.mirror, False, r) for r in repos]:
+        for ref, commit in repo.refs(where).items():
             name, _, branch = ref.removeprefix(where).partition("/")
             if name == names.QUEUE:
                 continue
             if not NAME.fullmatch(name) or not branch or "/" in branch:
                 notes.append(f"{ref} is not what a member publishes: left out")
             elif (name, branch) != (member.name, tag) and (is_here or name != member.name):
-                found.setdefault((name, branch), (commit, is_here))
+                found.setdefault((name, branch), (commit, is_here, repo))
     if len(found) > MOST_TREES:
         notes.append(f"the team has {len(found)} branches: the first {MOST_TREES} are read")
     wanted = dict(sorted(found.items())[:MOST_TREES])
-    read_commits(repo, member, [(commit, branch) for (_, branch), (commit, _) in wanted.items()])
+    for repo in repos:
+        read_commits(repo, member, [(commit, branch) for (_, branch), (commit, _, its) in wanted.items() if its is repo])
     trees = []
-    for (name, branch), (commit, is_here) in wanted.items():
+    for (name, branch), (commit, is_here, _) in wanted.items():
         records, state, why = _read[commit, branch]
         notes += [f"{branch} ({name[:4]}): {sentence}" for sentence in why]
-        trees.append(Tree(name, branch, records, state, False, is_here))
+        trees.append(Tree(name, branch, records, state, False, is_here, commit))
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
     return trees, [*notes[:SHOWN_NOTES], *more]
 
@@ -373,7 +399,8 @@ def objects(repo, wanted, largest, of_type):
         if len(about) == 3 and about[1] == of_type and int(about[2]) <= largest:
             small[name] = about[0]
     try:
-        found = records_in_git.blobs(repo.top, dict.fromkeys(small.values())) if small else {}
+        asked = "".join(f"{name}\n" for name in dict.fromkeys(small.values()))
+        found = records_in_git.blobs_in(repo.git("cat-file", "--batch", stdin=asked, raw=True)) if small else {}
     except (GitError, ValueError):
         found = {}
     return {name: found[blob] for name, blob in small.items() if blob in found}
@@ -427,11 +454,11 @@ def state(data):
 
 def fitting(repo, member, records):
     """{(commit, blob, code): True} of those whose commit is here and has that train.py: git's name for it, and its sha256.
-    What was compared once is remembered in a file beside git's, since it cannot change."""
+    What was compared once is remembered in a file beside git's, since it cannot change; an onlooker has none."""
     wanted = {(r["commit"], r["blob"], r["code"]) for r in records}
-    memory = member.shared / f"{member.team}-checked"
+    memory = member.shared and member.shared / f"{member.team}-checked"
     try:
-        known = {tuple(line.split()) for line in memory.read_text(encoding="ascii", errors="replace").splitlines()}
+        known = {tuple(line.split()) for line in memory.read_text(encoding="ascii", errors="replace").splitlines()} if memory else set()
     except OSError:
         known = set()
     new = sorted(wanted - known)
@@ -443,6 +470,8 @@ def fitting(repo, member, records):
     contents = objects(repo, [blob for _, blob, _ in fits], LARGEST_TRAIN, "blob")
     hashes = {blob: hashlib.sha256(data).hexdigest() for blob, data in contents.items()}
     fits = [key for key in fits if hashes.get(key[1]) == key[2]]
+    if not memory:
+        return dict.fromkeys(fits, True)
     try:
         member.shared.mkdir(exist_ok=True)
         with open(memory, "a", encoding="ascii") as f:

@@ -59,7 +59,11 @@ def files(top, tag):
 
 def blobs(top, wanted):
     """{blob: its bytes} of those that git can read."""
-    shown = git(top, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in wanted), raw=True)
+    return blobs_in(git(top, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in wanted), raw=True))
+
+
+def blobs_in(shown):
+    """{object: its bytes} of what `git cat-file --batch` prints."""
     found, at = {}, 0
     while at < len(shown):
         end = shown.index(b"\n", at)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.base.errors import Damaged, Refused
-from lab.base.git import GitError, git
+from lab.base.git import REFS, GitError, git, read_only, refs_in
 from lab.store import names
 from lab.store.names import PREFIX
 
+LARGEST, SECONDS = 1 << 28, 20  # bytes that git may print, and time that it may take, in a tree that is not trusted
 DEPTH = 500  # commits to train.py that the search for the last kept one looks through
 
 
@@ -45,6 +46,10 @@ class Repo:
             return self.git(*args, **kwargs).strip()
         except GitError:
             return None
+
+    def refs(self, *patterns):
+        """{ref: object name}, as lab.base.git.refs."""
+        return refs_in(self.git("for-each-ref", REFS, *patterns))
 
     def tag(self):
         """nov21 on the branch autoresearch/nov21; a refusal elsewhere."""
@@ -224,3 +229,14 @@ class Repo:
     def index(self):
         """A second index file, to make trees in."""
         return self.top / names.LAB / names.INDEX
+
+
+class Untrusted(Repo):
+    """A working tree that an agent may have prepared: git starts nothing that its configuration names, waits for nothing and
+    changes nothing (lab.base.git.read_only)."""
+
+    def git(self, *args, stdin=None, raw=False):
+        shown = read_only(self.top, *args, stdin=stdin, raw=True, limit=LARGEST, seconds=SECONDS)
+        if shown is None or len(shown) == LARGEST:
+            raise GitError(args, "it failed, took too long or printed too much")
+        return shown if raw else shown.decode(errors="replace")

@@ -14,8 +14,10 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from starlette.exceptions import HTTPException as StarletteException
 
 from lab.analysis import curves
+from lab.base.errors import Stop
 from lab.charts import plotly_charts
-from lab.web import content, models
+from lab.share.team import found_by
+from lab.web import content, models, team_page
 from lab.web.guard import Guard
 
 HERE = Path(__file__).parent
@@ -74,13 +76,30 @@ def create(trees, token=None, local_only=True):
             "baseline": night.baseline and by_number[night.baseline.number],
         }  # fmt: skip
 
+    def team_of(name):
+        tree = tree_of(name)
+        try:
+            return tree, *team_page.of(tree, trees)
+        except (Stop, OSError, ValueError) as error:
+            raise HTTPException(404, content.plain(str(error), 300)) from None
+
+    def team_name(tree):
+        try:
+            return tree.team_name()
+        except Stop:
+            return None
+
     def live_of(tree):
         night, _ = tree.night()
         return {"tree": tree.name, "version": tree.version, "experiments": len(night.experiments)} | tree.live()
 
     @app.get("/", include_in_schema=False)
     def night_page(tree: TreeName = None):
-        return page("night.html", **whole(*night_of(tree)), live=live_of(tree_of(tree)))
+        return page("night.html", **whole(*night_of(tree)), live=live_of(tree_of(tree)), team=team_name(tree_of(tree)))
+
+    @app.get("/team", include_in_schema=False)
+    def team_as_page(tree: TreeName = None):
+        return page("team.html", **team_page.whole(*team_of(tree)))
 
     @app.get("/experiment/{commit}", include_in_schema=False)
     def experiment_page(commit: Commit, tree: TreeName = None):
@@ -144,6 +163,24 @@ def create(trees, token=None, local_only=True):
     def chart(tree: TreeName = None) -> dict:
         """The progress chart as plotly's data and layout."""
         return plotly_charts.progress(night_of(tree)[1])
+
+    @app.get("/api/team", responses=MISSING)
+    def team(tree: TreeName = None) -> models.Team:
+        """The team that a tree is in, as one night: its trees, what each found, every experiment, one best."""
+        return team_page.whole(*team_of(tree))
+
+    @app.get("/api/team/live", responses=MISSING)
+    def team_live(tree: TreeName = None) -> models.TeamLive:
+        """What each tree of the team runs right now."""
+        it, team, version, shown = team_of(tree)
+        return {"tree": it.name, "version": version, "members": team_page.now(team, shown)}
+
+    @app.get("/api/team/chart", responses=MISSING)
+    def team_chart(tree: TreeName = None) -> dict:
+        """The team's progress chart, a colour a tree, as plotly's data and layout."""
+        _, team, _, shown = team_of(tree)
+        pages = {name: its.name for name, its in shown.items()}
+        return plotly_charts.team(team.night, found_by(team.night), pages)
 
     @app.get("/health")
     def health() -> models.Health:

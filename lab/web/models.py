@@ -69,6 +69,64 @@ class Latest(BaseModel):
     live: Live
 
 
+class TeamExperiment(Experiment):
+    label: str  # TREE/NNNN: its tree and its row there; number is that of the team
+    found_by: str  # name of the tree
+    page: str | None  # the working tree of this dashboard that shows it
+    late: bool  # kept by its tree, when the team had something better
+
+
+class Member(BaseModel):
+    name: str
+    host: str
+    here: bool  # whether it is a working tree of this checkout
+    page: str | None  # the working tree of this dashboard
+    compares: bool  # false: other hardware, data or rules, or no runs yet
+    runs: int
+    experiments: int  # that it was the first to try
+    kept: int
+    gain: float | None  # sum of its gains over the team's best
+    best: float | None  # its lowest kept val_bpb
+    last: str | None  # when its last recorded run ended
+    runs_now: str
+    colour: str | None  # and sign: of its points in the chart
+    sign: str
+
+
+class Idea(BaseModel):
+    label: str
+    device: str
+    description: str
+
+
+class Team(BaseModel):
+    tree: str
+    team: str
+    version: str  # changes whenever a member's records do
+    notes: list[str]  # what was left out
+    sigma: float | None
+    runs: int
+    runs_per_hour: float | None
+    best: TeamExperiment | None
+    best_by_estimate: bool
+    baseline: TeamExperiment | None
+    counts: dict[str, int]
+    members: list[Member]  # the one that gained most first
+    experiments: list[TeamExperiment]
+    ideas: list[Idea]  # kept on other hardware, data or rules: their values do not compare
+
+
+class MemberNow(BaseModel):
+    name: str
+    runs_now: str
+
+
+class TeamLive(BaseModel):
+    tree: str
+    version: str
+    members: list[MemberNow]
+
+
 class Health(BaseModel):
     status: str
 

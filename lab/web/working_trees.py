@@ -1,4 +1,4 @@
-"""The working trees that the dashboard shows. Each is read again only when its files have changed."""
+"""The working trees that the dashboard shows. Each is read again only when its files, or its team's refs, have changed."""
 
 import threading
 import zlib
@@ -7,7 +7,12 @@ from lab.analysis.history import Night, read_night
 from lab.base import git, locks
 from lab.base.errors import Refused, Stop, os_reason
 from lab.base.text import printable
+from lab.share.membership import team_name
+from lab.share.team import team_seen
 from lab.store import names, run_log
+from lab.store.repository import Untrusted
+
+READING = threading.Lock()  # of a team: what was read is remembered for all trees together
 
 
 def find(paths, alone=False):
@@ -48,6 +53,7 @@ class Tree:
         self.name, self.path = name, path
         self.lock, self.seen, self.known = threading.Lock(), object(), None
         self.version = ""  # changes whenever the night's files change
+        self.team_refs, self.known_team = None, None
 
     def night(self):
         """(Night, problem): the problem is a sentence that says why nothing can be shown, or None."""
@@ -66,6 +72,25 @@ class Tree:
             return Night((), tree=self.path), printable(str(stop))
         except OSError as error:
             return Night((), tree=self.path), f"results.tsv cannot be read: {os_reason(error)}"
+
+    def team_name(self):
+        """The name of its team; None if it is in none. Raises Refused if the name cannot be used."""
+        is_checkout = (self.path / ".git").exists()  # and not a folder in one, such as docs/night
+        return team_name(Untrusted(self.path)) if is_checkout else None
+
+    def team(self):
+        """(lab.share.team.Team, version) of its team, by the refs that are here; (None, "") if it is in none. The version
+        changes whenever a member's records do. Raises Refused, and GitError if git fails."""
+        if not (name := self.team_name()):
+            return None, ""
+        repo = Untrusted(self.path)
+        with READING:
+            refs = repo.refs(f"{names.TEAM_REFS}{name}/", f"{names.MIRROR_REFS}{name}/")
+            now = name, branch_of(self.path), refs
+            if now != self.team_refs:
+                self.known_team = team_seen([repo], name, now[1])
+                self.team_refs = now
+            return self.known_team, f"{zlib.crc32(repr(refs).encode()):08x}"
 
     def live(self):
         """The run in progress as its log reports it; {"running": False} if there is no run."""

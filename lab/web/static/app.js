@@ -1,9 +1,11 @@
-// The night's page: chart, filter and sort of the table, and the strip of the run in progress.
+// The pages of a night and of a team: chart, filter and sort of the table, and what runs right now.
 "use strict";
 
 const PERIOD = 2000; // milliseconds between two requests for the run in progress
 const night = document.getElementById("night");
-const query = "?tree=" + encodeURIComponent(night.dataset.tree);
+const { page: address, api } = night.dataset;
+const pageOf = (tree) => "?tree=" + encodeURIComponent(tree);
+const query = pageOf(night.dataset.tree);
 const rows = () => [...document.querySelectorAll("#table tbody tr")];
 const cell = (row, key) => row.querySelector(".c-" + key).textContent.trim();
 let sorted = { key: "number", ascending: true };
@@ -12,11 +14,12 @@ let sorted = { key: "number", ascending: true };
 
 async function draw() {
   const chart = document.getElementById("chart");
-  if (!(await drawChart(chart, "/api/chart" + query))) return;
+  if (!(await drawChart(chart, api + "/chart" + query))) return;
   chart.removeAllListeners("plotly_click");
   chart.on("plotly_click", (event) => {
-    const commit = (event.points[0].customdata || [])[1];
-    if (/^[0-9a-f]{4,40}$/.test(commit)) location.href = "/experiment/" + commit + query;
+    const [, commit, , , , page] = event.points[0].customdata || []; // page: of a team, null if its tree is elsewhere
+    if (page === null || !/^[0-9a-f]{4,40}$/.test(commit)) return;
+    location.href = "/experiment/" + commit + (page ? pageOf(page) : query);
   });
 }
 
@@ -36,7 +39,7 @@ function filter() {
 
 function sort() {
   const { key, ascending } = sorted;
-  const text = ["commit", "status", "description"].includes(key);
+  const text = ["found_by", "commit", "status", "description"].includes(key);
   const keyed = rows().map((row) => [text ? cell(row, key).toLowerCase() : parseFloat(cell(row, key)), row]);
   const missing = (value) => !text && Number.isNaN(value); // crashes come last in either order
   keyed.sort(([a], [b]) => {
@@ -54,6 +57,7 @@ function sort() {
 // --- live updates
 
 function show(live) {
+  if (live.members) return showMembers(live.members);
   document.getElementById("live").dataset.running = live.running ? "yes" : "no";
   const shown = {
     stage: live.running ? live.stage : "none in progress",
@@ -68,13 +72,20 @@ function show(live) {
   document.getElementById("bar").style.width = (live.percent || 0) + "%";
 }
 
+function showMembers(members) {
+  const now = new Map(members.map((member) => [member.name, member.runs_now]));
+  for (const row of document.querySelectorAll("#trees tr")) {
+    row.querySelector(".now").textContent = now.get(row.dataset.member) || "";
+  }
+}
+
 async function renew() {
-  const answer = await fetch("/" + query);
+  const answer = await fetch(address + query);
   if (!answer.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const focused = document.activeElement.closest("#table tbody a")?.getAttribute("href");
-  for (const part of ["#said", "#facts", "#table tbody", "#notes"]) {
-    document.querySelector(part).replaceWith(page.querySelector(part));
+  for (const part of ["#said", "#facts", "#trees", "#ideas", "#table tbody", "#notes"]) {
+    document.querySelector(part)?.replaceWith(page.querySelector(part));
   }
   document.getElementById("table").className = page.getElementById("table").className;
   const status = document.getElementById("status");
@@ -92,13 +103,13 @@ async function renew() {
 async function look() {
   if (!document.hidden) {
     try {
-      const answer = await fetch("/api/live" + query);
+      const answer = await fetch(api + "/live" + query);
       if (!answer.ok) throw new Error(answer.status);
       const live = await answer.json();
       show(live);
       if (live.version !== night.dataset.version) await renew();
     } catch {
-      document.querySelector("[data-live=stage]").textContent = "the dashboard does not answer";
+      for (const cell of document.querySelectorAll("[data-live=stage], .now")) cell.textContent = "the dashboard does not answer";
     }
   }
   setTimeout(look, PERIOD);
