@@ -150,6 +150,30 @@ def test_each_slot_has_its_own_program_in_a_commit_that_outlives_the_tree(fleet)
     assert night.read("program.md") == "# be tame\n"
 
 
+def test_one_agent_feeds_workers_in_every_slot(fleet):
+    """--agents 1: every GPU gets a worker, the agent none; --agents 0: an agent elsewhere feeds them."""
+    fleet.no_tmux()
+    one_line(fleet.launch("--agents", "3"), "--agents must be 0 to 2")
+    (fleet.path / "programs" / "team.md").write_text("# feed them\n")
+    fleet.commit("team", "programs/team.md")
+    result = fleet.launch("--agents", "1", agent=AGENT, CUDA_VISIBLE_DEVICES="4,7")
+    assert result.rc == 0, result.err
+    words = [shlex.split(command) for command in commands_of(result)]
+    assert [w[w.index("lab") + 1] for w in words] == ["work", "work", "night"]
+    assert [next(x for x in w if x.startswith("CUDA_VISIBLE")) for w in words] == [
+        "CUDA_VISIBLE_DEVICES=4", "CUDA_VISIBLE_DEVICES=7", "CUDA_VISIBLE_DEVICES="]  # fmt: skip
+    feeder = fleet.place / "repo-nov21-agent0"
+    assert (feeder / "program.md").read_text() == "# feed them\n" and (fleet.tree(0) / "program.md").read_text() == "# program\n"
+    assert fleet.git("config", "autoresearch.team") == "nov21"
+    assert fleet.git("-C", str(feeder), "branch", "--show-current") == "autoresearch/nov21-agent0"
+    assert fleet.launch("--agents", "1", agent=AGENT, CUDA_VISIBLE_DEVICES="4,7").rc == 0
+    one_line(fleet.launch("--agents", "0", agent=AGENT, CUDA_VISIBLE_DEVICES="4,7"), "was launched with --agents 1")
+    assert fleet.fleet("clean", "nov21").rc == 0 and not feeder.exists()
+    result = fleet.fleet("launch", "nov22", "--slots", "2", "--agents", "0", CUDA_VISIBLE_DEVICES="4,7")
+    assert [shlex.split(command)[-3] for command in commands_of(result)] == ["work", "work"], result.err
+    assert fleet.git("config", "autoresearch.team") == "nov22"
+
+
 def test_where_git_knows_no_name_a_program_is_committed_all_the_same(fleet):
     fleet.no_tmux()
     for key in ("user.name", "user.email"):
@@ -363,6 +387,7 @@ def template(tmp_path_factory):
     fleet = Fleet(tmp_path_factory.mktemp("fleet"))
     fleet.no_tmux()
     assert fleet.launch(CUDA_VISIBLE_DEVICES="0,1").rc == 0
+    fleet.git("config", "--unset", "autoresearch.team")  # two nights that know nothing of each other
     for k, ideas in enumerate([[("wider", 0.99), ("narrower", 1.02)], [("deeper", 0.98)]]):
         night = fleet.night_in(k)
         night.baseline()

@@ -18,6 +18,8 @@ from lab.loop import checks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = [ROOT / "program.md", *sorted((ROOT / "programs").glob("*.md"))]
+TEAM = ROOT / "programs" / "team.md"  # its agent trains nothing: it feeds workers
+TRAINING = [path for path in PROGRAMS if path != TEAM]
 COMMON = [1, 2, 4, 5, 6]  # sections that are the same in all programs
 RUN = "uv run train.py > run.log 2>&1"
 SANDBOXED = "uv run -m lab sandbox > run.log 2>&1"
@@ -26,6 +28,7 @@ TOLD = [
     "git reset --keep 1a2b3c4", "git reset --keep 1a2b3c4^", "git reset --soft 1a2b3c4^", "git cherry-pick 1a2b3c4",
     'git commit -m "x" -- train.py', "git stash push -- train.py", "git stash pop", "git checkout -- train.py",
     "git switch autoresearch/nov21", "git switch -c autoresearch/nov21", "uv run -m lab record", "uv run -m lab adopt",
+    "uv run -m lab wait",
     *(f"AUTORESEARCH_SEED={seed} {run}" for seed in (43, 44, 45, 60) for run in (RUN, SANDBOXED)),
 ]  # fmt: skip
 # What an agent must not be let do, by whatever rule.
@@ -37,7 +40,7 @@ HARM = [
     "git show HEAD^ | git apply", "git apply x.patch", "git apply --include=train.py x.patch --include=*",
     "git diff --output=prepare.py", "git log --output prepare.py", "git -c core.pager=sh log", "git config a.b c",
     "uv add numpy", "uv sync", "uv pip install x", "pip install x", "uv run python -c pass", "uv run prepare.py --num-shards 3",
-    "uv run -m lab night --agent x", "uv run -m lab sample --output prepare.py", "uv run -m lab sandbox -- sh -c true",
+    "uv run -m lab night --agent x", "uv run -m lab work", "uv run -m lab work --hours 8", "uv run -m lab wait > prepare.py", "uv run -m lab sample --output prepare.py", "uv run -m lab sandbox -- sh -c true",
     "AUTORESEARCH_SEED=43 sh -c true uv run train.py", "AUTORESEARCH_SEED=x uv run train.py > run.log 2>&1",
     "AUTORESEARCH_DATASET=stdlib uv run train.py > run.log 2>&1", "uv run train.py > prepare.py 2>&1",
     'uv run -m lab record "x" > results.tsv', 'uv run -m lab record "$(touch x)"', "uv run -m lab record `touch x`",
@@ -73,10 +76,10 @@ ALL_COMMANDS = sorted({command for path in PROGRAMS for command in commands(path
 
 
 def test_there_are_the_programs_that_were_asked_for():
-    assert [path.stem for path in PROGRAMS] == ["program", "architecture", "conservative", "optimizer", "plateau"]
+    assert [path.stem for path in PROGRAMS] == ["program", "architecture", "conservative", "optimizer", "plateau", "team"]
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=program_id)
+@pytest.mark.parametrize("path", TRAINING, ids=program_id)
 def test_a_program_is_complete_and_short(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 120 and max(map(len, lines)) <= 121
@@ -90,7 +93,7 @@ def test_a_program_is_complete_and_short(path):
         assert words in path.read_text() or (words.startswith("Memory") and path.stem == "conservative")
 
 
-@pytest.mark.parametrize("path", PROGRAMS[1:], ids=program_id)
+@pytest.mark.parametrize("path", TRAINING[1:], ids=program_id)
 def test_what_is_common_to_all_programs_is_the_same_in_each(path):
     ours, theirs = sections(ROOT / "program.md"), sections(path)
     for number in COMMON:
@@ -99,7 +102,19 @@ def test_what_is_common_to_all_programs_is_the_same_in_each(path):
         assert theirs[number] != ours[number]
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=program_id)
+def test_the_program_of_a_team_names_what_its_agent_needs_and_trains_nothing():
+    lines, named = TEAM.read_text().splitlines(), commands(TEAM)
+    assert len(lines) <= 120 and max(map(len, lines)) <= 121 and sorted(sections(TEAM)) == list(range(8))
+    needed = ["uv run -m lab status", "git checkout -b autoresearch/", "git commit -m ", "uv run -m lab propose ",
+              "uv run -m lab propose --simpler ", "uv run -m lab wait", "uv run -m lab adopt"]  # fmt: skip
+    for start in needed:
+        assert any(command.startswith(start) for command in named), f"team.md does not say {start}"
+    assert not [command for command in named if "train.py >" in command or "lab record" in command or "lab work" in command]
+    for words in ("keep", "discard", "crash", "handed back", "late gain", "conflict", "grid", "`next:`", "seed", "A worker is gone"):
+        assert words.lower() in TEAM.read_text().lower(), words
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=program_id)
 def test_the_run_command_stands_once_and_one_word_switches_it_to_the_sandbox(path, tmp_path):
     text = path.read_text()
     assert text.count("> run.log") == text.count(RUN) == 1

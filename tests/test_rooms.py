@@ -19,6 +19,7 @@ ALLOWED = {
     "analysis": {"base", "store"},
     "share": {"base", "store", "analysis"},
     "loop": {"base", "store", "analysis", "share"},
+    "queue": {"base", "store", "analysis", "share", "loop", "keeper"},
     "machine": {"base", "store"},
     "verify": {"base", "store", "analysis", "share"},
     "charts": {"base", "store", "analysis", "share"},

@@ -62,7 +62,7 @@ class Cluster:
         return subprocess.run(given, cwd=tree, env=self.env, check=True, capture_output=True, text=True).stdout.strip()
 
     def lab(self, *args, tag="nov21", hours=1, agent=AGENT):
-        options = [*(["--tag", tag] if tag else []), "--hours", hours, "--agent", agent]
+        options = [*(["--tag", tag] if tag else []), "--hours", hours, *(["--agent", agent] if agent else [])]
         return self.repo.run("-m", "lab", "slurm", *options, *args, **self.env)
 
     def write(self, *args, **kwargs):
@@ -178,6 +178,23 @@ def test_shellcheck_and_bash_find_nothing(cluster, more):
     assert found.returncode == 0, found.stdout
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert max(map(len, script.read_text().splitlines()[20:])) <= 130, "to be read by an admin"
+
+
+def test_workers_are_tasks_of_one_team_on_one_remote(cluster):
+    result = cluster.lab("--workers", "3", agent=None)
+    assert result.rc == 0, result.err
+    script, remote = cluster.folder / "array.sbatch", cluster.folder / "team.git"
+    assert sbatch_options(script)["--array"] == "0-2" and "3 workers on autoresearch/nov21-0" in result.out
+    assert f"git config autoresearch.team nov21; git config autoresearch.remote {shlex.quote(str(remote))}" in result.out
+    assert cluster.git("rev-parse --is-bare-repository", tree=remote) == "true"
+    text = script.read_text()
+    assert "\nagent=''\n" in text and "\nteam=nov21\n" in text and f"\nremote={shlex.quote(str(remote))}\n" in text
+    cluster.git("config autoresearch.remote /elsewhere/team.git")
+    assert "autoresearch.remote /elsewhere/team.git" in cluster.lab("--workers", "3", agent=None).out
+    for args, agent in [(["--workers", "0"], None), (["--workers", "2", "--programs", "program.md", "prepare.py"], None)]:
+        refused = cluster.lab(*args, agent=agent)
+        assert refused.rc == 1 and "--workers must be at least 1" in refused.err
+    assert cluster.lab("--workers", "2").rc == 2 and "not allowed with argument" in cluster.lab("--workers", "2").err
 
 
 def test_what_it_says_after_writing(cluster):

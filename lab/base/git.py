@@ -25,7 +25,7 @@ class GitError(Stop):
 def git(path, *args, stdin=None, env=None, raw=False):
     """Runs git in `path` and returns its output: str, or bytes if `raw`. Waits for a lock that another git holds, and
     removes one that a killed git left behind. Raises GitError with git's own message, and Unfinished if a running git
-    keeps its lock."""
+    keeps its lock, or if this git was killed."""
     env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"} | (env or {})
     data = stdin.encode() if isinstance(stdin, str) else stdin
     deadline = time.monotonic() + LOCK_PATIENCE
@@ -36,6 +36,8 @@ def git(path, *args, stdin=None, env=None, raw=False):
             raise GitError(args, "not installed", missing=True) from None
         if done.returncode == 0:
             return done.stdout if raw else done.stdout.decode(errors="surrogateescape")
+        if done.returncode < 0:  # it said nothing: not a refusal of git's, whoever asks must not take it for an answer
+            raise Unfinished(f"git {args[0]} was killed (signal {-done.returncode}): run this again")
         message = " ".join(done.stderr.decode(errors="replace").split())
         lock = re.search(r"'([^']+\.lock)': File exists", message)
         if not lock:

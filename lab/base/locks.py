@@ -72,6 +72,24 @@ def is_held(path):
         os.close(fd)
 
 
+def is_free(path):
+    """Whether certainly no process of this machine holds the lock of this file. False if that cannot be found out: not the
+    opposite of is_held."""
+    if not fcntl:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def run_in_progress(top):
     """Whether a run is in progress in this tree: it holds a lock on the folder of its train.py."""
     return is_held(top)

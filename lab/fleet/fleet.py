@@ -1,6 +1,7 @@
-"""Several nights at once on one machine, each with its own GPU, working tree, branch and agent.
+"""Several GPUs of one machine as one team: a working tree and a branch for each, with an agent or a worker in it.
 
     uv run -m lab fleet launch nov21 --slots 4 --agent 'claude -p "Read program.md and follow it." --settings ...'
+    uv run -m lab fleet launch nov21 --slots 8 --agents 1 --agent ...      one agent feeds eight workers
     uv run -m lab fleet status nov21        uv run -m lab fleet stop nov21        uv run -m lab fleet clean nov21
 
 .lab/fleet/TAG.json in the launching checkout describes the fleet; a slot's night.lock tells whether it is running.
@@ -9,6 +10,7 @@
 import argparse
 import json
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -22,12 +24,14 @@ from lab.loop import many_trees
 from lab.store import names
 from lab.store.repository import Repo
 
-HELP = "one agent per GPU on this machine: launch, status, stop, clean"
+HELP = "several GPUs of this machine as one team: launch, status, stop, clean"
 DESCRIPTION = """\
 launch   makes a working tree beside this checkout for every slot (a GPU, or a part of the cores if there is no
          GPU), on a branch autoresearch/TAG-gpuK from HEAD, and starts `lab night` with the agent's command in it,
-         in a tmux window; without tmux it prints the commands. The slots share the data, the compile cache and the
-         Python environment. After the first launch, `launch TAG` alone resumes: it starts the slots that are dead
+         in a tmux window; without tmux it prints the commands. The slots are a team (git config autoresearch.team
+         TAG): they judge by everybody's results. They share the data, the compile cache and the Python environment.
+         With --agents M, fewer than slots, every slot runs a worker (`lab work`), and M agents, each in a working
+         tree of its own without a GPU, feed them by programs/team.md; --agents 0: workers only. After the first launch, `launch TAG` alone resumes: it starts the slots that are dead
          and does not touch the running ones
 status   prints one table of all slots, and the best of them
 stop     ends what launch started, trainings included, and nothing else; `launch TAG` resumes
@@ -36,6 +40,8 @@ clean    moves every slot's results to runs/TAG-gpuK of this checkout, then remo
 
 Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command resumes."""
 FOLDER = Path(names.LAB, names.FLEET)
+TEAM_PROGRAM = Path("programs", "team.md")  # of an agent that feeds workers
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # for an agent that trains nothing
 START_LIMIT = 60  # seconds that a keeper may take to lock its tree: `uv run` and imports on a busy machine
 
 
@@ -47,8 +53,9 @@ def add_arguments(parser):
         sub.add_argument("tag", metavar="TAG", help="the fleet's name: branches are autoresearch/TAG-gpu0 and so on")
     launch = parsers["launch"]
     launch.add_argument("--slots", type=int, metavar="N", help="how many trainings at once")
+    launch.add_argument("--agents", type=int, metavar="M", help="how many agents (as many as slots); fewer: they feed workers")
     launch.add_argument("--agent", metavar="COMMAND", help="shell command that starts an agent, as for lab night")
-    launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of slot 0, 1, ...; repeated if fewer than slots")
+    launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of agent 0, 1, ...; repeated if fewer than agents")
     launch.add_argument("--hours", type=float, help="how long each night is, from its start (8)")
     launch.add_argument("--folder", metavar="DIR", help="where the working trees go (beside this checkout)")
 
@@ -86,32 +93,38 @@ def save(top, state):
 
 def plan(repo, args):
     """The state of a new fleet, before anything is created."""
-    if not args.slots or not args.agent:
+    agents = args.slots if args.agents is None else args.agents
+    if not args.slots or agents != 0 and not args.agent:
         raise Refused(f"there is no fleet {args.tag} yet: --slots N and --agent 'COMMAND' are needed")
     if args.slots < 1:
         raise Refused("--slots must be at least 1")
+    if not 0 <= agents <= args.slots:
+        raise Refused(f"--agents must be 0 to {args.slots}, the number of slots")
     worktrees.check_name(repo, args.tag)
     worktrees.check_checkout(repo)
     shares, note = devices.shares(args.slots)
-    top = repo.top.resolve()
+    top, works = repo.top.resolve(), agents < args.slots
     beside = Path(args.folder).expanduser().absolute() if args.folder else top.parent
-    name = args.tag.replace("/", "-")
-    folders = [beside / f"{top.name}-{name}-gpu{i}" for i in range(args.slots)]
+    folder, slots = f"{top.name}-{args.tag.replace('/', '-')}", [f"gpu{i}" for i in range(args.slots)]
+    feeders = [f"agent{i}" for i in range(agents)] if works else []
+    folders = {name: beside / f"{folder}-{name}" for name in [*slots, *feeders]}
     worktrees.check_free(repo, args.tag, folders)
-    programs = worktrees.programs_of(args.programs, args.slots)
+    programs_given = args.programs or ([str(top / TEAM_PROGRAM)] if works and feeders else [None])
+    given = worktrees.programs_of(None if programs_given == [None] else programs_given, len(feeders) if works else args.slots)
+    programs = [*[None] * args.slots, *given] if works else given
     worktrees.check_room(beside, args.slots)
-    programs_given = args.programs or [None]
+    shares = [*shares, *[(NO_GPU, None)] * len(feeders)]
     made = []
-    for i, ((environment, own), program, folder) in enumerate(zip(shares, programs, folders, strict=True)):
-        named = programs_given[i % len(programs_given)]
+    for i, ((environment, own), program, (name, place)) in enumerate(zip(shares, programs, folders.items(), strict=True)):
+        named = None if program is None else programs_given[(i - args.slots * works) % len(programs_given)]
         made.append({
-            "number": i, "branch": worktrees.branch_of(args.tag, i), "folder": str(folder), "program": named,
-            "start": worktrees.beginning(repo, program, named), "environment": environment, "cores": own,
-            "made": False, "cleaned": False,
+            "number": i, "name": name, "works": works and name in slots, "branch": worktrees.branch_of(args.tag, name),
+            "folder": str(place), "program": named, "start": worktrees.beginning(repo, program, named),
+            "environment": environment, "cores": own, "made": False, "cleaned": False,
         })  # fmt: skip
     print(note)
     return {
-        "tag": args.tag, "id": uuid.uuid4().hex, "agent": args.agent, "hours": 8 if args.hours is None else args.hours,
+        "tag": args.tag, "id": uuid.uuid4().hex, "count": args.slots, "agents": agents, "agent": args.agent, "hours": 8 if args.hours is None else args.hours,
         "programs": args.programs, "folder": str(beside), "settings": slot_processes.settings(),
         "python": slot_processes.environment_folder(), "slots": made,
     }  # fmt: skip
@@ -119,9 +132,10 @@ def plan(repo, args):
 
 def check_same(state, args):
     """Refuses options that differ from those that the fleet was launched with."""
-    given = {"--slots": args.slots, "--agent": args.agent, "--programs": args.programs}
+    given = {"--slots": args.slots, "--agents": args.agents, "--agent": args.agent, "--programs": args.programs}
     given["--folder"] = args.folder and str(Path(args.folder).expanduser().absolute())
-    was = {"--slots": len(state["slots"]), "--agent": state["agent"], "--programs": state["programs"]}
+    count = state.get("count", len(state["slots"]))
+    was = {"--slots": count, "--agents": state.get("agents", count), "--agent": state["agent"], "--programs": state["programs"]}
     was["--folder"] = state["folder"]
     given |= {name: slot_processes.settings().get(name) for name in slot_processes.SETTINGS}
     was |= {name: state["settings"].get(name) for name in slot_processes.SETTINGS}
@@ -135,6 +149,24 @@ def check_same(state, args):
         raise Refused(f"the fleet {state['tag']} is being cleaned: uv run -m lab fleet clean {state['tag']}")
 
 
+def team_of(tag):
+    """The name of the fleet's team."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", tag)
+
+
+def check_team(repo, tag):
+    """Refuses if another fleet of this checkout is running: git's configuration, which its working trees share, says which
+    team they are."""
+    team = repo.ask("config", names.TEAM)
+    for path in sorted((repo.top / FOLDER).rglob("*.json")):
+        other = load(repo.top, path.relative_to(repo.top / FOLDER).with_suffix("").as_posix())
+        if other and other["tag"] != tag and team == team_of(other["tag"]) and any(map(slot_processes.is_running, other["slots"])):
+            raise Refused(
+                f"the fleet {other['tag']} is running, and a checkout has one team at a time: uv run -m lab fleet stop "
+                f"{other['tag']}, or launch from another clone"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------
 # The commands
 
@@ -144,10 +176,14 @@ def launch(repo, args):
         raise Refused("--hours must be above 0")
     state = load(repo.top, args.tag)
     if state is None:
+        check_team(repo, args.tag)
         state = plan(repo, args)
         save(repo.top, state)
     else:
         check_same(state, args)
+    if "agents" in state:  # it was launched as a team
+        check_team(repo, args.tag)
+        repo.git("config", names.TEAM, team_of(args.tag))
     for slot in state["slots"]:
         if slot["made"]:
             worktrees.check_made(repo, slot)
@@ -166,7 +202,7 @@ def launch(repo, args):
     else:
         server = tmux.server(repo.top, args.tag)
         for slot, command in zip(dead, commands, strict=True):
-            tmux.start(server, f"gpu{slot['number']}", f"({command}) 2> {bring_home.errors_of(slot)}")
+            tmux.start(server, slot_processes.name_of(slot), f"({command}) 2> {bring_home.errors_of(slot)}")
         await_up(server, dead)
         print(f"{len(dead)} slots started, {len(state['slots']) - len(dead)} were running; {tmux.attach(server)}")
     print(f"uv run -m lab fleet status {args.tag}")
@@ -180,7 +216,7 @@ def await_up(server, started):
         windows = tmux.windows(server)
         for slot in [slot for slot in waiting if slot_processes.is_running(slot)]:
             waiting.remove(slot)
-        gone = [slot for slot in waiting if f"gpu{slot['number']}" not in windows and not slot_processes.is_running(slot)]
+        gone = [slot for slot in waiting if slot_processes.name_of(slot) not in windows and not slot_processes.is_running(slot)]
         if gone or time.monotonic() > deadline:
             slot = (gone or waiting)[0]
             raise Unfinished(f"slot {slot['number']} did not start: {bring_home.last_words(slot)}; the same command tries again")  # fmt: skip
@@ -193,10 +229,10 @@ def status(repo, args):
     found = [many_trees.read(place) for place in places]
     many_trees.as_teams(found)
     for slot, tree in zip(state["slots"], found, strict=True):
-        tree["tree"] = f"gpu{slot['number']}"
+        tree["tree"] = slot_processes.name_of(slot)
         tree["state"] = "cleaned" if slot["cleaned"] else ("running" if slot_processes.is_running(slot) else "dead") + (
             f", {tree['state']}" if tree["state"] not in ("", "night") else "")  # fmt: skip
-    print(f"fleet {args.tag}: " + f"{state['folder']}/*, branches {worktrees.branch_of(args.tag, 'K')}")
+    print(f"fleet {args.tag}: " + f"{state['folder']}/*, branches {worktrees.branch_of(args.tag, 'gpuK')}")
     print(many_trees.table(found))
     return 0
 

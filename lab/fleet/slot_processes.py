@@ -39,15 +39,23 @@ def mark(state, slot):
     return f"{state['id']}:{slot['number']}"
 
 
+def name_of(slot):
+    """What a slot is called in its branch, its folder and its window: gpu0, or agent0 for an agent without a GPU."""
+    return slot.get("name") or f"gpu{slot['number']}"
+
+
 def command(state, slot, hours):
-    """The shell command of a slot's night. It uses the checkout's Python environment without synchronising it, because
+    """The shell command of a slot's night, or of its worker. It uses the checkout's Python environment without synchronising it, because
     no slot may change a package that another slot's training uses."""
     values = {**state["settings"], **slot["environment"], MARK: mark(state, slot)}
     if state["python"]:
         values |= {"UV_PROJECT_ENVIRONMENT": state["python"], "UV_NO_SYNC": "1"}
     pinned = ["taskset", "-c", ",".join(map(str, slot["cores"]))] if slot["cores"] and shutil.which("taskset") else []
-    night = ["uv", "run", "-m", "lab", "night", "--hours", f"{hours:g}", "--agent", state["agent"]]
-    words = ["env", *(f"{name}={value}" for name, value in values.items()), *pinned, *night]
+    if slot.get("works"):
+        what = ["work", "--hours", f"{hours:g}"]
+    else:
+        what = ["night", "--hours", f"{hours:g}", "--agent", state["agent"]]
+    words = ["env", *(f"{name}={value}" for name, value in values.items()), *pinned, "uv", "run", "-m", "lab", *what]
     return f"cd {shlex.quote(slot['folder'])} && {shlex.join(words)}"
 
 

@@ -1,6 +1,7 @@
 """Writes a job array for Slurm: each task is a separate night with its own program, working tree and branch.
 
     uv run -m lab slurm --tag nov21 --hours 8 --programs programs/*.md --agent 'COMMAND' --partition gpu --submit
+    uv run -m lab slurm --tag nov21 --hours 8 --workers 16 --partition gpu --submit
 
 Writes the script and makes the folders $SCRATCH/autoresearch/TAG and .../TAG/logs. The script contains all of
 lab/fleet/slurm_task.sh, the part that every task runs. deploy/slurm/ has a worked example for compute nodes without
@@ -24,12 +25,16 @@ from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
-HELP = "write (and submit) a Slurm job array: one night per program, each on its own GPU and branch"
+HELP = "write (and submit) a Slurm job array: a night per program, or workers, each on its own GPU and branch"
 DESCRIPTION = """\
-Writes an sbatch script: an array with one task per program. Each task clones this checkout's HEAD into
+Writes an sbatch script: an array with one task per program, or with --workers N an array of N workers. Each task clones this checkout's HEAD into
 SCRATCH/autoresearch/TAG/TASK/tree, on the branch autoresearch/TAG-TASK, and keeps the agent running there with
 `lab night`. A task that was preempted, requeued or stopped by its time limit resumes, until the hours since its
 first start are over.
+
+With --workers every task runs `lab work` and no agent. The tasks are a team, TAG, on a git remote: this checkout's
+(git config autoresearch.remote), or a bare repository SCRATCH/autoresearch/TAG/team.git. An agent, on the login node or
+elsewhere, feeds them by programs/team.md from a clone of the same team and remote.
 
 A task writes nothing outside its work directory ($HOME is SCRATCH/autoresearch/TAG/TASK/home; start an agent that
 needs your own as 'HOME=$REAL_HOME agent ...'), and trains without a network: prepare the data and `uv sync` first.
@@ -42,6 +47,7 @@ Exit status: 0 written (and submitted); 1 refused, nothing was changed; 2 wrong 
 
 BODY = Path(__file__).with_name("slurm_task.sh")
 WARNING = 90  # seconds before the time limit at which Slurm sends TERM; a night ends within 25 seconds of it
+TEAM_REPOSITORY = "team.git"  # in the folder of the array
 COARSE = 60  # seconds: Slurm checks time limits about once a minute and may be early by as much
 
 
@@ -50,7 +56,9 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--tag", required=True, help="name of the nights; task K uses the branch autoresearch/TAG-K")
     add("--hours", required=True, type=float, help="how long each night is, from its first start")
-    add("--agent", required=True, metavar="COMMAND", help="shell command that starts the agent")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--agent", metavar="COMMAND", help="shell command that starts the agent")
+    what.add_argument("--workers", type=int, metavar="N", help="N tasks that run a team's proposals, and no agent")
     add("--programs", nargs="+", default=[names.PROGRAM], metavar="FILE", help="one task for each (program.md)")
     add("--from", dest="origin", metavar="TREE", help="start from the best train.py of an earlier night")
     add("--scratch", help="folder that all nodes share, for the work directories ($SCRATCH)")
@@ -75,6 +83,11 @@ def add_arguments(parser):
 # What is refused
 
 
+def tasks_of(args):
+    """The program.md of each task."""
+    return args.programs if args.workers is None else [names.PROGRAM] * args.workers
+
+
 def existing(path, what, test):
     path = Path(path).absolute()
     if not test(path):
@@ -90,6 +103,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise Refused(f"--{name} {value} must be a number of hours above 0")
+    if args.workers is not None and (args.workers < 1 or args.programs != [names.PROGRAM]):
+        raise Refused("--workers must be at least 1, and workers have no --programs: their agent has")
     if args.cpus < 1:
         raise Refused(f"--cpus {args.cpus} must be at least 1")
     for name, value in vars(args).items():
@@ -159,7 +174,7 @@ def header(args, folder):
     """The #SBATCH lines. Slurm removes quotes like a shell, and expands %A and %a in the log's name only."""
     log = str(folder / "logs").replace("%", "%%") + "/%A_%a.log"
     options = {
-        "--job-name": f"autoresearch-{args.tag}", "--array": f"0-{len(args.programs) - 1}", "--time": str(minutes(args)),
+        "--job-name": f"autoresearch-{args.tag}", "--array": f"0-{len(tasks_of(args)) - 1}", "--time": str(minutes(args)),
         "--signal": f"B:TERM@{WARNING}", "--requeue": None, "--open-mode": "append", "--output": log, "--nodes": "1",
         "--ntasks": "1", "--cpus-per-task": str(args.cpus), "--mem": args.mem, "--partition": args.partition or "",
         "--account": args.account or "", "--gpus": args.gpus or "",
@@ -174,20 +189,34 @@ def header(args, folder):
 def script(args, repo, folder, commit, data, dataset, prepared):
     uv, quote = shutil.which("uv"), shlex.quote
     values = {
-        "tag": args.tag, "agent": args.agent, "scratch": folder.parent.parent, "source": repo.top, "commit": commit,
+        "tag": args.tag, "agent": args.agent or "", **team(args, repo, folder), "scratch": folder.parent.parent, "source": repo.top, "commit": commit,
         "from": existing(args.origin, "--from", is_night) if args.origin else "", "data": data, "dataset": dataset,
         "copy": prepared if args.copy_data else "", "hub_cache": hub_cache().absolute(),
         "container": container(args.container), "environment": sys.prefix, "uv": Path(uv).parent if uv else "",
         "mask": "027" if args.group_readable else "077", "seconds": round(args.hours * 3600),
     }  # fmt: skip
-    programs = [quote(str(existing(name, "--programs", Path.is_file))) for name in args.programs]
+    programs = [quote(str(existing(name, "--programs", Path.is_file))) for name in tasks_of(args)]
+    kind = "nights" if args.workers is None else "workers"
     return "\n".join([
         "#!/bin/bash", *header(args, folder),
-        f"# Written by `uv run -m lab slurm`: {len(programs)} nights of {args.hours:g} hours. These differ between arrays:",
+        f"# Written by `uv run -m lab slurm`: {len(programs)} {kind} of {args.hours:g} hours. These differ between arrays:",
         "# shellcheck disable=SC2016 # single-quoted text must not be expanded here",
         *(f"{name}={quote(str(value))}" for name, value in values.items()), f"programs=({' '.join(programs)})",
         BODY.read_text(encoding="utf-8"),
     ])  # fmt: skip
+
+
+def team(args, repo, folder):
+    """The variables of the script that make its tasks workers; empty for nights."""
+    if args.workers is None:
+        return {"team": "", "remote": ""}
+    return {"team": args.tag.replace(".", "-"), "remote": repo.ask("config", names.REMOTE) or folder / TEAM_REPOSITORY}
+
+
+def make_remote(args, repo, folder):
+    """Makes the repository through which the tasks share, unless the checkout has a remote."""
+    if args.workers is not None and not repo.ask("config", names.REMOTE) and not (folder / TEAM_REPOSITORY).exists():
+        repo.git("init", "--quiet", "--bare", str(folder / TEAM_REPOSITORY))
 
 
 def is_night(tree):
@@ -217,16 +246,21 @@ def run(args):
     for path in (folder, folder / "logs"):  # Slurm does not create a log's folder
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
+    make_remote(args, repo, folder)
     if args.output == "-" and not args.submit:
         print(text)
         return 0
     path = folder / "array.sbatch" if args.output in (None, "-") else Path(args.output).absolute()
     files.write(path, text + "\n")
-    again = sum((folder / str(task) / "tree").is_dir() for task in range(len(args.programs)))
-    print(f"{path}: {len(args.programs)} nights on {PREFIX}{args.tag}-0 and so on, logs in {folder / 'logs'}")
+    again = sum((folder / str(task) / "tree").is_dir() for task in range(len(tasks_of(args))))
+    kind = "nights" if args.workers is None else "workers"
+    print(f"{path}: {len(tasks_of(args))} {kind} on {PREFIX}{args.tag}-0 and so on, logs in {folder / 'logs'}")
     if again:
         print(f"note: {again} of these nights have started before and continue with their own program and code")
     job = submit(path) if args.submit else None
     print(f"submitted: job {job}; scancel {job} ends it" if job else f"next: sbatch {shlex.quote(str(path))}")
+    if args.workers is not None:
+        given = team(args, repo, folder)
+        print(f"to feed them, in a clone: git config {names.TEAM} {given['team']}; git config {names.REMOTE} {shlex.quote(str(given['remote']))}")
     print(f"later: uv run -m lab status --trees {shlex.quote(str(folder / '*' / 'tree'))}")
     return 0

@@ -1,6 +1,6 @@
 
-# --- From here on the script is the same for every array (lab/fleet/slurm_task.sh). One task is one night in its own
-# work directory, $scratch/autoresearch/TAG/TASK, which holds
+# --- From here on the script is the same for every array (lab/fleet/slurm_task.sh). One task is one night,
+# or one worker of a team, in its own work directory, $scratch/autoresearch/TAG/TASK, which holds
 #   tree/    a clone on the branch autoresearch/TAG-TASK: results.tsv, runs.jsonl, runs/, run.log, night.log
 #   home/    HOME of the task, private; cache/: compiled graphs and other caches
 #   deadline-JOB    when the hours are over, in seconds since 1970; job: the Slurm job that is running here
@@ -77,6 +77,10 @@ if [ ! -d "$tree" ]; then
     if ! git -C "$new" diff --quiet; then
         git -C "$new" commit --quiet -m "task $task: $(basename "$program")${from:+, train.py from $from}" -- program.md train.py
     fi
+    if [ -n "$team" ]; then
+        git -C "$new" config autoresearch.team "$team"
+        git -C "$new" config autoresearch.remote "$remote"
+    fi
     git -C "$new" switch --quiet -c "autoresearch/$tag-$task"
     mv "$new" "$tree"
 fi
@@ -111,6 +115,7 @@ if [ -n "$container" ]; then
     runtime=$(command -v apptainer || command -v singularity) || fail "there is no apptainer on this node: module load it"
     unset UV_PROJECT_ENVIRONMENT
     binds=(--bind "$work" --bind "$AUTORESEARCH_CACHE:$AUTORESEARCH_CACHE:ro")
+    [ ! -d "$remote" ] || binds+=(--bind "$remote")
     [ ! -d "$hub_cache" ] || binds+=(--bind "$hub_cache:$hub_cache:ro")
     python=("$runtime" exec --nv --home "$HOME" "${binds[@]}" --pwd "$tree" "$container" python)
 else
@@ -123,7 +128,11 @@ fi
 
 hours=$(awk -v s="$(left)" 'BEGIN { printf "%.5f", s / 3600 }')
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $(hostname), $hours hours left, in $tree"
-"${python[@]}" -m lab night --hours "$hours" --agent "$agent" &
+if [ -n "$agent" ]; then
+    "${python[@]}" -m lab night --hours "$hours" --agent "$agent" &
+else
+    "${python[@]}" -m lab work --hours "$hours" &
+fi
 night=$!
 rc=0
 wait "$night" || rc=$?

@@ -18,12 +18,12 @@ FREE_PER_SLOT = 1e9  # bytes: the first few checkpoints of a night, of 0.2 GB ea
 NO_COMMIT = "0" * 40  # as git update-ref writes "the ref must not exist yet"
 
 
-def branch_of(tag, number):
-    return f"{PREFIX}{tag}-gpu{number}"
+def branch_of(tag, name):
+    return f"{PREFIX}{tag}-{name}"
 
 
 def check_name(repo, tag):
-    if repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 0)}") is None or tag.startswith("-"):
+    if repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 'gpu0')}") is None or tag.startswith("-"):
         raise Refused(f"{tag!r} cannot be part of a branch name: use letters, digits and hyphens")
 
 
@@ -36,12 +36,12 @@ def check_checkout(repo):
 
 
 def check_free(repo, tag, folders):
-    """Raises Refused if a branch, a recorded experiment or a folder of these names exists."""
-    for number, folder in enumerate(folders):
-        branch = branch_of(tag, number)
+    """Raises Refused if a branch, a recorded experiment or a folder of these names exists. folders: {name: Path}"""
+    for name, folder in folders.items():
+        branch = branch_of(tag, name)
         if repo.exists(f"refs/heads/{branch}"):
             raise Refused(f"the branch {branch} exists and does not belong to a fleet: choose another TAG")
-        if repo.numbers(f"{tag}-gpu{number}"):
+        if repo.numbers(f"{tag}-{name}"):
             raise Refused(f"refs/{branch}/ holds experiments of an earlier night: choose another TAG")
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise Refused(f"{folder} exists: choose another TAG, or another --folder")

@@ -15,7 +15,7 @@ from lab.base import locks
 from lab.base.errors import Refused
 from lab.loop import checks, report, team_status
 from lab.loop.next_step import doubt, next_step
-from lab.share import exchange
+from lab.share import exchange, queue_refs
 from lab.store import archive, names, records_in_git, run_log
 from lab.store.repository import Repo
 
@@ -59,12 +59,14 @@ def gather(path, fetch=False):
     team = checks.team_of(repo, own)
     notes += [*team.notes, team_status.behind(repo, member)] if team else []
     history = team.night if team else own
+    queue, step = queue_refs.read(repo, member) if team else None, next_step(repo)
     best, waiting, search = history.best_record, checks.waiting(own, team), history.search
     is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
     dead_ends = [r for r in history.rows if r["verdict"] != "keep" and not near(r)]
     return {
         **known,
         "team": team and team_status.gather(repo, team),
+        "queue": queue and queue_refs.as_data(queue),
         "beside_the_best": beside_the_best(repo.top, history) if known["in_progress"] else None,
         "best": best and row(best) | {"best_known": history.estimates.get(best["row"])},
         "baseline": history.kept[0]["mean"] if history.kept else None,
@@ -79,8 +81,8 @@ def gather(path, fetch=False):
         "dead_ends": [row(r) for r in (team_status.once(dead_ends, history.records) if team else dead_ends)],
         "near_misses": [row(r) for r in history.rows if near(r) and not is_tried(r)],
         "waiting": waiting and waiting["short"],
-        "notes": [note for note in notes if note],
-        "next": next_step(repo).sentence,
+        "notes": [note for note in [*notes, *(queue.notes if queue else ())] if note],
+        "next": queue and queue_refs.instead(queue, member, bool(own.records), step) or step.sentence,
     }  # fmt: skip
 
 
@@ -139,6 +141,7 @@ def text(known, everything=False):
     lines = [f"night: autoresearch/{known['tag']}, {known['runs']} runs recorded" + (
         f", {known['runs_an_hour']:.1f} an hour" if known["runs_an_hour"] else "")]  # fmt: skip
     lines += team_status.lines(known["team"], everything) if known["team"] else []
+    lines += queue_refs.lines(known["queue"]) if known["queue"] else []
     if best := known["best"]:
         gain = f", {known['baseline'] - best['mean']:.6f} below the baseline" if known["baseline"] != best["mean"] else ""
         finder = f", found by {known['team']['best_of']}" if known["team"] else ""

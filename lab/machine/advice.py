@@ -5,9 +5,9 @@ import math
 NIGHT_HOURS = 8
 AGENT_SECONDS = 42  # between two runs, in the mean of a published night of 126 experiments
 KEPT = 0.25  # fraction of the experiments that are archived at most; 22 of 126 in that night
-# Memory of the default model in bfloat16: of a published run at 128 rows on an H100 (45,060 MiB), of which weights,
-# gradients and optimizer states take about 0.8 GB, and the rest is proportional to the rows.
-FIXED_GB, GB_PER_TOKEN = 0.8, 44.3 / (128 * 2048)
+# Memory of the default model in bfloat16, as `uv run benchmarks/memory.py` computes it (README's table): parameters,
+# gradients and optimizer state take 0.8 GB, the CUDA context and the allocator about 1 GB, the rest grows with the rows.
+FIXED_GB, GB_PER_TOKEN = 1.8, 48.2 / (128 * 2048)
 USABLE = 0.93  # of a GPU's memory: driver and fragmentation take the rest
 FEW_STEPS, ENOUGH_STEPS = 300, 500  # optimizer steps in a run; the published run has 953
 SMALL_TOKENS = 8 * 2048  # in a device batch of the default model: of a GPU with 6 GB

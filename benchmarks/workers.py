@@ -1,0 +1,154 @@
+"""What a queue costs: experiments an hour and idle time of one and two workers, and many workers on one remote.
+
+    uv run benchmarks/workers.py                     one worker and then two, made-up trainings of 20 s that only sleep
+    uv run benchmarks/workers.py --many 64           64 workers, each in a clone of its own, on one bare remote
+
+Workers are `lab work` as a user starts it; each is pinned to a core where there are enough. Trainings are made up and sleep,
+so that what is measured is everything else: claiming, merging, recording, publishing. Prints experiments an hour, the idle
+share of a worker (the time between its first and last training in which none runs), and of many workers the seconds that
+publishing a record takes, and whether a proposal was decided twice or lost. Appends a line to benchmarks/results.jsonl.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+import common
+
+sys.path[:0] = [str(common.ROOT), str(common.ROOT / "tests")]
+from fakequeue import Proposer  # noqa: E402
+
+# `lab work` with the seconds of each publish written to a file.
+TIMED = """
+import sys, time
+from lab.share import exchange
+real = exchange.publish
+def publish(*args):
+    began = time.monotonic()
+    note = real(*args)
+    with open(".lab/published", "a") as f:
+        f.write(f"{time.monotonic() - began:.3f} {note or ''}\\n")
+    return note
+exchange.publish = publish
+from lab.__main__ import main
+sys.exit(main(["work", "--no-sandbox", "--hours", "5"]))
+"""
+
+
+def start(tree, core):
+    pinned = ["taskset", "-c", str(core)] if core is not None and shutil.which("taskset") else []
+    log = open(tree.path / ".lab-worker.log", "w")  # noqa: SIM115
+    return subprocess.Popen([*pinned, sys.executable, "-c", TIMED], cwd=tree.path, env=tree.env, stdout=log, stderr=log)
+
+
+def spans(tree):
+    """[(start, end)] of the trainings that a tree recorded, in seconds since 1970."""
+    found = [(r["start"], r["end"]) for r in tree.records()]
+    return sorted(tuple(datetime.fromisoformat(when).timestamp() for when in pair) for pair in found)
+
+
+def idle_share(trees, seconds):
+    """Of the time from a worker's first to its last training, the share in which it did not train; the worst of them."""
+    shares = []
+    for tree in trees:
+        runs = spans(tree)
+        whole = runs[-1][1] - runs[0][0]
+        shares.append(max(0.0, 1 - len(runs) * seconds / whole) if whole else 0.0)
+    return max(shares)
+
+
+def propose(agent, count, rng):
+    """Fills the queue with experiments that are all a little worse, so that the best does not change meanwhile."""
+    seconds = []
+    for i in range(count):
+        agent.idea(f"idea {i}", A=-0.02 - rng.random() / 10, B=-0.001 * i)
+        began = time.monotonic()
+        result = agent.lab("propose", f"idea {i}")
+        assert result.rc == 0, result.err
+        seconds.append(time.monotonic() - began)
+    return seconds
+
+
+def measure(place, workers, proposals, seconds, remote):
+    """Runs `workers` workers until the queue is empty; what was measured."""
+    agent, rng = Proposer(place / "agent", SECONDS=seconds), random.Random(1)
+    agent.constants["SECONDS"] = 0.0
+    agent.edit()
+    agent.git("switch", "-q", "main")
+    quick = agent.commit("a baseline that takes no time")
+    agent.git("switch", "-q", "-C", "autoresearch/test", "main")
+    agent.start = quick
+    agent.work()  # the baseline
+    agent.constants["SECONDS"] = seconds
+    if remote:
+        hub = agent.hub()
+        trees = [agent.clone(f"w{i}", hub) for i in range(workers)]
+        agent.publish()
+    else:
+        trees = [agent.worktree(f"w{i}") for i in range(workers)]
+    proposing = propose(agent, proposals, rng)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    began = time.monotonic()
+    processes = [start(tree, cores[i] if workers <= len(cores) else None) for i, tree in enumerate(trees)]
+    decided = []
+    while any(item.kind in ("open", "claimed") for item in agent.queue.items):
+        time.sleep(1.0)
+        died = [i for i, process in enumerate(processes) if process.poll() is not None]
+        assert not died, (trees[died[0]].path / ".lab-worker.log").read_text()
+    took = time.monotonic() - began
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+    items = agent.queue.items
+    decided = [item.state["description"] for item in items if item.kind == "decided"]
+    rows = [r["code"] for tree in trees for r in tree.records() if r["row"]]
+    published = [float(line.split()[0]) for tree in trees for line in tree.read(".lab/published").splitlines()]
+    runs = [span for tree in trees for span in spans(tree)]
+    whole = max(end for _, end in runs) - min(begin for begin, _ in runs)
+    return {
+        "workers": workers, "proposals": proposals, "training_seconds": seconds, "remote": remote, "seconds": round(took, 1),
+        "experiments_an_hour": round(3600 * len(runs) / whole, 1), "idle_share": round(idle_share(trees, seconds), 4),
+        "decided": len(decided), "lost": proposals - len(items), "decided_twice": len(rows) - len(set(rows)),
+        "handed_back": sum(item.kind == "returned" for item in items),
+        "propose_seconds": [round(q, 3) for q in quantiles(proposing)],
+        "publish_seconds": [round(q, 3) for q in quantiles(published)],
+    }  # fmt: skip
+
+
+def quantiles(values):
+    """Median, 95th percentile, largest."""
+    ordered = sorted(values)
+    return [statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], ordered[-1]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--many", type=int, metavar="N", help="N workers on one remote, instead of one and two")
+    parser.add_argument("--seconds", type=float, default=20, help="of a training (20)")
+    parser.add_argument("--each", type=int, default=6, help="proposals for each worker (6)")
+    args = parser.parse_args()
+    found = []
+    for workers in [args.many] if args.many else [1, 2]:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(Path(folder), workers, args.each * workers, args.seconds, remote=bool(args.many))
+        print(json.dumps(result, indent=1), flush=True)
+        found.append(result)
+    if not args.many:
+        ratio = found[1]["experiments_an_hour"] / found[0]["experiments_an_hour"]
+        print(f"two workers make {ratio:.2f} times as many experiments an hour as one")
+    common.record("workers", {"runs": found})
+
+
+if __name__ == "__main__":
+    main()

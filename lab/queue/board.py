@@ -1,0 +1,128 @@
+"""Changes the team's queue: every change is a compare-and-swap of what was read.
+
+Without a remote the refs of this checkout count. With one, the remote's do; a proposal is then first a ref here, and whoever
+looks at the queue from this checkout takes it to the remote.
+"""
+
+import secrets
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from constants import GRACE, TIME_BUDGET
+from lab.base import git as base_git
+from lab.base import locks
+from lab.base.git import GitError
+from lab.share import exchange, queue_refs
+from lab.store import names
+
+LONGEST = TIME_BUDGET + 2 * GRACE + 120  # seconds between two signs of life of a worker that runs: a run and its record
+FETCH_AGE = 2.0  # seconds: several workers of one checkout share a fetch
+PROPOSE_SECONDS = 10  # that a push of a proposal may take
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def machine():
+    """Names this machine's present boot: locks of processes can be seen where it is the same. "" if that is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class Board:
+    """The queue as one member sees and changes it."""
+
+    def __init__(self, repo, member, longest=LONGEST, clock=time.monotonic):
+        self.repo, self.member, self.longest, self.clock = repo, member, longest, clock
+        self.seen = {}  # ref: (commit, when it was first seen, by this process's own clock)
+        self.note = None  # what was wrong with the last fetch
+
+    # --- looking ---
+
+    def look(self, fresh=FETCH_AGE):
+        """The queue_refs.Queue after a fetch, and after proposals that are only here were taken to the remote."""
+        self.note = exchange.fetch(self.repo, self.member, fresh=fresh)
+        queue = queue_refs.read(self.repo, self.member)
+        if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
+            self.seen.clear()
+        else:
+            late = [item for item in queue.items if item.unpublished]
+            if late and self.publish(late) is None:
+                queue = queue_refs.read(self.repo, self.member)
+        self.watch(queue)
+        return queue
+
+    def publish(self, items):
+        """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
+        for item in items:
+            try:
+                done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
+            except GitError as error:
+                return f"the remote does not have the proposal yet: {exchange.reason(error)}"
+            if done != "refused":  # if it was refused, an earlier push had reached the remote, and a worker was quick
+                self.mirrored([(item.ref, item.commit)])
+            base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
+        return None
+
+    def mirrored(self, changes):
+        for ref, commit in changes:
+            where = [names.mirror_of(ref)]
+            self.repo.ask("update-ref", *(where + [commit] if commit else ["-d", *where]))
+
+    # --- changing ---
+
+    def written(self, state, parent, **changes):
+        """A commit of the state with these changes; (its name, the state)."""
+        state = queue_refs.new(state, nonce=secrets.token_hex(16), **changes)
+        return queue_refs.written(self.repo, state, parent), state
+
+    def swap(self, changes):
+        """Changes refs of the queue, all or none: [(ref, new commit or None, commit that it must have or None)]. Whether that
+        was done, by this call or by an earlier one whose answer was lost. Raises GitError if the remote does not answer."""
+        if not self.member.remote:
+            if base_git.change_refs(self.repo.top, changes):
+                return True
+            there = base_git.refs(self.repo.top, *(ref for ref, _, _ in changes))
+            return all(there.get(ref) == new for ref, new, _ in changes)
+        if exchange.swap(self.repo, self.member, changes) == "refused":
+            return False
+        self.mirrored([(ref, new) for ref, new, _ in changes])
+        return True
+
+    # --- who is alive ---
+
+    def watch(self, queue):
+        """Notes when each claim, and each worker's ref, was first seen as it is."""
+        known, self.seen = self.seen, {}
+        for item in (*queue.running, *queue.workers):
+            commit, since = known.get(item.ref, (None, 0.0))
+            self.seen[item.ref] = (commit, since) if commit == item.commit else (item.commit, self.clock())
+
+    def is_void(self, item):
+        """Whether the worker that has this claim is certainly gone: its lock can be seen to be free, or nothing was heard of
+        it for longer than a run can take."""
+        commit, since = self.seen.get(item.ref, (None, 0.0))
+        return lock_is_free(item.state) or commit == item.commit and self.clock() - since > self.longest
+
+    def alive(self, queue):
+        """Names of the members whose workers may be running."""
+        signs = (*queue.running, *queue.workers)
+        return {item.state["worker"] for item in signs if not self.is_void(item)}
+
+
+def lock_is_free(state):
+    """Whether the worker of this claim can be seen to be gone: it ran on this machine, and nobody holds the lock that has its
+    name in it."""
+    here = machine()
+    if not here or state["machine"] != here or not Path(state["tree"]).is_absolute():
+        return False
+    lock = Path(state["tree"], names.LAB, names.WORKER_LOCK)
+    try:
+        named = lock.is_file() and lock.read_text(encoding="utf-8", errors="replace").strip() == state["worker"]
+    except OSError:
+        return False
+    return named and locks.is_free(lock)

@@ -1,0 +1,79 @@
+"""Brings an experiment onto the team's best: train.py as the experiment would have left it, had it begun there.
+
+Only the text of train.py is taken from a proposal, whatever else its commit holds.
+"""
+
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.base.errors import Refused
+from lab.base.text import printable
+from lab.share.team import LARGEST_TRAIN, objects
+from lab.store import names
+
+SHOWN_LINES = 60  # of the conflicts that go back to the proposer
+START, END = "<<<<<<<", ">>>>>>>"
+
+
+class Brought(NamedTuple):
+    content: bytes | None  # of train.py; None: see `why`
+    why: str = ""  # why the proposal goes back: a sentence, and lines with the conflict
+
+    @property
+    def code(self):
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def train_of(repo, commit, what):
+    """train.py of a commit. Raises Refused if it cannot be read."""
+    name = f"{commit}:{names.TRAIN}"
+    found = objects(repo, [name], LARGEST_TRAIN, "blob").get(name)
+    if found is None:
+        raise Refused(f"{names.TRAIN} of {what} ({commit[:7]}) cannot be read, or is too large")
+    return found
+
+
+def bring(repo, state, best):
+    """The Brought of a proposal's state; best: the record to bring it onto."""
+    try:
+        before, after = train_of(repo, state["base"], "what it was based on"), train_of(repo, state["experiment"], "the experiment")
+        ours = train_of(repo, best["commit"], "the team's best")
+    except Refused as refused:
+        return Brought(None, str(refused))
+    if ours == before:
+        return Brought(after)
+    merged, conflicts = merge(ours, before, after, [f"the team's best, {best['short']}", "base", f"the experiment, {state['experiment'][:7]}"])
+    if conflicts:
+        return Brought(None, f"it conflicts with the team's best ({best['short']}: {best['description'][:80]}):\n{hunks(merged)}")
+    if merged == ours:
+        return Brought(None, f"nothing is left of it: the team's best ({best['short']}) has this change already")
+    return Brought(merged)
+
+
+def merge(ours, before, theirs, labels):
+    """(the merged bytes, whether there are conflicts), by git's three-way merge of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name, content in [("ours", ours), ("before", before), ("theirs", theirs)]:
+            paths.append(Path(folder, name))
+            paths[-1].write_bytes(content)
+        options = [part for label in labels for part in ("-L", label)]
+        done = subprocess.run(["git", "merge-file", "-p", *options, *map(str, paths)], capture_output=True, cwd=folder)
+    if done.returncode < 0 or done.returncode > 127:
+        raise Refused(f"git merge-file: {' '.join(done.stderr.decode(errors='replace').split())}")
+    return done.stdout, done.returncode > 0
+
+
+def hunks(merged):
+    """The lines of the conflicts."""
+    shown, inside = [], False
+    for line in printable(merged.decode(errors="replace"), "\n").split("\n"):
+        inside = inside or line.startswith(START)
+        if inside:
+            shown.append(line[:200])
+        inside = inside and not line.startswith(END)
+    more = [f"({len(shown) - SHOWN_LINES} more lines)"] * (len(shown) > SHOWN_LINES)
+    return "\n".join([*shown[:SHOWN_LINES], *more])

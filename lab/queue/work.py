@@ -1,0 +1,682 @@
+"""A worker: takes proposals from the team's queue one after the other, runs them, records them, and says what came of it.
+
+    git worktree add -b autoresearch/nov21-w1 ../w1 && cd ../w1 && uv run -m lab work --hours 8
+
+It needs a working tree of its own, which nobody else edits, and one GPU. Writes run.log, what `lab record` writes, night.log
+(one line for each thing that it did) and .lab/worker.lock (locked while it runs; contains its name in the team). It holds .lab/night.lock as well, as an agent's night
+does: one tree, one of them.
+
+Killed at any moment it loses at most the run in progress: what it had claimed is in the queue, what it had recorded is in
+git, and the next start in this tree, or another worker, finds both.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import io
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from constants import GRACE, TIME_BUDGET
+from lab.analysis import verdict
+from lab.analysis.history import kind, label
+from lab.base import locks
+from lab.base.errors import Again, Refused, Stop, os_reason
+from lab.base.processes import psutil
+from lab.base.text import one_line
+from lab.keeper import cleanup
+from lab.loop import adopt, checks, record
+from lab.queue.board import LONGEST, Board, machine, now
+from lab.queue.bring import bring
+from lab.queue.propose import member_of
+from lab.share import exchange
+from lab.share.queue_refs import Item
+from lab.share.team import team_night
+from lab.store import journal, names, rules, run_log
+from lab.store.repository import Repo
+
+HELP = "run the team's proposals on this GPU, one after the other (a worker)"
+DESCRIPTION = """\
+Takes the oldest proposal of the team's queue, brings it onto the team's best, runs train.py into run.log, records it as
+`lab record` does, repeats what the rule wants repeated, tries a late gain again, and takes the next. If the team has no
+baseline yet, it measures that first. A proposal that conflicts with the team's best goes back to its proposer.
+
+Start it in a working tree of its own, on a branch autoresearch/..., one for each GPU. Trainings run in the sandbox if
+bubblewrap works here (--no-sandbox: not). SIGTERM and Ctrl-C end it at once: the training prints "preempted", and its
+proposal goes back into the queue. When the hours are over, it completes the proposal that it has.
+
+Exit status: 0 the hours are over; 1 refused, or stopped because this machine failed 5 proposals in a row; 130 stopped by
+Ctrl-C; 143 stopped by `kill`."""
+
+FIRST_SEED = 42  # the seed of a run that names none
+FAULTS = 5  # proposals in a row that failed because of this machine: then the worker stops
+ATTEMPTS = 3  # times that workers fail a proposal before it goes back
+RERUNS = 3  # times that a run that was ended from outside is run again
+ROUNDS = 3  # times that an experiment is brought onto a newer best: a late gain is tried again
+POLL, REMOTE_POLL = 1.0, 15.0  # seconds between two looks at an empty queue; a remote may have to serve many workers
+SIGN_OF_LIFE = LONGEST / 4  # seconds between two of them while there is nothing to run
+BACKOFF, LONGEST_BACKOFF = 5, 60  # seconds before the next attempt after an error, doubled each time
+KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
+OWN_TREE = ("next:", "then:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
+RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
+# What a crash looks like that the machine caused: the next proposal would crash just the same.
+MACHINE = re.compile(
+    r"No space left on device|Disk quota exceeded|Input/output error|Read-only file system|Stale file handle|Bus error|"
+    r"No CUDA GPUs are available|CUDA driver|CUDA-capable device|cudaErrorDevicesUnavailable|ECC error|NVML|"
+    r"is not prepared|Cannot allocate memory"
+)
+
+
+def add_arguments(parser):
+    parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--hours", type=float, default=8, help="how long it takes new proposals (8)")
+    parser.add_argument("--no-sandbox", action="store_true", help="run trainings without the sandbox")
+    parser.add_argument(
+        "--ideas", action="store_true",
+        help="run although device, rules or data are not those of the team's first run: results are ideas to the others",
+    )  # fmt: skip
+
+
+class Fault(Exception):
+    """A run failed for a reason of this machine, not of train.py."""
+
+
+class Lost(Exception):
+    """Another worker has the claim: this one was taken for dead. What it ran is discarded."""
+
+
+class Stopped(Exception):
+    """A signal asks for the end."""
+
+
+class Hopeless(Exception):
+    """Nothing that this worker could run would be of use."""
+
+
+class Worker:
+    def __init__(self, repo, member, hours, ideas=False, command=None, board=None, now=time.monotonic, sleep=time.sleep):
+        """command: what runs a training. now, sleep: for tests."""
+        self.repo, self.member, self.ideas, self.tag = repo, member, ideas, repo.tag()
+        repo.tag = lambda: self.tag  # git is asked a dozen times for one proposal otherwise; record asks it again
+        self.command = command or [sys.executable, names.TRAIN]
+        self.board = board or Board(repo, member)
+        self.now, self.sleep = now, sleep
+        self.end = now() + hours * 3600
+        self.stopped_by, self.training = None, None
+        self.faults = []  # why the last proposals failed, since the last that did not
+        self.said, self.signed = None, float("-inf")
+        self.done = 0
+        self.identity = {
+            "worker": member.name, "worker_branch": self.tag, "host": os.uname().nodename if hasattr(os, "uname") else "",
+            "machine": machine(), "tree": str(repo.top.resolve()),
+        }  # fmt: skip
+
+    def say(self, sentence, once=False):
+        """Writes the sentence to night.log and to the terminal; `once`: not twice in a row."""
+        if once and sentence == self.said:
+            return
+        self.said = sentence
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
+        with contextlib.suppress(OSError):  # a full disk
+            with open(self.repo.top / names.NIGHT_LOG, "a", encoding="utf-8") as f:
+                f.write(line + "\n")
+        with contextlib.suppress(OSError):  # the terminal was closed
+            print(line, flush=True)
+
+    def signalled(self, number, frame=None):
+        if self.stopped_by and self.training:  # the second one: no more waiting
+            kill(self.training, signal.SIGKILL)
+        self.stopped_by = number
+        if self.training:
+            kill(self.training, signal.SIGTERM)
+
+    def over(self):
+        return self.stopped_by or self.now() >= self.end
+
+    def pause(self, seconds):
+        until = self.now() + seconds
+        while self.now() < until and not self.stopped_by:
+            self.sleep(min(0.2, seconds))
+
+    def patiently(self, change):
+        """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped."""
+        wait = BACKOFF
+        while True:
+            try:
+                return change()
+            except (Stop, OSError) as error:
+                if isinstance(error, Refused) or isinstance(error, Again):
+                    raise
+                if self.stopped_by or self.now() > self.end + LONGEST:
+                    raise Stopped from None
+                self.say(f"it is tried again every {LONGEST_BACKOFF} s: {sentence_of(error)}", once=True)
+            self.pause(wait)
+            wait = min(2 * wait, LONGEST_BACKOFF)
+
+    # --- the queue ---
+
+    def team(self):
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own."""
+        own = checks.night_of(self.repo)
+        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records)
+
+    def change(self, item, **changes):
+        """Moves the item to its state with these changes; the Item as it is then. Raises Lost if it is not as it was."""
+        commit, state = self.patiently(lambda: self.board.written(item.state, item.state["experiment"] or "HEAD", **changes))
+        if not self.patiently(lambda: self.board.swap([(item.ref, commit, item.commit)])):
+            raise Lost
+        return item._replace(commit=commit, state=state)
+
+    def claim(self, item, **changes):
+        """The Item as this worker's; None if another was faster."""
+        attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": "begins", "since": now()}
+        with contextlib.suppress(Lost):
+            return self.change(item, kind="claimed", **self.identity, **attempt, **changes)
+        return None
+
+    def renew(self, item, doing, code):
+        """Shows that this worker is alive, and finds out whether the others think so. Raises Lost."""
+        return self.change(item, renewed=item.state["renewed"] + 1, doing=doing, running=code, since=now())
+
+    def slot(self, queue, id, task, description):
+        """A claim on a run that nobody proposed; None if another worker has it."""
+        ref, there = names.queue_ref(self.member.team, id), queue.find(id)
+        if there and not self.is_mine(there) and not self.board.is_void(there):
+            return None
+        commit, state = self.board.written(
+            {}, "HEAD", kind="claimed", task=task, description=description, attempt=secrets.token_hex(8), since=now(),
+            doing="begins", **self.identity,
+        )  # fmt: skip
+        if not self.patiently(lambda: self.board.swap([(ref, commit, there and there.commit)])):
+            return None
+        return Item(id, ref, commit, state, False)
+
+    def drop(self, item):
+        """Removes a claim on a run that nobody proposed."""
+        self.patiently(lambda: self.board.swap([(item.ref, None, item.commit)]))
+
+    def is_mine(self, item):
+        return item.state["worker"] == self.member.name
+
+    def free(self, queue):
+        """Proposals that may be taken, oldest first; those that failed here come last."""
+        found = [item for item in queue.of("open") if not item.unpublished]
+        found += [item for item in queue.of("claimed") if self.is_mine(item) or self.board.is_void(item)]
+        return sorted(found, key=lambda item: (not self.is_claimed_here(item), self.failed_here(item), item.state["seq"], item.id))
+
+    def is_claimed_here(self, item):
+        return item.kind == "claimed" and self.is_mine(item)
+
+    def failed_here(self, item):
+        return any(line.startswith(f"{self.tag}: ") for line in item.state["failed"])
+
+    def sign(self, queue):
+        """Shows from time to time that this worker is there, while it has nothing to run."""
+        if self.now() - self.signed < SIGN_OF_LIFE:
+            return
+        ref = names.queue_ref(self.member.team, f"worker-{self.member.name}")
+        there = queue.find(f"worker-{self.member.name}")
+        commit, _ = self.board.written({}, "HEAD", kind="worker", task="worker", since=now(), **self.identity)
+        if self.board.swap([(ref, commit, there and there.commit)]):
+            self.signed = self.now()
+
+    # --- the tree ---
+
+    def tidy(self, team):
+        """Takes an experiment that was not recorded off the branch, as a killed worker or a lost claim leaves it."""
+        if not self.repo.train_is_committed():
+            self.repo.git("checkout", "--quiet", "HEAD", "--", names.TRAIN)
+        if team.best and names.sha256(self.repo.top / names.TRAIN) == team.best["code"]:
+            return
+        with contextlib.suppress(checks.NotBased):
+            place = checks.place(self.repo, checks.night_of(self.repo), team)
+            if place.edits:
+                self.repo.drop(place.edits)
+
+    def stand_on_best(self, team):
+        """Makes train.py that of the team's best."""
+        self.tidy(team)
+        if names.sha256(self.repo.top / names.TRAIN) != team.best["code"]:
+            adopt.adopt(self.repo, team)
+
+    def put(self, item, brought, best):
+        """Commits the experiment on this branch, under its author's name."""
+        state = item.state
+        blob = self.repo.git("hash-object", "-w", "--stdin", stdin=brought.content).strip()
+        author = (self.repo.ask("show", "--no-patch", "--format=%an%x00%ae", state["experiment"]) or "").split("\0")
+        title = one_line(state["description"], adopt.TITLE)
+        message = f"{title}\n\nproposed by {state['branch']}, proposal {item.id}\n"
+        record.name_author(self.repo)
+        if not self.repo.restore(best["blob"], blob, message, author if len(author) == 2 and all(author) else None):
+            raise Refused("the branch was changed by somebody else: a worker needs a working tree of its own")
+
+    # --- a run ---
+
+    def train(self, seed):
+        """One run of train.py into run.log; its exit status."""
+        env = {k: v for k, v in os.environ.items() if k != "AUTORESEARCH_SEED"} | cleanup.environment(self.repo.top)
+        env |= {"AUTORESEARCH_SEED": str(seed)} if seed else {}
+        with open(self.repo.top / names.RUN_LOG, "wb") as log:
+            if self.stopped_by:
+                raise Stopped
+            self.training = subprocess.Popen(
+                self.command, cwd=self.repo.top, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
+                start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )  # fmt: skip
+        process, limit, asked = self.training, self.now() + RUN_LIMIT, None
+        try:
+            if self.stopped_by:  # a signal between the two lines above
+                kill(process, signal.SIGTERM)
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                asked = asked or (self.stopped_by and self.now())
+                if self.now() > limit or asked and self.now() > asked + KILL_WAIT:
+                    kill(process, signal.SIGKILL)
+        finally:
+            kill(process, signal.SIGKILL)  # what it started and left behind
+            process.wait()
+            self.training = None
+        return process.returncode
+
+    def result(self, code):
+        """The RunLog in run.log if it is of this code and not recorded; None otherwise."""
+        log = run_log.read(self.repo.top / names.RUN_LOG)
+        of_code = log and log.header and log.header["train_sha256"] == code
+        return log if of_code and not checks.night_of(self.repo).record_of(log) else None
+
+    def run_until_ended(self, item, code, seed, doing):
+        """(the claim, the RunLog) of a run that ended by itself. Raises Fault, Lost, Stopped."""
+        log = self.result(code)
+        if log and log.ended in ("complete", "crash"):  # this worker was killed before it recorded it
+            return item, log
+        for attempt in range(1 + RERUNS):
+            item = self.renew(item, doing if not attempt else f"{doing}, again", code)
+            status = self.train(seed)
+            if self.stopped_by:
+                raise Stopped
+            log = run_log.read(self.repo.top / names.RUN_LOG)
+            ended = log.ended if log else "nothing"
+            last = log.lines[-1][:200] if log and log.lines else "it printed nothing"
+            if ended in ("complete", "contradictory"):
+                break
+            if ended == "crash":
+                if found := MACHINE.search("\n".join(log.lines)):
+                    raise Fault(f"the run crashed because of this machine ({found[0]})")
+                break
+            if ended in ("refused", "nothing", "incomplete"):
+                raise Fault(f"the run did not begin or did not end (exit status {status}): {last}")
+            self.say(f"the run was {ended}: it is run again")
+        else:
+            raise Fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
+        return item, log
+
+    def check_kind(self, log, own):
+        """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
+        if self.ideas or not log.header or own.first:
+            return
+        team = team_night(self.repo, self.member, self.tag, own.records)
+        if team.header and kind(log.header) != kind(team.header):
+            keys = ("device", "dataset", "rules_sha256", "data_sha256")
+            differ = [f"{key} {log.header.get(key)}, not {team.header.get(key)}" for key in keys if log.header.get(key) != team.header.get(key)]
+            raise Hopeless(
+                f"this worker's runs do not compare with the team's ({one_line('; '.join(differ), 300)}): start it with --ideas "
+                "if they shall be ideas to the others"
+            )
+
+    def recorded(self, description, simpler=False):
+        """Records the run in run.log; what that prints. Raises Refused, Again."""
+        args = argparse.Namespace(description=description, discard=False, simpler=simpler)
+
+        def once():
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                record.run(args)
+            return out.getvalue()
+
+        return self.patiently(once)
+
+    def experiment(self, item, code, description, seed=None, first="run 1"):
+        """Runs and records HEAD's train.py until it has a verdict; (the claim, its record, what was said)."""
+        n = 0
+        while True:
+            n += 1
+            item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
+            own = checks.night_of(self.repo)
+            self.check_kind(log, own)
+            item, again = self.renew(item, "records", code), bool(own.latest(code))
+            try:
+                said = self.recorded(description, item.state["simpler"] and not again)
+            except Again:
+                continue
+            r = checks.night_of(self.repo).latest(code)
+            if r is None:
+                raise Refused("the run was not recorded")
+            if item.state["task"] != "experiment" or r["verdict"] != "confirm":
+                return item, r, said
+            self.say(f"confirm: {description[: checks.BRIEF]}: it is run again")
+            if self.stopped_by:
+                raise Stopped
+            seed = self.seed_of(self.team().night, code)
+
+    def seed_of(self, night, code):
+        """The seed of the next run of this code; None: the one that a run has by itself."""
+        found = re.match(r"AUTORESEARCH_SEED=(\d+)", checks.next_run(self.repo.top, night, code))
+        return int(found[1]) if found else None
+
+    # --- a proposal ---
+
+    def process(self, item):
+        """From a claim to a verdict. Raises Fault, Lost, Stopped."""
+        description = item.state["description"]
+        for attempt in range(ROUNDS):
+            team, running = self.team(), item.state["running"]
+            if running and (r := decided(team, running)) and not r.get("late"):
+                return self.settle(item, r, r["why"])  # its worker was killed before it could say so
+            if not self.goes_on(item, team):
+                brought = bring(self.repo, item.state, team.best)
+                if brought.content is None:
+                    return self.give_back(item, brought.why)
+                if r := decided(team, brought.code):
+                    return self.settle(item, r, f"this very train.py was tried before: {label(r)}, {r['verdict']}\n")
+                self.stand_on_best(team)
+                self.put(item, brought, team.best)
+            code = names.sha256(self.repo.top / names.TRAIN)
+            try:
+                item, r, said = self.experiment(item, code, description, self.seed_of(team.night, code))
+            except Refused as refused:
+                return self.give_back(item, f"it could not be recorded: {refused}")
+            if not r.get("late") or attempt == ROUNDS - 1:
+                return self.settle(item, r, said)
+            self.say(f"a late gain: {description[: checks.BRIEF]}: it is tried again on the team's best")
+            item = self.renew(item, "a late gain, tried again on the team's best", "")
+        return None
+
+    def goes_on(self, item, team):
+        """Whether HEAD is this claim's experiment, of a worker that was killed."""
+        code = item.state["running"]
+        if not code or not self.repo.train_is_committed() or names.sha256(self.repo.top / names.TRAIN) != code:
+            return False
+        try:
+            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not decided(team, code)
+        except checks.NotBased:
+            return False
+
+    def settle(self, item, r, said):
+        """Publishes the verdict, by compare-and-swap of the claim. Raises Lost."""
+        shown = "\n".join(line for line in said.splitlines() if not line.startswith(OWN_TREE))
+        where = label(r) if r.get("label") else f"{r['tag']}/{r['row']:04d}" if r["row"] else r["tag"]
+        self.change(
+            item, kind="decided", verdict=r["verdict"], text=shown, label=where, mean=r["mean"], gain=r["gain"],
+            commit=r["commit"], when=now(), doing="", running="",
+        )  # fmt: skip
+        self.faults, self.done = [], self.done + 1
+        value = "" if r["mean"] is None else f" {r['mean']:.6f}"
+        self.say(f"{r['verdict']}{value}: {item.state['description'][: checks.BRIEF]}")
+
+    def give_back(self, item, why):
+        """Hands the proposal back to its proposer, with the reason."""
+        self.change(item, kind="returned", text=why, when=now(), doing="", running="")
+        with contextlib.suppress(Refused):
+            self.tidy(self.team())
+        self.say(f"handed back: {item.state['description'][: checks.BRIEF]}: {one_line(why, 200)}")
+
+    def release(self, item, why=None):
+        """Puts the proposal back into the queue, for this or another worker. why: this machine's fault, which counts."""
+        attempts = item.state["attempts"] + bool(why)
+        failed = [*item.state["failed"], f"{self.tag}: {one_line(why, 200)}"][-20:] if why else item.state["failed"]
+        nobody = dict.fromkeys(("worker", "worker_branch", "host", "machine", "tree", "attempt", "doing", "running"), "")
+        if attempts >= ATTEMPTS:
+            text = f"workers failed to run it {attempts} times:\n" + "\n".join(failed)
+            self.change(item, kind="returned", text=text, when=now(), attempts=attempts, failed=failed, doing="", running="")
+        else:
+            self.change(item, kind="open", attempts=attempts, failed=failed, **nobody)
+
+    # --- runs that nobody proposed ---
+
+    def measure_baseline(self, queue, team):
+        """Runs the team's baseline under a seed that nobody has run or runs. Whether there was one."""
+        first = team.night.baseline_record
+        if first:
+            self.stand_on_best(team)
+        else:
+            self.tidy(team)
+        code = names.sha256(self.repo.top / names.TRAIN)
+        runs = team.night.runs(code) if first else []
+        used = {r["header"]["seed"] for r in runs}
+        missing = max(1, verdict.BASELINE_RUNS - len(verdict.distinct([r["summary"]["val_bpb"] for r in runs])))
+        seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + len(used) + missing) if seed not in used][:missing]
+        for seed in seeds:
+            if item := self.slot(queue, f"baseline-{seed}", "baseline", "baseline"):
+                self.say(f"the team's baseline, seed {seed}")
+                self.run_slot(item, code, "baseline", seed)
+                return True
+        return False
+
+    def repeat_best(self, queue, team):
+        """Runs the team's best again if the rule doubts it. Whether this worker did."""
+        tip = team.night.tip
+        if not team.night.doubted:
+            return False
+        id = f"again-{tip['code'][:12]}-{len(team.night.runs(tip['code']))}"
+        item = self.slot(queue, id, "again", f"{tip['description']}: in doubt, again")
+        if not item:
+            return False
+        self.stand_on_best(team)
+        self.say(f"the team's best is in doubt, and runs again: {tip['description'][: checks.BRIEF]}")
+        self.run_slot(item, tip["code"], "", self.seed_of(team.night, tip["code"]))
+        return True
+
+    def run_slot(self, item, code, description, seed):
+        """Runs and records HEAD's train.py, as nobody proposed."""
+        try:
+            item, r, _ = self.experiment(item, code, description, seed, f"seed {seed}")
+        except Lost:
+            return
+        except BaseException:
+            with contextlib.suppress(Stop, OSError, Stopped):
+                self.drop(self.latest(item))
+            raise
+        self.drop(item)
+        if r["verdict"] == "crash":
+            raise Fault(f"the baseline crashed: {r['why']}" if item.state["task"] == "baseline" else "the team's best crashed here")
+        self.faults = []
+        self.say(f"{r['summary']['val_bpb']:.6f}: {item.state['description'][: checks.BRIEF]}")
+
+    def latest(self, item):
+        """The claim as it is in the queue, if it is this worker's."""
+        there = self.board.look(fresh=0).find(item.id)
+        return there if there and there.state["attempt"] == item.state["attempt"] else item
+
+    # --- the night ---
+
+    def begin(self):
+        """Mends what an earlier worker in this tree left behind."""
+        cleanup.clear(self.repo.top, self.say)
+        if journal.pending(self.repo.top):
+            with locks.one_at_a_time(self.repo.top / names.LAB):
+                record.finish_interrupted(self.repo)
+            self.say("a record that was interrupted is complete")
+        if checks.night_of(self.repo).records:  # it may have been killed before it published them
+            exchange.publish(self.repo, self.member, self.tag, exchange.state_of(self.repo, self.tag))
+
+    def check_rules(self):
+        team = self.team()
+        headers = [r["header"] for tree in team.trees for r in tree.records if r["header"]]
+        if headers and not team.header and not self.ideas:
+            changed = ", ".join(rules.changed(headers[0], rules.tree(self.repo.top))[:3])
+            raise Hopeless(f"{changed} is not that of the team's runs: start from the team's commit, or --ideas")
+
+    def step(self):
+        """Does one thing of what is to be done. Whether there was something."""
+        queue = self.board.look()
+        if self.board.note:
+            self.say(self.board.note, once=True)
+            return False
+        self.sign(queue)
+        if left := [item for item in queue.slots if self.is_mine(item)]:  # of a worker that was killed in this tree
+            for item in left:
+                self.drop(item)
+            return True
+        team = self.team()
+        if not team.night.tip:
+            return self.measure_baseline(queue, team)
+        mine = [item for item in queue.of("claimed") if self.is_mine(item)]
+        if not mine and self.repeat_best(queue, team):
+            return True
+        for item in self.free(queue)[:3]:
+            if claimed := self.claim(item):
+                self.take(claimed)
+                return True
+        return False
+
+    def take(self, item):
+        """A claimed proposal, to whatever end."""
+        self.say(f"takes: {item.state['description'][: checks.BRIEF]} (of {item.state['branch']})")
+        try:
+            self.process(item)
+        except Lost:
+            (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
+            self.say("another worker has taken this proposal over: what was run is discarded")
+        except Stopped:
+            with contextlib.suppress(Lost, Stopped, Stop, OSError):
+                self.release(self.latest(item))
+            raise
+        except Hopeless:
+            self.release(self.latest(item))
+            raise
+        except (Fault, Refused) as fault:  # Refused: this tree is not as a worker needs it
+            with contextlib.suppress(Lost):
+                self.release(self.latest(item), str(fault))
+            raise Fault(str(fault)) from None
+
+    def watch(self):
+        """Works until the hours are over. Returns the exit status."""
+        self.say(f"worker {self.tag} of team {self.member.team}, stop it with `kill {os.getpid()}`; runs: {' '.join(self.command)}")
+        wait = BACKOFF
+        try:
+            self.patiently(self.begin)
+            self.check_rules()
+            while not self.over():
+                try:
+                    busy, wait = self.step(), BACKOFF
+                except Fault as fault:
+                    self.faults.append(str(fault))
+                    self.say(f"failed because of this machine ({len(self.faults)} in a row): {fault}")
+                    if len(self.faults) >= FAULTS:
+                        raise Hopeless(f"{FAULTS} in a row failed because of this machine, at last: {fault}") from None
+                    self.pause(min(len(self.faults), BACKOFF))
+                    continue
+                except (Stop, OSError) as error:
+                    self.say(f"{sentence_of(error)}: tried again in a while", once=True)
+                    self.pause(wait)
+                    wait = min(2 * wait, LONGEST_BACKOFF)
+                    continue
+                if not busy:
+                    if not self.board.note:
+                        self.say("nothing to run: waiting for proposals", once=True)
+                    self.pause(REMOTE_POLL if self.member.remote else POLL)
+            how = signal.Signals(self.stopped_by).name if self.stopped_by else "the hours are over"
+        except Stopped:
+            how = signal.Signals(self.stopped_by).name if self.stopped_by else "the remote did not answer"
+        except Hopeless as hopeless:
+            self.leave()
+            self.say(f"stopped: {hopeless}")
+            print(f"lab work: {hopeless}", file=sys.stderr)
+            return 1
+        self.leave()
+        self.say(f"the worker ended: {how}; {self.done} proposals decided")
+        return 128 + self.stopped_by if self.stopped_by else 0
+
+    def leave(self):
+        """Takes this worker's ref away, and what is not recorded off its branch."""
+        with contextlib.suppress(Stop, OSError):
+            self.tidy(self.team())
+        with contextlib.suppress(Stop, OSError):
+            if there := self.board.look(fresh=0).find(f"worker-{self.member.name}"):
+                self.board.swap([(there.ref, None, there.commit)])
+
+
+def decided(team, code):
+    """The team's record that decided this code; None if it is not decided."""
+    return next((r for r in team.night.rows if r["code"] == code and r["verdict"] in ("keep", "discard", "crash")), None)
+
+
+def kill(process, number):
+    """Sends the signal to the training: to all of its group if it shall end at once."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        elif process.returncode is None:
+            os.kill(process.pid, number)
+
+
+def end_with_parent():
+    """In the training, before it starts: Linux sends it SIGTERM when the worker dies, whatever kills it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def sentence_of(error):
+    return os_reason(error) if isinstance(error, OSError) else one_line(str(error), 300)
+
+
+def training_command(top, wanted):
+    """(what runs a training, why): in the sandbox where that works."""
+    if not wanted:
+        return [sys.executable, names.TRAIN], "without a sandbox, as asked for"
+    sandbox = [sys.executable, "-m", "lab", "sandbox"]
+    try:
+        done = subprocess.run([*sandbox, "--", "true"], cwd=top, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+    except subprocess.TimeoutExpired:
+        return [sys.executable, names.TRAIN], "without a sandbox, which did not start within 60 s"
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().split("\n")[-1]
+        return [sys.executable, names.TRAIN], f"without a sandbox ({one_line(words, 120)})"
+    return sandbox, "in the sandbox"
+
+
+def check_tree(repo, member, lock):
+    """Refuses a tree in which somebody else may work: what a worker finds there it takes off the branch."""
+    with contextlib.suppress(OSError):
+        if lock.read_text(encoding="utf-8", errors="replace").strip() == member.name:
+            return  # it was this worker's before
+    if not repo.train_is_committed():
+        raise Refused("train.py has changes that are not committed: give the worker a working tree of its own (git worktree add)")
+    with contextlib.suppress(checks.NotBased):
+        if checks.place(repo, checks.night_of(repo), checks.team_of(repo, checks.night_of(repo))).edits:
+            raise Refused("HEAD is an experiment that is not recorded: propose it, and give the worker a working tree of its own")
+
+
+def run(args):
+    if args.hours <= 0:
+        print("--hours must be above 0", file=sys.stderr)
+        return 2
+    if sys.platform == "win32":
+        raise Refused("a worker needs Linux or macOS: on Windows run it in WSL")
+    psutil()  # refuses now if it is missing, and not in the middle of the night
+    repo = Repo.find(Path.cwd())
+    repo.tag()
+    os.chdir(repo.top)
+    member = member_of(repo)
+    (repo.top / names.LAB).mkdir(exist_ok=True)
+    lock, night = repo.top / names.LAB / names.WORKER_LOCK, repo.top / names.LAB / names.NIGHT_LOCK
+    with locks.hold(night) as alone, locks.hold(lock) as held:
+        if not alone or not held:
+            raise Refused("a worker or a night is running in this tree: give each worker a working tree of its own (git worktree add)")
+        check_tree(repo, member, lock)
+        with contextlib.suppress(OSError):  # a full disk
+            night.write_text(str(os.getpid()))  # `lab fleet stop` signals it
+        lock.write_text(member.name, encoding="utf-8")
+        command, why = training_command(repo.top, not args.no_sandbox)
+        worker = Worker(repo, member, args.hours, args.ideas, command)
+        worker.say(f"trainings run {why}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, worker.signalled)
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # not SIG_IGN, which a training would inherit
+        return worker.watch()

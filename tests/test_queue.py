@@ -1,0 +1,522 @@
+"""One agent, many workers: lab propose, lab work, lab wait. Made-up trainings, real git."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from fakequeue import Proposer, inside
+
+from lab.base import git as base_git
+from lab.base import locks
+from lab.loop import checks
+from lab.queue import wait, work
+from lab.queue.board import Board, machine
+from lab.queue.bring import merge
+from lab.share import queue_refs
+from lab.store import names
+
+KEEP = {"A": 0.01}  # a gain of 10 σ and more
+PATIENCE = 120  # seconds that anything may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A team whose baseline is measured, in the agent's own tree."""
+    agent = Proposer(tmp_path_factory.mktemp("team") / "agent")
+    agent.work()
+    assert agent.team.night.tip["description"] == "baseline" and agent.team.night.tip["n"] == 3
+    (agent.path / ".lab" / "worker.lock").unlink()
+    return agent
+
+
+@pytest.fixture
+def agent(measured, tmp_path):
+    return measured.copy(tmp_path / "agent")
+
+
+def waits(agent, *args, rc=0):
+    result = agent.lab("wait", *args)
+    assert result.rc == rc, result.out + result.err
+    return result.out if rc == 0 else result.err
+
+
+def refused(tree, *args, needle):
+    before = tree.state(), tree.git("for-each-ref")
+    result = tree.lab(*args)
+    assert result.rc == 1 and not result.out and len(result.err.splitlines()) == 1, result.out + result.err
+    assert needle in result.err, result.err
+    assert (tree.state(), tree.git("for-each-ref")) == before
+
+
+def one_verdict_each(tree):
+    """Every proposal has one verdict or was handed back, no run is twice in a log, and no code has two rows."""
+    for item in tree.queue.items:
+        assert item.kind in ("decided", "returned"), item
+    rows = [r["code"] for r in tree.team.night.rows]
+    runs = [r["run_id"] for r in tree.team.night.records]
+    assert len(rows) == len(set(rows)) and len(runs) == len(set(runs))
+    return tree.kinds()
+
+
+# --- propose ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_propose_takes_the_experiment_off_the_branch_and_leaves_the_humans_edits(agent):
+    before = agent.head()
+    agent.idea("more A", **KEEP)
+    (agent.path / "program.md").write_text("the human is writing this\n")
+    result = agent.lab("propose", "more A", "--simpler")
+    assert result.rc == 0, result.err
+    assert agent.head() == before and agent.read("program.md") == "the human is writing this\n"
+    (item,) = agent.queue.items
+    assert item.kind == "open" and item.state["simpler"] and item.state["base"] == before
+    assert "A = 0.01\n" in agent.git("show", f"{item.state['experiment']}:train.py")
+    agent.git("gc", "--quiet", "--prune=now")
+    agent.git("cat-file", "-e", item.state["experiment"])
+
+
+def test_propose_refuses_what_is_no_experiment_of_this_branch(agent):
+    refused(agent, "propose", "nothing", needle="is on refs/heads/main too: commit the experiment")
+    agent.edit(**KEEP)
+    refused(agent, "propose", "dirty", needle="not committed")
+    agent.commit("more A")
+    refused(agent, "propose", "  ", needle="in a few words")
+    agent.git("reset", "-q", "--hard", "main")
+    agent.proposed("more B", B=0.01)
+    agent.git("switch", "-q", "--detach")
+    refused(agent, "propose", "x", needle="detached")
+    agent.git("switch", "-q", "autoresearch/test")
+    agent.git("reset", "-q", "--hard", "main")
+    agent.edit(B=0.01)
+    agent.commit("B again")
+    refused(agent, "propose", "the same code", needle="waits in the queue already (more B)")
+    agent.git("reset", "-q", "--hard", "main")
+    (agent.path / "more.py").write_text("1\n")
+    agent.edit(C=0.01)
+    agent.commit("two files", "train.py", "more.py")
+    refused(agent, "propose", "two files", needle="touches more.py")
+    agent.git("reset", "-q", "--hard", "main")
+    agent.human_commits("a new program")
+    refused(agent, "propose", "x", needle="does not change train.py")
+    (agent.path / "train.py").write_text("# the baseline, in other words\n")
+    agent.commit("away")
+    agent.edit()
+    agent.commit("the baseline's code")
+    refused(agent, "propose", "the baseline", needle="recorded already (test, keep: baseline)")
+    agent.git("config", "--unset", "autoresearch.team")
+    refused(agent, "propose", "x", needle="git config autoresearch.team")
+
+
+def test_a_propose_that_was_killed_before_the_branch_moved_is_completed(agent):
+    agent.idea("more A", **KEEP)
+    head = agent.head()
+    assert agent.lab("propose", "more A").rc == 0
+    agent.git("reset", "-q", "--hard", head)
+    assert agent.lab("propose", "more A").rc == 0
+    assert agent.head() != head and len(agent.queue.items) == 1
+
+
+# --- a worker -----------------------------------------------------------------
+
+
+def test_a_worker_runs_what_was_proposed_and_wait_tells_it_once(agent):
+    agent.proposed("more A", **KEEP)
+    agent.proposed("worse B", B=-0.02)
+    agent.proposed("an error", END="crash")
+    agent.proposed("less A", A=-0.01)
+    assert "no worker is running, and 4 proposals wait" in waits(agent, rc=1)
+    tree = agent.worktree("w1")
+    tree.work()
+    assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard", "an error": "crash", "less A": "returned"}
+    told = waits(agent)
+    for words in ["keep: 0.98", "discard: 1.0", "crash: an error", "ValueError: made up", "handed back: less A", "A = 0.01\n",
+                  "A = -0.01\n", "[w1/0001]", "queue: 0 proposals wait", "next: uv run -m lab adopt"]:  # fmt: skip
+        assert words in told, told
+    assert "the queue is empty" in waits(agent, rc=1)
+    assert tree.git("log", "-1", "--format=%an %s") == "Some One more A"
+    agent.adopted()
+    agent.edit(A=0.02)
+    agent.commit("more A yet")
+    assert agent.lab("propose", "more A yet").rc == 0
+    tree.work()
+    assert agent.kinds()["more A yet"] == "keep" and "more A yet" in waits(agent)
+
+
+@pytest.mark.slow
+def test_without_a_baseline_the_workers_measure_it_first(tmp_path):
+    agent = Proposer(tmp_path / "agent")
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(second):
+        other = second.worker()
+        queue = other.board.look()
+        assert other.slot(queue, "baseline-42", "baseline", "baseline")  # and it takes long
+        with locks.hold(second.path / ".lab" / "worker.lock"):
+            (second.path / ".lab" / "worker.lock").write_text(other.member.name)
+            worker = first.work()
+    seeds = [r["header"]["seed"] for r in agent.team.night.records]
+    assert seeds == [43, 44] and "more A" in str(agent.kinds()) and agent.kinds()["more A"] == "open"
+    second.work()  # it was killed, and is started again
+    runs = [r["header"]["seed"] for r in agent.team.night.records if r["description"] == "baseline"]
+    assert sorted(runs) == [42, 43, 44]
+    assert one_verdict_each(agent) == {"more A": "keep"} and worker.done == 0
+
+
+@pytest.mark.slow
+def test_what_the_rule_wants_repeated_is_repeated_under_a_new_seed(agent):
+    text = agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1)
+    (agent.path / "train.py").write_text(text)
+    agent.commit("three lines less")
+    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    agent.worktree("w1").work()
+    (item,) = agent.queue.items
+    runs = [r["header"]["seed"] for r in agent.team.night.records if r["description"] == "three lines less"]
+    assert item.kind == "decided" and len(runs) == 2 and len(set(runs)) == 2
+
+
+@pytest.mark.slow
+def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
+    """While one worker trains, another keeps something better that does not conflict."""
+    agent.proposed("more A", **KEEP)
+    agent.proposed("much B", B=0.05)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        train = worker.train
+
+        def slow(seed, once=[1]):  # noqa: B006
+            status = train(seed)
+            if once:
+                once.clear()
+                with locks.hold(first.path / ".lab" / "worker.lock"):
+                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+                    second.work()
+                os.chdir(first.path)
+            return status
+
+        worker.train = slow
+        worker.begin()
+        while worker.step():
+            pass
+    assert one_verdict_each(agent) == {"more A": "keep", "much B": "keep"}
+    assert any("late gain" in sentence for sentence in worker.said_all)
+    best = agent.team.best
+    assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{best['commit']}:train.py").splitlines())
+
+
+@pytest.mark.slow
+def test_a_best_in_doubt_runs_again_once(agent):
+    for i in range(30):
+        if agent.team.night.doubted:
+            break
+        agent.experiment(f"no gain {i}", 1.5 + i / 100)
+    if not agent.team.night.doubted:
+        pytest.skip("the rule does not doubt a baseline of three runs")
+    before = len(agent.team.night.runs(agent.team.night.tip["code"]))
+    agent.worktree("w1").work()
+    assert len(agent.team.night.runs(agent.team.night.tip["code"])) == before + 1 and not agent.queue.slots
+
+
+# --- claims -------------------------------------------------------------------
+
+
+def test_two_workers_never_have_the_same_claim(agent):
+    agent.proposed("more A", **KEEP)
+    trees = [agent.worktree("w1"), agent.worktree("w2")]
+    workers = [tree.worker() for tree in trees]
+    (item,) = workers[0].board.look().items
+    assert [bool(worker.claim(item)) for worker in workers] == [True, False]
+
+
+def test_a_claim_is_void_at_once_if_its_workers_lock_is_free_and_never_while_it_is_held(agent):
+    if not machine():
+        pytest.skip("this system does not name its boot")
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    dead = first.worker()
+    item = dead.claim(dead.board.look().items[0])
+    clock = [0.0]
+    board = Board(second.repo, checks.member_of(second.repo), longest=100, clock=lambda: clock[0])
+    with locks.hold(first.path / ".lab" / "worker.lock"):
+        (first.path / ".lab" / "worker.lock").write_text(dead.member.name)
+        assert not board.is_void(board.look().find(item.id))
+        clock[0] = 99
+        assert not board.is_void(board.look().find(item.id))
+        item = dead.renew(item, "run 2", "")  # a sign of life
+        clock[0] = 150
+        assert not board.is_void(board.look().find(item.id))
+        clock[0] = 300
+        assert board.is_void(board.look().find(item.id))
+    clock[0] = 301
+    assert Board(second.repo, board.member).is_void(board.look().find(item.id))
+
+
+def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent):
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        frozen = first.worker()
+        train = frozen.train
+
+        def long(seed):
+            status = train(seed)
+            heir = second.worker()
+            assert heir.claim(heir.free(heir.board.look())[0])  # it sees a free lock, and takes over
+            return status
+
+        frozen.train = long
+        frozen.begin()
+        frozen.step()
+    assert "another worker has taken this proposal over: what was run is discarded" in frozen.said_all
+    assert not (first.path / "run.log").exists() and not first.records()
+    second.work()
+    assert one_verdict_each(agent) == {"more A": "keep"}
+    assert agent.queue.items[0].state["worker_branch"] == "w2"
+
+
+@pytest.mark.slow
+def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
+    """Killed after the record, before the verdict; the record itself may be unpublished, too."""
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.settle = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    assert agent.kinds() == {"more A": "claimed"} and len(tree.records()) == 1
+    again = tree.work()
+    assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1 and again.done == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_was_complete_and_not_recorded_is_recorded_by_the_next_start(agent):
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.recorded = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    ran = json.loads(tree.read("run.log").splitlines()[0].removeprefix("run: "))["run_id"]
+    tree.work()
+    assert [r["run_id"] for r in tree.records()] == [ran]
+    assert one_verdict_each(agent) == {"more A": "keep"}
+
+
+# --- a machine that fails -----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_preempted_run_runs_again_and_one_that_is_always_killed_goes_back(agent):
+    agent.proposed("preempted", END="preempted", **KEEP)
+    tree = agent.worktree("w1")
+    tree.work()
+    assert agent.kinds() == {"preempted": "keep"} and len(tree.records()) == 1
+    agent.adopted()
+    agent.proposed("killed", END="killed", **KEEP)
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        for _ in range(work.ATTEMPTS):
+            with pytest.raises(work.Fault, match="ended from outside"):
+                worker.step()
+    (item,) = agent.queue.of("returned")
+    assert item.state["text"].count("w1: ") == work.ATTEMPTS and "killed" in item.state["text"]
+    assert tree.git("status", "--porcelain", "--untracked-files=no") == "" and not worker.step()
+
+
+@pytest.mark.slow
+def test_five_proposals_in_a_row_that_fail_because_of_the_machine_stop_the_worker(agent):
+    for i in range(6):
+        agent.proposed(f"idea {i}", END="disk", A=0.01 * i + 0.01)
+    tree = agent.worktree("w1")
+    done = tree.lab("work", "--no-sandbox", timeout=PATIENCE)
+    assert done.rc == 1 and "5 in a row failed because of this machine" in done.err and "No space left" in done.err
+    assert set(agent.kinds().values()) == {"open"}  # for a worker whose disk is not full
+    assert not agent.queue.workers and not tree.records()
+    assert tree.chain()[0] == "a made-up training"
+
+
+@pytest.mark.slow
+def test_a_worker_of_another_device_says_so_and_puts_the_proposal_back(agent):
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    done = tree.lab("work", "--no-sandbox", timeout=PATIENCE, FAKE_DEVICE="another")
+    assert done.rc == 1 and "device another, not cpu (a fake)" in done.err and "--ideas" in done.err
+    assert agent.kinds() == {"more A": "open"} and not tree.records()
+    (tree.path / "prepare.py").write_text("# other rules\n")
+    tree.commit("other rules", "prepare.py")
+    done = tree.lab("work", "--no-sandbox", timeout=PATIENCE)
+    assert done.rc == 1 and "prepare.py is not that of the team's runs" in done.err
+    assert agent.kinds() == {"more A": "open"} and not tree.records()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_worker_and_its_training_and_the_proposal_waits_again(agent):
+    agent.proposed("slow", SECONDS=600, **KEEP)
+    tree = agent.worktree("w1")
+    process = tree.start_worker()
+    try:
+        until(lambda: "run: {" in tree.read("run.log"))
+        assert agent.queue.of("claimed")[0].state["doing"] == "run 1"
+        agent.idea("another", A=0.02)
+        shown = agent.lab("status").out
+        assert "queue: 0 proposals wait, 1 run, 0 decided; workers: 1" in shown and "  w1: slow (run 1)" in shown
+        assert "next: " in shown and 'has not run yet: uv run -m lab propose "what it tries"' in shown
+        agent.git("reset", "-q", "--hard", "main")
+        assert "next: 1 workers run, 0 proposals wait" in agent.lab("status").out
+        assert "slow (run 1)" in agent.lab("wait", "--timeout", "0").out
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 143, out
+    assert agent.kinds() == {"slow": "open"} and not agent.queue.workers
+    assert "preempted" in tree.read("run.log") and tree.chain()[0] == "a made-up training"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_no_training_behind_and_the_next_start_goes_on(agent):
+    agent.proposed("slow", SECONDS=600, **KEEP)
+    tree = agent.worktree("w1")
+    process = tree.start_worker()
+    until(lambda: "run: {" in tree.read("run.log"))
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    until(lambda: not locks.is_held(tree.path))
+    agent.git("update-ref", "-d", agent.queue.items[0].ref)  # nobody waits for it longer
+    agent.proposed("fast", **KEEP)
+    tree.work()
+    assert one_verdict_each(agent) == {"fast": "keep"}
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_takes_no_tree_that_somebody_else_uses(agent):
+    agent.edit(**KEEP)
+    assert "not committed" in agent.lab("work").err
+    agent.commit("more A")
+    assert "not recorded" in agent.lab("work").err
+    with locks.hold(agent.path / ".lab" / "night.lock"):
+        assert "a worker or a night is running" in agent.lab("work").err
+    with locks.hold(agent.path / ".lab" / "worker.lock"):
+        assert "a worker runs in this tree" in agent.lab("propose", "more A").err
+    agent.git("reset", "-q", "--hard", "main")
+    with locks.hold(agent.path / ".lab" / "worker.lock"):
+        assert "a worker or a night is running" in agent.lab("work").err
+
+
+# --- a remote -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_queue_over_a_remote_and_the_remote_gone_for_a_while(agent):
+    hub = agent.hub()
+    far = agent.clone("far", hub)
+    agent.publish()
+    agent.proposed("more A", **KEEP)
+    assert [item.unpublished for item in agent.queue.items] == [False]
+    far.work()
+    assert agent.kinds() == {"more A": "keep"} and "keep: 0.98" in waits(agent)
+    agent.adopted()
+    hub.rename(hub.with_name("away.git"))
+    agent.edit(A=0.02)
+    agent.commit("A without a remote")
+    result = agent.lab("propose", "A without a remote")
+    assert result.rc == 0 and "the remote does not have the proposal yet" in result.out
+    with inside(far):
+        worker = far.worker()
+        assert not worker.step() and "was not fetched" in worker.said_all[0]
+    hub.with_name("away.git").rename(hub)
+    assert agent.kinds()["A without a remote"] == "open" and not agent.queue.items[1].unpublished
+    far.work()
+    assert one_verdict_each(agent) == {"more A": "keep", "A without a remote": "keep"}
+
+
+@pytest.mark.slow
+def test_a_remote_that_vanishes_during_a_run_costs_neither_the_run_nor_the_verdict(agent):
+    hub = agent.hub()
+    far = agent.clone("far", hub)
+    agent.publish()
+    agent.proposed("more A", **KEEP)
+    with inside(far):
+        worker = far.worker()
+        worker.pause = lambda seconds: hub.with_name("away.git").rename(hub)
+        train = worker.train
+
+        def during(seed):
+            hub.rename(hub.with_name("away.git"))
+            return train(seed)
+
+        worker.train = during
+        worker.begin()
+        while worker.step():
+            pass
+    assert one_verdict_each(agent) == {"more A": "keep"} and len(far.records()) == 1
+
+
+# --- reading ------------------------------------------------------------------
+
+
+def test_a_state_that_lab_would_not_write_is_left_out(agent):
+    agent.proposed("more A", **KEEP)
+    (item,) = agent.queue.items
+    member, head = checks.member_of(agent.repo), item.state["experiment"]
+
+    def put(id, state, parent=head):
+        commit = queue_refs.written(agent.repo, state, parent)
+        base_git.change_refs(agent.path, [(names.queue_ref(member.team, id), commit, None)])
+
+    put("a1", {**item.state, "kind": "strange"})
+    put("a2", {**item.state, "mean": float("inf")})
+    put("a3", {**item.state, "seq": True})
+    put("a4", {key: value for key, value in item.state.items() if key != "code"})
+    put("a5", item.state, "HEAD^")  # the ref does not carry the experiment
+    put("a6", {**item.state, "text": "x" * (queue_refs.LARGEST + 1)})
+    put("a7", {**item.state, "description": "a\x1b[31m red\n‮line", "text": "one\x1b[2J\ntwo"})
+    queue = agent.queue
+    assert [item.id for item in queue.items] == sorted([item.id, "a7"], key=lambda id: id) and "6 entries" in queue.notes[0]
+    odd = queue.find("a7").state
+    assert odd["description"] == "a[31m red line" and odd["text"] == "one[2J\ntwo"
+
+
+def test_changes_of_neighbouring_lines_conflict_and_those_far_apart_do_not():
+    before = b"".join(b"line %d\n" % i for i in range(10))
+    ours, theirs = before.replace(b"line 2", b"ours"), before.replace(b"line 7", b"theirs")
+    merged, conflict = merge(ours, before, theirs, ["a", "b", "c"])
+    assert not conflict and b"ours" in merged and b"theirs" in merged
+    assert merge(ours, before, before.replace(b"line 2", b"theirs"), ["a", "b", "c"])[1]
+
+
+@pytest.mark.slow
+def test_wait_returns_as_soon_as_something_is_decided(agent):
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with locks.hold(tree.path / ".lab" / "worker.lock"):
+        with inside(tree):
+            worker = tree.worker()
+            worker.begin()
+            worker.sign(worker.board.look())
+            told = []
+            thread = threading.Thread(target=lambda: told.append(agent.lab("wait", "--timeout", "100", timeout=PATIENCE)))
+            thread.start()
+            while worker.step():
+                pass
+            thread.join()
+    assert told[0].rc == 0 and "keep: 0.98" in told[0].out, told
+    remembered = json.loads(agent.read(".lab/waited.json"))
+    assert list(remembered["told"]) == [agent.queue.items[0].id] and wait.told_before(agent.path / ".lab" / "waited.json")
