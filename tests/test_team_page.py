@@ -249,7 +249,7 @@ def test_a_team_is_one_group_with_one_best(first):
 
 
 def test_clones_that_share_a_remote_are_one_team_and_other_nights_are_not(first, tmp_path):
-    twin = first.copy(tmp_path / "twin")
+    twin = first.copy(tmp_path / "before")
     hub = twin.hub()
     clone, member = twin.clone("clone", hub), membership(twin.repo)
     assert exchange.publish(twin.repo, member, "test", exchange.state_of(twin.repo, "test")) is None
@@ -257,10 +257,10 @@ def test_clones_that_share_a_remote_are_one_team_and_other_nights_are_not(first,
     assert clone.experiment("deeper", 0.9)[1].verdict == "keep"
     found = {Path(tree["tree"]).name: tree for tree in many_trees.as_data([str(tmp_path / "*")])["trees"]}
     assert found["alone"]["team"] is None and found["alone"]["best"]["mean"] == 0.99
-    assert found["twin"]["team"] == found["clone"]["team"] and found["clone"]["team"]["found_by"] == "clone"
+    assert found["before"]["team"] == found["clone"]["team"] and found["clone"]["team"]["found_by"] == "clone"
     assert found["clone"]["team"]["place"] == str(hub), "seen in the clone's own refs, before the other has fetched"
     out = many_trees.text([str(tmp_path / "*")])
     assert out.count("team gpus") == 1 and "selection bias" in out and "different hardware" not in out
     (clone.path / ".git").rename(clone.path / "git")  # what git does not read is a night of its own
     found = {Path(tree["tree"]).name: tree for tree in many_trees.as_data([str(tmp_path / "*")])["trees"]}
-    assert found["clone"]["team"] is None and found["clone"]["rows"] == 1 and found["twin"]["team"]["found_by"] == "b"
+    assert found["clone"]["team"] is None and found["clone"]["rows"] == 1 and found["before"]["team"]["found_by"] == "b"
