@@ -437,7 +437,7 @@ def test_slots_on_different_devices_have_no_common_best(launched):
             night.run(1.0 - k / 10, device=device, seed=seed)
             night.recorded()
     out = launched.fleet("status", "nov21").out
-    assert out.count("best: ") == 2 and "not to be compared" in out
+    assert out.count("best of the team: ") == 2 and "not to be compared" in out
 
 
 # --- stop ---------------------------------------------------------------------------

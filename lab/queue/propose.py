@@ -77,7 +77,7 @@ def check_new(repo, tag, member, queue, code, head):
     own = checks.night_of(repo)
     r = own.latest(code)
     if r is None:
-        trees, _ = read_trees(repo, member, tag)
+        trees, _ = read_trees([repo], member, tag)
         r = next((r for tree in trees for r in tree.records if r["code"] == code), None)
     if r:
         verdict = f"{r['tag']}, {r['verdict']}"
