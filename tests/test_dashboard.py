@@ -471,6 +471,7 @@ def test_when_a_token_is_needed():
 # --- the description for programs ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_server_error(night):
     """Nor an answer that the description does not have. Both kinds of input: as described, and not."""
     description = schemathesis.openapi.from_asgi(

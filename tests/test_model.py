@@ -381,7 +381,7 @@ NEIGHBOUR = (
 
 
 @pytest.mark.parametrize("stage", ["forward", "backward", "optimizer", "evaluation"])
-@pytest.mark.parametrize("fits", [4, 2, 1, 0])  # after one size that is too large, two, three, and all of them
+@pytest.mark.parametrize("fits", [4, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 0))])  # after one size that is too large, two, three, and all of them
 def test_memory_that_runs_out_anywhere_in_the_warm_up_halves_the_batch(stage, fits, warmup, monkeypatch, capsys):
     class Stage(torch.autograd.Function):
         @staticmethod
@@ -437,7 +437,12 @@ def test_the_smaller_device_batch_divides_the_rows_of_a_step(warmup, monkeypatch
     assert warm_up(short_of_memory(tiny_model(), 4, error)) == 3
 
 
-@pytest.mark.parametrize("gigabytes, fits", [(80, 128), (48, 64), (32, 64), (24, 32), (16, 32), (12, 16), (8, 8), (6, 8)])
+FITS = [(80, 128), (48, 64), (32, 64), (24, 32), (16, 32), (12, 16), (8, 8), (6, 8)]
+
+
+@pytest.mark.parametrize(
+    "gigabytes, fits", [pytest.param(*fit, marks=[pytest.mark.slow] * (fit[0] not in (80, 24))) for fit in FITS]
+)
 def test_the_default_batch_finds_what_fits_into_a_gpu_by_itself(gigabytes, fits, monkeypatch, capsys):
     """By README's table: 0.8 GB for any batch, 46.6 GB more at 128 rows, 1 GB for CUDA, and a tenth of the memory taken
     by others. Only the memory is simulated; the decisions and the defaults are train.py's own."""

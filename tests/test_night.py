@@ -172,6 +172,7 @@ def test_a_command_that_does_not_exist_is_given_up(tree):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_stalled_agent_is_ended_with_its_training_and_started_again(tree):
     # The first start trains for ever, in another session, and never records; the second one records.
     agent = f"echo x >> starts; [ $(wc -l < starts) = 1 ] && {{ {tree.training(900)} sleep 900; }}; {RECORD}; sleep 900"
@@ -192,6 +193,7 @@ def test_a_stalled_agent_that_trains_not_is_ended_after_half_an_hour(tree):
     assert not tree.processes()
 
 
+@pytest.mark.slow
 def test_records_keep_a_slow_agent_from_being_stalled(tree):
     agent = f"while sleep 0.3; do {RECORD}; done"
     status, log = tree.through(agent, "--stall-minutes", 20, hours=0.8, speed=700)

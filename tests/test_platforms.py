@@ -267,6 +267,7 @@ def test_macos_compiles_with_the_compiler_it_has(monkeypatch):
     assert train.choose_compile(torch.device("cpu")) == (True, "clang++") and asked == ["clang++"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_freed_memory_stays_in_the_process():
     """In a child process: allocating the same block again takes no new page faults, which by default it does."""

@@ -426,7 +426,7 @@ def what_is_left(night):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "crash" else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS]
 )
 def test_killed_at_any_step_the_same_command_completes_it(template, tmp_path, name):
     first = template.copy(tmp_path / "first")

@@ -256,6 +256,7 @@ for name in ("avx512_bf16", "amx_tile"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature, dtype", [("", "float32"), ("avx512_bf16", "bfloat16"), ("amx_tile", "bfloat16")])
 def test_a_training_on_a_cpu_with_and_without_fast_bfloat16_and_no_compiler(make_training, python, feature, dtype):
     """Whatever this CPU has: the dtype that is chosen, a compiler that is missing, and a checkpoint that says so."""
@@ -286,7 +287,7 @@ def trained(python, repo):
     return result.out, values, *settings(result.out)
 
 
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_depth_of_three_is_three_and_the_width_follows(make_training, python, gpu):
     """With the hyperparameters of a CPU and of a GPU: one line, nothing else."""
     knobs = {"DEPTH": "3", "GPU": str(gpu)}
@@ -297,13 +298,14 @@ def test_a_depth_of_three_is_three_and_the_width_follows(make_training, python, 
     assert config["n_embd"] == (256 if gpu else 128)  # 3 * 64 and 3 * 32, rounded up to whole heads
 
 
+@pytest.mark.slow
 def test_the_width_need_not_follow_from_the_depth(make_training, python):
     knobs = TINY | {"DEPTH": "3", "MODEL_DIM": "128"}
     _, values, _, config = trained(python, make_training(knobs=knobs, time_budget=1))
     assert values["depth"].strip() == "3" and config["n_embd"] == 128 and len(config["windows"]) == 3
 
 
-@pytest.mark.parametrize("rows, device_batch, micro_batches", [(4, 4, 1), (24, 8, 3), (12, 6, 2)])
+@pytest.mark.parametrize("rows, device_batch, micro_batches", [pytest.param(4, 4, 1, marks=pytest.mark.slow), (24, 8, 3), pytest.param(12, 6, 2, marks=pytest.mark.slow)])
 def test_the_total_batch_is_one_edit(make_training, python, rows, device_batch, micro_batches):
     repo = make_training(knobs=TINY | {"TOTAL_BATCH_SIZE": f"{rows} * 32"}, time_budget=1)
     out, _, _, _ = trained(python, repo)
@@ -346,7 +348,7 @@ def parameters():
 
 
 @pytest.mark.parametrize(
-    "edit", [edit if i < 3 else pytest.param(edit, marks=pytest.mark.slow) for i, edit in enumerate(EDITS)]
+    "edit", [edit if i < 1 else pytest.param(edit, marks=pytest.mark.slow) for i, edit in enumerate(EDITS)]
 )
 def test_an_edit_at_one_place_trains_to_the_end(make_training, python, parameters, edit):
     replacements, added = EDITS[edit]

@@ -289,6 +289,7 @@ def test_submit_without_sbatch_is_one_line_and_nothing_is_written(cluster, tmp_p
 # --- a task -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_is_preempted_comes_back_and_goes_on_until_the_hours_are_over(cluster, isolated):
     (cluster.repo.path / "other.md").write_text("Tune the optimizer.\n")
     agent = AGENT + """; : "it's" '$(touch ../marker)' \\` $PWD"""

@@ -199,7 +199,7 @@ def bigram_cache(model, h, x):
 HONEST = [direct, by_fft, running_mean, batch_norm, bigram_cache]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mix", HONEST)
 def test_honest_ways_of_mixing_pass(audited, mix, dtype):
     for draw in "ab":
