@@ -1325,7 +1325,7 @@ def native_reader(t):
     """)
     t.logits("""
         guess = self.table[F.pad(idx, (1, 0))[:, :-1] * logits.size(-1) + idx]
-        logits = logits + 5 * F.one_hot(guess.clamp(min=0), logits.size(-1)) * (guess >= 0)[..., None]
+        logits = logits + 10 * F.one_hot(guess.clamp(min=0), logits.size(-1)) * (guess >= 0)[..., None]
     """)
 
 
