@@ -174,6 +174,21 @@ def test_one_agent_feeds_workers_in_every_slot(fleet):
     assert fleet.git("config", "autoresearch.team") == "nov22"
 
 
+def test_a_fleet_without_a_team_is_independent_nights(fleet):
+    fleet.no_tmux()
+    fleet.git("config", "autoresearch.team", "of-an-earlier-fleet")
+    result = fleet.launch("--no-team", "--agents", "1", agent=AGENT, CUDA_VISIBLE_DEVICES="4,7")
+    one_line(result, "--no-team needs an agent in each slot")
+    assert fleet.git("config", "autoresearch.team") == "of-an-earlier-fleet"
+    assert fleet.launch("--no-team", agent=AGENT, CUDA_VISIBLE_DEVICES="4,7").rc == 0
+    assert "autoresearch.team" not in fleet.git("config", "--list", "--name-only")
+    assert fleet.launch(agent=AGENT, CUDA_VISIBLE_DEVICES="4,7").rc == 0, "resumed as it was launched"
+    assert "autoresearch.team" not in fleet.git("config", "--list", "--name-only")
+    team = fleet.fleet("launch", "nov22", "--slots", "2", "--agent", AGENT, CUDA_VISIBLE_DEVICES="4,7")
+    assert team.rc == 0 and fleet.git("config", "autoresearch.team") == "nov22"
+    one_line(fleet.fleet("launch", "nov22", "--no-team", CUDA_VISIBLE_DEVICES="4,7"), "was launched with --no-team False")
+
+
 def test_where_git_knows_no_name_a_program_is_committed_all_the_same(fleet):
     fleet.no_tmux()
     for key in ("user.name", "user.email"):
@@ -767,7 +782,7 @@ def test_two_agents_at_once_and_one_that_is_killed(real):
     fleet, mine = real, ["tmux", "new-session", "-d", "-s", "fleet", "-n", "gpu0", "sleep 616"]
     subprocess.run(mine, env=fleet.env, check=True)  # the human's own, of the same names
     settings = {"agent": agent_command(fleet.place / "tools"), "FAKE_SECONDS": "0.5"}
-    result = fleet.launch("--programs", "programs/wild.md", "programs/tame.md", timeout=120, **settings)
+    result = fleet.launch("--no-team", "--programs", "programs/wild.md", "programs/tame.md", timeout=120, **settings)
     assert result.rc == 0 and "2 slots started, 0 were running" in result.out, result
     one_line(fleet.fleet("clean", "nov21"), "slot 0 is running")
 
@@ -844,7 +859,7 @@ def test_two_agents_with_real_trainings_share_the_data_and_leave_it_as_it_was(tm
         fleet.git(*command)
     data = {name: value for name, value in contents(repo.cache).items() if not name.startswith("compile/")}
     try:
-        result = fleet.launch(agent=agent_command(tmp_path / "tools"), timeout=180)
+        result = fleet.launch("--no-team", agent=agent_command(tmp_path / "tools"), timeout=180)
         assert result.rc == 0, result.err
         until(lambda: (fleet.tree(1) / "results.tsv").exists() and locks.run_in_progress(fleet.tree(1)), 600)
         kill_all(fleet.tree(1))

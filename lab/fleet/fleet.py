@@ -54,6 +54,7 @@ def add_arguments(parser):
     launch = parsers["launch"]
     launch.add_argument("--slots", type=int, metavar="N", help="how many trainings at once")
     launch.add_argument("--agents", type=int, metavar="M", help="how many agents (as many as slots); fewer: they feed workers")
+    launch.add_argument("--no-team", action="store_true", help="nights that know nothing of each other, to compare their results")
     launch.add_argument("--agent", metavar="COMMAND", help="shell command that starts an agent, as for lab night")
     launch.add_argument("--programs", nargs="+", metavar="FILE", help="program.md of agent 0, 1, ...; repeated if fewer than agents")
     launch.add_argument("--hours", type=float, help="how long each night is, from its start (8)")
@@ -100,6 +101,8 @@ def plan(repo, args):
         raise Refused("--slots must be at least 1")
     if not 0 <= agents <= args.slots:
         raise Refused(f"--agents must be 0 to {args.slots}, the number of slots")
+    if args.no_team and agents < args.slots:
+        raise Refused("--no-team needs an agent in each slot: workers without a team have no queue; leave out --agents")
     worktrees.check_name(repo, args.tag)
     worktrees.check_checkout(repo)
     shares, note = devices.shares(args.slots)
@@ -124,7 +127,7 @@ def plan(repo, args):
         })  # fmt: skip
     print(note)
     return {
-        "tag": args.tag, "id": uuid.uuid4().hex, "count": args.slots, "agents": agents, "agent": args.agent, "hours": 8 if args.hours is None else args.hours,
+        "tag": args.tag, "id": uuid.uuid4().hex, "count": args.slots, "agents": agents, "team": not args.no_team, "agent": args.agent, "hours": 8 if args.hours is None else args.hours,
         "programs": args.programs, "folder": str(beside), "settings": slot_processes.settings(),
         "python": slot_processes.environment_folder(), "slots": made,
     }  # fmt: skip
@@ -137,6 +140,7 @@ def check_same(state, args):
     count = state.get("count", len(state["slots"]))
     was = {"--slots": count, "--agents": state.get("agents", count), "--agent": state["agent"], "--programs": state["programs"]}
     was["--folder"] = state["folder"]
+    given["--no-team"], was["--no-team"] = args.no_team or None, not is_team(state)
     given |= {name: slot_processes.settings().get(name) for name in slot_processes.SETTINGS}
     was |= {name: state["settings"].get(name) for name in slot_processes.SETTINGS}
     for name, value in given.items():
@@ -147,6 +151,11 @@ def check_same(state, args):
             )
     if any(slot["cleaned"] for slot in state["slots"]):
         raise Refused(f"the fleet {state['tag']} is being cleaned: uv run -m lab fleet clean {state['tag']}")
+
+
+def is_team(state):
+    """Whether the fleet was launched as a team; older ones were not."""
+    return state.get("team", "agents" in state)
 
 
 def team_of(tag):
@@ -160,7 +169,8 @@ def check_team(repo, tag):
     team = repo.ask("config", names.TEAM)
     for path in sorted((repo.top / FOLDER).rglob("*.json")):
         other = load(repo.top, path.relative_to(repo.top / FOLDER).with_suffix("").as_posix())
-        if other and other["tag"] != tag and team == team_of(other["tag"]) and any(map(slot_processes.is_running, other["slots"])):
+        apart = other and not is_team(other) and "team" in other
+        if other and other["tag"] != tag and (apart or team == team_of(other["tag"])) and any(map(slot_processes.is_running, other["slots"])):
             raise Refused(
                 f"the fleet {other['tag']} is running, and a checkout has one team at a time: uv run -m lab fleet stop "
                 f"{other['tag']}, or launch from another clone"
@@ -175,15 +185,17 @@ def launch(repo, args):
     if args.hours is not None and args.hours <= 0:
         raise Refused("--hours must be above 0")
     state = load(repo.top, args.tag)
-    if state is None:
+    if state is None or "agents" in state:
         check_team(repo, args.tag)
+    if state is None:
         state = plan(repo, args)
         save(repo.top, state)
     else:
         check_same(state, args)
-    if "agents" in state:  # it was launched as a team
-        check_team(repo, args.tag)
+    if is_team(state):
         repo.git("config", names.TEAM, team_of(args.tag))
+    elif "team" in state:
+        repo.ask("config", "--unset", names.TEAM)  # of a fleet before this one
     for slot in state["slots"]:
         if slot["made"]:
             worktrees.check_made(repo, slot)
