@@ -149,7 +149,7 @@ def generate(pretence, graph, name):
         with mode, torch._inductor.config.patch(fx_graph_cache=False, compile_threads=1):
             kwargs = {"is_backward": name == "backward", "is_inference": name == "evaluation"}
             compile_fx.compile_fx_inner(graph, inputs, **kwargs)
-    except Exception:
+    except Exception:  # of any kind: loading the generated code needs a driver. What counts is that it was generated
         if len(pretence.codes) == before:
             raise
 

@@ -81,7 +81,7 @@ def test_the_default_configuration_runs_on_cuda_and_readmes_memory_is_what_it_ne
     """Depth 8, 2,048 tokens, vocabulary 8,192, SSSL, bfloat16. README's table is the one of benchmarks/memory.py."""
     step = memory.trace(memory.gpu_train(), rows, optimizer_too=rows == 8)
     found = compared(memory, step)
-    assert found["forward"] > 600 and found["backward"] > 1000, found
+    assert found["forward"] > 700 and found["backward"] > 1250, found
     windows = [n.args[3] for n in step.graphs["forward"].graph.nodes if n.target is torch.ops.stand_in.flash.default]
     assert windows == [1024, 1024, 1024, 2048] * 2
     phases = memory.memory(step)
