@@ -199,28 +199,16 @@ def model(train, prepare, device):
 
 def attention(name, train, device):
     """A back end of train.py by its name, or one that train.py does not use, to measure its benefit."""
-    others = {"varlen": varlen, "varlen4": varlen4, "flash4": flash4, "flex4": flex4}
+    others = back_ends().OTHERS | {"varlen4": varlen4, "flex4": flex4}
     if name in others:
         return others[name](train)
     return {"fa3": train.load_fa3, "flex": train.load_flex, "sdpa": lambda: train.SDPA}[name]()
 
 
-def varlen(train, name="varlen"):
-    """torch's own variable-length attention, with one sequence per row: cuDNN's kernel for full context where it has
-    one, FlashAttention-2's for windows."""
-    import torch
-    from torch.nn.attention.varlen import varlen_attn
-
-    def attend(q, k, v, window, mask):
-        B, T = q.shape[:2]
-        starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-        sizes = dict(window_size=(window if window < T - 1 else -1, 0))
-        if q.size(2) != k.size(2):  # older torch takes grouped queries without being told, and lacks the argument
-            sizes["enable_gqa"] = True
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, T, T, **sizes).view(B, T, *q.shape[1:])
-
-    return train.Attention(name, lambda T, window, device: None, attend)
+def back_ends():
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return import_module("lab.machine.back_ends")
 
 
 def varlen4(train):
@@ -228,21 +216,7 @@ def varlen4(train):
     from torch.nn.attention import activate_flash_attention_impl
 
     activate_flash_attention_impl("FA4")
-    return varlen(train, "varlen4")
-
-
-def flash4(train):
-    """FlashAttention-4 (the package flash-attn-4), if it is installed. torch.compile cannot trace it: its call is left
-    out of the graphs, as in README's lines."""
-    import torch
-    from flash_attn.cute import flash_attn_func
-
-    @torch.compiler.disable
-    def attend(q, k, v, window, mask):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y
-
-    return train.Attention("flash4", lambda T, window, device: None, attend)
+    return back_ends().varlen(train, "varlen4")
 
 
 def flex4(train):

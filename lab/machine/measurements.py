@@ -17,6 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
+from lab.machine.back_ends import OTHERS
 from lab.store import names
 
 SEED = 42
@@ -354,34 +355,6 @@ def milliseconds(attention, model, device, B=8):
         torch.cuda.synchronize()
         spent.append(1000 * (time.perf_counter() - mark))
     return statistics.median(spent[2:])
-
-
-def varlen(train):
-    """torch's own variable-length attention (FlashAttention inside), with one sequence per row."""
-    import torch
-    from torch.nn.attention.varlen import varlen_attn
-
-    def attend(q, k, v, window, mask):
-        B, T = q.shape[:2]
-        starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, *q.shape[1:])
-
-    return train.Attention("varlen", lambda T, window, device: None, attend)
-
-
-def flash4(train):
-    """FlashAttention-4 (the package flash-attn-4)."""
-    from flash_attn.cute import flash_attn_func
-
-    def attend(q, k, v, window, mask):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y
-
-    return train.Attention("flash4", lambda T, window, device: None, attend)
-
-
-OTHERS = {"varlen": varlen, "flash4": flash4}  # back ends that train.py does not have
 
 
 def finite(x):

@@ -352,6 +352,8 @@ def instead(prepare, torch, clock):
         prepare.choose_compile_cache()
         torch.set_float32_matmul_precision("high")
         prepare.choose_seed(True)
+        if clock.device.type == "cpu":
+            prepare.devices.keep_freed_memory()
         prepare._run = clock
         return clock
 
