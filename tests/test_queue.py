@@ -278,6 +278,50 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
     assert agent.queue.items[0].state["worker_branch"] == "w2"
 
 
+@pytest.mark.parametrize("how", ["taken for dead", "stopped between the runs"])
+def test_a_close_call_that_another_worker_decided_is_not_closed_by_the_first(agent, how):
+    """It has recorded one of two runs; another worker takes the proposal over and decides it."""
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("A = 0.0\n", "A = 0.0004\n"))
+    agent.commit("three lines less")
+    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        train, runs = worker.train, []
+
+        def second_run(seed):
+            runs.append(seed)
+            if len(runs) == 2 and how == "taken for dead":
+                second.work()  # it sees a free lock, and takes over
+            elif len(runs) == 2:
+                worker.stopped_by = signal.SIGTERM
+            return train(seed)
+
+        worker.train = second_run
+        worker.begin()
+        if how == "taken for dead":
+            worker.step()
+            assert any("was run is discarded" in sentence for sentence in worker.said_all)
+        else:
+            with pytest.raises(work.Stopped):
+                worker.step()
+            second.work()
+    assert len(runs) == 2 and [r["verdict"] for r in first.records()] == ["confirm"]
+    (item,) = agent.queue.items
+    code, said = item.state["code"], item.state["verdict"]
+    assert item.kind == "decided" and item.state["worker_branch"] == "w2"
+    agent.proposed("worse B", B=-0.02)
+    first.work()  # before, the record of another commit closed what waited for its repeat
+    assert agent.kinds() == {"three lines less": said, "worse B": "discard"}
+    assert [r["verdict"] for tree in (first, second) for r in tree.records() if r["row"] and r["code"] == code] == [said]
+    for tree in (agent, first, second):
+        assert [r["verdict"] for r in tree.team.night.rows if r["code"] == code] == [said]
+        assert tree.team.night.waiting is None
+    assert one_verdict_each(first) and len(first.team.night.runs(code)) == 2
+    assert [row[3] for row in first.rows()] == ["discard"] and first.rows()[0][4] == "worse B"
+
+
 @pytest.mark.slow
 def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
     """Killed after the record, before the verdict; the record itself may be unpublished, too."""

@@ -163,6 +163,16 @@ def test_the_same_code_has_one_row_whoever_tried_it():
     assert [r["code"] for r in night.rows] == ["base", "wide"] and len(night.runs("wide")) == 2
 
 
+def test_a_code_that_one_tree_gave_up_and_another_kept_is_kept_once():
+    """Whoever sees it: a worker was taken for dead, and completed its record after all."""
+    trees = Trees("a", "b").baseline().add("a", "wide", 1.0, "discard", on="base", closed_by="x")
+    trees.add("b", "wide", 0.98, "keep", on="base", row=True).add("a", "deep", 0.96, "keep", on="wide")
+    for tag in "ab":
+        night = trees.seen(tag).night
+        assert [(r["code"], r["verdict"], r["row"]) for r in night.rows] == [("base", "keep", 1), ("wide", "keep", 2), ("deep", "keep", 3)]
+        assert len(night.runs("wide")) == 2 and night.waiting is None and line(trees.seen(tag)) == ["base", "wide", "deep"]
+
+
 def test_every_member_sees_the_same_line_whatever_the_clocks_say():
     """Random teams: who looks and how far its clock is off changes nothing, and the replay is the Night's own."""
     rng, late, lines = random.Random(4), 0, 0

@@ -333,7 +333,7 @@ class Worker:
 
     def recorded(self, description, simpler=False):
         """Records the run in run.log; what that prints. Raises Refused, Again."""
-        args = argparse.Namespace(description=description, discard=False, simpler=simpler)
+        args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=True)
 
         def once():
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -350,11 +350,14 @@ class Worker:
             item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
             own = checks.night_of(self.repo)
             self.check_kind(log, own)
-            item, again = self.renew(item, "records", code), bool(own.latest(code))
+            item, again = self.renew(item, "records", code), own.waiting is not None and own.waiting["code"] == code
             try:
                 said = self.recorded(description, item.state["simpler"] and not again)
             except Again:
                 continue
+            except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
+                return item, self.team().decided(code), f"{decided}\n"
             r = checks.night_of(self.repo).latest(code)
             if r is None:
                 raise Refused("the run was not recorded")
@@ -377,13 +380,13 @@ class Worker:
         description = item.state["description"]
         for attempt in range(ROUNDS):
             team, running = self.team(), item.state["running"]
-            if running and (r := decided(team, running)) and not r.get("late"):
+            if running and (r := team.decided(running)) and not r.get("late"):
                 return self.settle(item, r, r["why"])  # its worker was killed before it could say so
             if not self.goes_on(item, team):
                 brought = bring(self.repo, item.state, team.best)
                 if brought.content is None:
                     return self.give_back(item, brought.why)
-                if r := decided(team, brought.code):
+                if r := team.decided(brought.code):
                     return self.settle(item, r, f"this very train.py was tried before: {label(r)}, {r['verdict']}\n")
                 self.stand_on_best(team)
                 self.put(item, brought, team.best)
@@ -404,7 +407,7 @@ class Worker:
         if not code or not self.repo.train_is_committed() or names.sha256(self.repo.top / names.TRAIN) != code:
             return False
         try:
-            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not decided(team, code)
+            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not team.decided(code)
         except checks.NotBased:
             return False
 
@@ -601,11 +604,6 @@ class Worker:
         with contextlib.suppress(Stop, OSError):
             if there := self.board.look(fresh=0).find(f"worker-{self.member.name}"):
                 self.board.swap([(there.ref, None, there.commit)])
-
-
-def decided(team, code):
-    """The team's record that decided this code; None if it is not decided."""
-    return next((r for r in team.night.rows if r["code"] == code and r["verdict"] in ("keep", "discard", "crash")), None)
 
 
 def kill(process, number):

@@ -98,6 +98,10 @@ class Team(NamedTuple):
         twins = {tree.member for tree in self.trees if tree.tag == record["tag"]}
         return record["tag"] if len(twins) < 2 else f"{record['tag']} ({record['member'][:4]})"
 
+    def decided(self, code):
+        """The record that decided this code for the team; None if it is not decided."""
+        return next((r for r in self.night.rows if r["code"] == code and r["verdict"] in ("keep", "discard", "crash")), None)
+
     def runs_it(self, code):
         """Whether another member said, less than an hour ago, that it runs this code next."""
         now = datetime.now(timezone.utc)
@@ -215,12 +219,18 @@ def one_line_of(records):
     a Night reads them: with rows from 1, one for each train.py that was decided, and with the verdicts as they are for the
     team. The records are changed in place. Returns their Replay.
 
+    Where one tree discarded a code and another one kept it later, the keep is the code's only row: the first had given it up,
+    or had not seen the other's runs.
+
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
     new. given_up: somebody ran the keep again, and its gain does not hold."""
     whole, seeds, row, decided = Replay([r for r, _ in records]), {}, 0, {}
-    for r, is_own in records:
+    kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep"}
+    for i, (r, is_own) in enumerate(records):
         if r["verdict"] == "confirm" and not is_own:
             r["verdict"] = "elsewhere"  # its own tree runs it again
+        if r["row"] and r["verdict"] in ("discard", "crash") and not r.get("given_up") and i < kept_at.get(r["code"], -1):
+            r.update(verdict="elsewhere", row=None)
         if r["summary"] and r["header"]:
             used = seeds.setdefault(r["code"], set())
             r["same_seed"] = r["header"]["seed"] in used
