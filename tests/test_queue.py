@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from fakequeue import Proposer, inside
 
 from lab.base import git as base_git
 from lab.base import locks
-from lab.loop import checks
+from lab.loop import checks, record
 from lab.queue import wait, work
 from lab.queue.board import Board, machine
 from lab.queue.bring import merge
@@ -278,7 +279,7 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
     assert agent.queue.items[0].state["worker_branch"] == "w2"
 
 
-@pytest.mark.parametrize("how", ["taken for dead", "stopped between the runs"])
+@pytest.mark.parametrize("how", ["taken for dead", pytest.param("stopped between the runs", marks=pytest.mark.slow)])
 def test_a_close_call_that_another_worker_decided_is_not_closed_by_the_first(agent, how):
     """It has recorded one of two runs; another worker takes the proposal over and decides it."""
     (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
@@ -320,6 +321,77 @@ def test_a_close_call_that_another_worker_decided_is_not_closed_by_the_first(age
         assert tree.team.night.waiting is None
     assert one_verdict_each(first) and len(first.team.night.runs(code)) == 2
     assert [row[3] for row in first.rows()] == ["discard"] and first.rows()[0][4] == "worse B"
+
+
+@pytest.mark.parametrize("returns", ["after", pytest.param("before", marks=pytest.mark.slow)])
+def test_a_record_that_was_killed_and_a_second_verdict_are_one(agent, returns, monkeypatch):
+    """A worker is killed with the plan of its record on disk; another one runs the proposal, and says the contrary."""
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first), monkeypatch.context() as killed:
+        killed.setattr(record, "steps", lambda repo: [lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)])
+        worker = first.worker()
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    assert (first.path / ".lab" / "journal.json").exists() and not first.records()
+    with inside(second):
+        heir = second.worker()
+        train = heir.train
+
+        def contrary(seed):
+            status = train(seed)
+            log = second.path / "run.log"
+            log.write_text(re.sub(r"val_bpb: .*", "val_bpb:          1.200000", log.read_text()))
+            if returns == "before":
+                with inside(first):
+                    first.worker().begin()
+            return status
+
+        heir.train = contrary
+        heir.begin()
+        heir.step()
+    said = "keep" if returns == "before" else "discard"
+    assert agent.kinds() == {"more A": said}
+    again = first.work()
+    assert len(first.records()) == 1 and first.records()[0].get("lost", False) == (returns == "after"), again.said_all
+    code = first.records()[0]["code"]
+    for tree in (agent, first, second):
+        assert [r["verdict"] for r in tree.team.night.rows if r["code"] == code] == [said]
+        assert one_verdict_each(tree) == {"more A": said}
+    assert len(second.records()) == (returns == "after")
+
+
+@pytest.mark.slow
+def test_a_run_under_a_seed_that_another_worker_has_published_meanwhile_is_run_again(agent):
+    """A worker records a close call, and is taken for dead before others see that; the next one runs the same seed."""
+    agent.edit(A=0.0004)
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
+    agent.commit("three lines less")
+    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        worker.recorded = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    with inside(second):
+        heir = second.worker()
+        train, seeds = heir.train, []
+
+        def long(seed):
+            seeds.append(seed)
+            if len(seeds) == 1:
+                assert first.lab("record", "three lines less", "--simpler").rc == 0
+            return train(seed)
+
+        heir.train = long
+        heir.begin()
+        heir.step()
+    assert seeds[0] is None and len(set(seeds)) == len(seeds) == 2
+    assert one_verdict_each(agent) == {"three lines less": "keep"}
+    assert [r["verdict"] for r in first.records()] == ["confirm"] and len(second.records()) == 1
 
 
 @pytest.mark.slow

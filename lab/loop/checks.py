@@ -27,6 +27,10 @@ class NothingToRecord(Refused):
     """run.log has no run that is still to be recorded: what comes next depends only on the branch."""
 
 
+class SeedUsed(NothingToRecord):
+    """The code waits for a repeat, and has run under the seed of this run."""
+
+
 class RunInProgress(Refused):
     pass
 
@@ -332,7 +336,7 @@ def check_seed(repo, case):
             f"HEAD's train.py is what is kept ({row}), and ran under seed {seed} before: make the next experiment"
         )
     again = next_run(repo.top, case.rule, case.code)
-    raise NothingToRecord(f"a repeat under seed {seed} says nothing new: {again}")
+    raise SeedUsed(f"a repeat under seed {seed} says nothing new: {again}")
 
 
 def check_simpler(repo, case):

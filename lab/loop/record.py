@@ -318,6 +318,16 @@ def complete(repo, plan):
     return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(step, plan)]
 
 
+def disown(repo, record):
+    """Marks a record of this branch as lost: another worker has its proposal, and the team takes that one's verdict. The run
+    counts all the same. Raises Unfinished."""
+    best = checks.night_of(repo).best_record
+    complete(repo, {
+        "run_id": record["run_id"], "tag": record["tag"], "records": [{**record, "lost": True}],
+        "best": names.archive(best) if best else None, "drop": [], "restore": None, "say": ["lost"],
+    })  # fmt: skip
+
+
 def finish_interrupted(repo):
     """Completes a record that was killed: (its plan, its lines), or None."""
     plan = journal.pending(repo.top)

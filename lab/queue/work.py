@@ -355,6 +355,10 @@ class Worker:
                 said = self.recorded(description, item.state["simpler"] and not again)
             except Again:
                 continue
+            except checks.SeedUsed:  # it was taken for dead, and its run is published
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
+                seed = self.seed_of(self.team().night, code)
+                continue
             except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 return item, self.team().decided(code), f"{decided}\n"
@@ -506,8 +510,28 @@ class Worker:
             with locks.one_at_a_time(self.repo.top / names.LAB):
                 record.finish_interrupted(self.repo)
             self.say("a record that was interrupted is complete")
-        if checks.night_of(self.repo).records:  # it may have been killed before it published them
+        self.catch_up()
+
+    def catch_up(self):
+        """Publishes what was recorded and not published, by a worker that was killed or given up."""
+        self.disown(self.board.look(fresh=0))
+        if checks.night_of(self.repo).records:
             exchange.publish(self.repo, self.member, self.tag, exchange.state_of(self.repo, self.tag))
+
+    def disown(self, queue):
+        """Leaves the verdict on the last proposal to the worker that has decided it, if this one recorded it and could not
+        publish that: it was given up meanwhile. If the other one still runs it, this verdict counts."""
+        last = next(iter(checks.night_of(self.repo).records[-1:]), None)
+        if not last or not last["row"] or last["baseline"] or last.get("lost"):
+            return
+        if any(item.state["commit"] == last["commit"] and self.is_mine(item) for item in queue.items):
+            return
+        code, trees = last["code"], self.team().trees[1:]
+        theirs = {r["commit"] for tree in trees for r in tree.records if r["code"] == code and r["row"]}
+        if any(item.state["commit"] in theirs and not self.is_mine(item) for item in queue.of("decided")):
+            with locks.one_at_a_time(self.repo.top / names.LAB):
+                record.disown(self.repo, last)
+            self.say(f"another worker has decided what this one recorded and did not publish: {last['description'][: checks.BRIEF]}")
 
     def check_rules(self):
         team = self.team()
@@ -547,6 +571,7 @@ class Worker:
         except Lost:
             (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
             self.say("another worker has taken this proposal over: what was run is discarded")
+            self.patiently(self.catch_up)
         except Stopped:
             with contextlib.suppress(Lost, Stopped, Stop, OSError):
                 self.release(self.latest(item))

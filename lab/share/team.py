@@ -223,13 +223,14 @@ def one_line_of(records):
     or had not seen the other's runs.
 
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
-    new. given_up: somebody ran the keep again, and its gain does not hold."""
+    new. lost: its worker was given up before it could say so, and another one decides. given_up: somebody ran the keep again, and its gain does not hold."""
     whole, seeds, row, decided = Replay([r for r, _ in records]), {}, 0, {}
-    kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep"}
+    kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep" and not r.get("lost")}
     for i, (r, is_own) in enumerate(records):
         if r["verdict"] == "confirm" and not is_own:
             r["verdict"] = "elsewhere"  # its own tree runs it again
-        if r["row"] and r["verdict"] in ("discard", "crash") and not r.get("given_up") and i < kept_at.get(r["code"], -1):
+        is_older = r["verdict"] in ("discard", "crash") and not r.get("given_up") and i < kept_at.get(r["code"], -1)
+        if r["row"] and (is_older or r.get("lost")):
             r.update(verdict="elsewhere", row=None)
         if r["summary"] and r["header"]:
             used = seeds.setdefault(r["code"], set())
