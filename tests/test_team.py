@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,12 +279,50 @@ def test_without_a_team_nothing_is_shared(template):
 
 def test_a_member_keeps_its_name_and_no_other_tree_has_it(first):
     second, third, name = first.worktree("b"), first.clone("c", "nowhere"), membership(first.repo).name
-    found = [membership(night.repo) for night in (first, second, third, first.copy(first.path.parent / "copied"))]
+    copied = first.at(first.path.parent / "copied")
+    shutil.copytree(first.path, copied.path, symlinks=True)
+    found = [membership(night.repo) for night in (first, second, third, copied)]
     assert found[0].name == name and len({member.name for member in found}) == 4 and {member.team for member in found} == {"gpus"}
     assert [membership(night.repo).name for night in (first, second, third)] == [member.name for member in found[:3]]
     assert found[0].shared == found[1].shared != found[2].shared and found[2].remote == "nowhere"
     first.path.rename(first.path.parent / "moved")
     assert membership(first.at(first.path.parent / "moved").repo).name == found[0].name
+
+
+@pytest.mark.parametrize("how", ["cp -a", "cp -r", "mv"])
+def test_a_copy_of_a_tree_that_is_out_of_sight_gets_a_name_and_says_so_once(first, how, capsys):
+    """As on another machine: the path is the same, and the tree that it was copied from cannot be seen."""
+    hub, name = first.hub(), membership(first.repo).name
+    first.git("config", "autoresearch.remote", str(hub))
+    assert publish(first) is None
+    away, place = first.at(first.path.parent / "away"), first.path
+    first.path.rename(away.path)
+    subprocess.run([*how.split(), str(away.path), str(place)], check=True)
+    if how == "mv":
+        os.utime(place / ".git" / names.MADE)  # sets the time of the last change, too: so does chown
+    found = [membership(first.repo).name for _ in range(3)]
+    shown = capsys.readouterr().err
+    if how == "mv":
+        assert found == 3 * [name] and shown == ""
+        return
+    assert name not in found and len(set(found)) == 1
+    assert shown == f"lab: this working tree is a copy of {place}: in the team it is a member of its own, {found[0][:4]}\n"
+    assert membership(away.repo).name == name
+    assert publish(first) is None and len(refs(hub, "refs/")) == 2
+    assert away.experiment("deeper", 0.95)[1].verdict == "keep"
+    fetch(first)
+    assert first.best == "deeper", "the copied ref of the other member is older than what it publishes"
+
+
+def test_a_linked_tree_that_was_copied_without_git_is_refused(first):
+    second = first.worktree("b")
+    name = membership(second.repo).name
+    shutil.copytree(second.path, first.path.parent / "c", symlinks=True)
+    with pytest.raises(Refused, match="is a copy of the working tree .*/b and uses its git folder"):
+        membership(first.at(first.path.parent / "c").repo)
+    assert membership(second.repo).name == name
+    second.path.rename(first.path.parent / "moved")
+    assert membership(first.at(first.path.parent / "moved").repo).name == name
 
 
 @pytest.mark.parametrize("key, value", [("team", "a/b"), ("team", "x" * 99), ("team", "\x1b[31m"), ("remote", "--upload-pack=x")])

@@ -29,7 +29,7 @@ from lab.base import text
 from lab.base.errors import Refused, Stop
 from lab.base.git import GitError
 from lab.share.exchange import REASON, STATE_KEYS
-from lab.share.membership import NAME, Member, membership
+from lab.share.membership import NAME, Member, members_here, membership
 from lab.store import archive, names, records_in_git, results_tsv, rules, runs_jsonl
 from lab.store.repository import Repo
 
@@ -319,7 +319,9 @@ def read_trees(repos, member, tag):
             if not NAME.fullmatch(name) or not branch or "/" in branch:
                 notes.append(f"{ref} is not what a member publishes: left out")
             elif (name, branch) != (member.name, tag) and (is_here or name != member.name):
-                found.setdefault((name, branch), (commit, is_here, repo))
+                known = found.setdefault((name, branch), (commit, is_here, repo))
+                if known[0] != commit and not is_here and is_left_behind(repo, member, name, known[0], commit):
+                    found[name, branch] = commit, is_here, repo
     if len(found) > MOST_TREES:
         notes.append(f"the team has {len(found)} branches: the first {MOST_TREES} are read")
     wanted = dict(sorted(found.items())[:MOST_TREES])
@@ -332,6 +334,13 @@ def read_trees(repos, member, tag):
         trees.append(Tree(name, branch, records, state, False, is_here, commit))
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
     return trees, [*notes[:SHOWN_NOTES], *more]
+
+
+def is_left_behind(repo, member, name, here, there):
+    """Whether the ref of a member is here only because the git folder is a copy: its tree is elsewhere, and went on."""
+    if not member.shared or name in members_here(member.shared.parent):
+        return False
+    return repo.ask("merge-base", "--is-ancestor", here, there) is not None
 
 
 def read_commits(repo, member, wanted):

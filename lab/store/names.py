@@ -32,7 +32,7 @@ TEAM, REMOTE = "autoresearch.team", "autoresearch.remote"  # in git's configurat
 TEAM_REFS, MIRROR_REFS = "refs/autoresearch-team/", "refs/autoresearch-mirror/"
 QUEUE = "queue"  # in place of a member's name
 STATE = "state.json"  # beside the records in what a member publishes
-MEMBER = "autoresearch-member"  # in the git folder of a working tree
+MEMBER, MADE = "autoresearch-member", "autoresearch-made"  # in the git folder of a working tree: its name; an empty file
 SHARE, FETCHED = "autoresearch", "fetched.json"  # in the git folder that all working trees share
 
 
