@@ -1,5 +1,6 @@
 """One agent, many workers: lab propose, lab work, lab wait. Made-up trainings, real git."""
 
+import argparse
 import json
 import os
 import re
@@ -616,6 +617,32 @@ def test_changes_of_neighbouring_lines_conflict_and_those_far_apart_do_not():
     merged, conflict = merge(ours, before, theirs, ["a", "b", "c"])
     assert not conflict and b"ours" in merged and b"theirs" in merged
     assert merge(ours, before, before.replace(b"line 2", b"theirs"), ["a", "b", "c"])[1]
+
+
+def test_decided_proposals_leave_the_queue_once_they_were_told_and_the_latest_stay(agent, monkeypatch):
+    agent.proposed("handed back", A=0.01)
+    (item,) = agent.queue.items
+    repo = agent.repo
+    board = Board(repo, checks.member_of(repo))
+
+    def put(n, **changes):
+        commit, _ = board.written(item.state, item.state["experiment"], seq=n + 2, **changes)
+        assert board.swap([(names.queue_ref(board.member.team, f"{n:04d}"), commit, None)])
+
+    for n in range(8):
+        done = {"kind": "decided", "verdict": "discard", "mean": 1.0}
+        put(n, description=f"idea {n}", member="0" * 12 if n == 1 else board.member.name, **done)
+    commit, _ = board.written(item.state, item.state["experiment"], kind="returned", text="a conflict")
+    assert board.swap([(item.ref, commit, item.commit)])
+    monkeypatch.setattr(queue_refs, "KEPT", 3)
+    with inside(agent):
+        wait.run(argparse.Namespace(timeout=0.0))
+    left = agent.kinds()
+    assert list(left) == ["handed back", "idea 1", "idea 5", "idea 6", "idea 7"], "idea 1 is another member's"
+    put(8, description="idea 8", member=board.member.name, **done)
+    assert "idea 8" in waits(agent) and "nothing was decided" in waits(agent, "--timeout", "0")
+    assert set(json.loads(agent.read(".lab/waited.json"))["told"]) == {item.id for item in agent.queue.items}
+    assert agent.queue.next_seq == 11
 
 
 @pytest.mark.slow
