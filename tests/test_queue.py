@@ -5,8 +5,11 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fakequeue import Proposer, inside
@@ -459,6 +462,42 @@ def test_five_proposals_in_a_row_that_fail_because_of_the_machine_stop_the_worke
     assert set(agent.kinds().values()) == {"open"}  # for a worker whose disk is not full
     assert not agent.queue.workers and not tree.records()
     assert tree.chain()[0] == "a made-up training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["begin", "train"])
+def test_a_full_disk_costs_a_worker_time_and_nothing_else(agent, moment, own_mounts):
+    """It says so in one line; what the disk cut off is no result, and the proposal is decided once there is room."""
+    agent.git("config", names.REMOTE, str(agent.hub()))
+    agent.publish()
+    agent.proposed("more A", SECONDS=2.0, PAGES=2, **KEEP)
+    script = [sys.executable, str(Path(__file__).parent / "full_disk.py"), str(agent.path.parent), moment, agent.start]
+    env = agent.env | {"PYTHONPATH": os.pathsep.join([agent.env["PYTHONPATH"], str(Path(__file__).parent)])}
+    done = subprocess.run([*own_mounts, *script], env=env, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kinds"] == {"more A": "keep"} and found["verdicts"] == ["keep"] and found["rows"] == 1 and found["same"], found
+    assert found["status"] == 143 and "error" not in found["fsck"] and found["said"].rstrip().endswith("1 proposals decided")
+    if moment == "begin":
+        assert found["first"] == [3, "", "lab work: the disk is full\n"]
+    else:
+        assert found["said"].count("No space left on device") == found["said"].count("failed because of this machine (1 in a row)") == 1
+    assert one_verdict_each(agent)
+
+
+@pytest.mark.slow
+def test_a_crash_because_of_the_machine_is_no_verdict_when_the_worker_takes_the_proposal_again(agent):
+    agent.proposed("no disk", END="disk", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        for _ in range(work.ATTEMPTS):
+            with pytest.raises(work.Fault, match="No space left"):
+                worker.step()
+    (item,) = agent.queue.of("returned")
+    assert item.state["text"].count("No space left on device") == work.ATTEMPTS and not tree.records()
+    assert "No space left" in tree.read(".lab/fault.log") and not (tree.path / "run.log").exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ git, and the next start in this tree, or another worker, finds both.
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import re
@@ -20,6 +21,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +65,7 @@ ROUNDS = 3  # times that an experiment is brought onto a newer best: a late gain
 POLL, REMOTE_POLL = 1.0, 15.0  # seconds between two looks at an empty queue; a remote may have to serve many workers
 SIGN_OF_LIFE = LONGEST / 4  # seconds between two of them while there is nothing to run
 BACKOFF, LONGEST_BACKOFF = 5, 60  # seconds before the next attempt after an error, doubled each time
+ROOM = 1 << 16  # bytes: with less than that free the disk is full
 KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
 OWN_TREE = ("next:", "then:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
 RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
@@ -305,18 +308,26 @@ class Worker:
             log = run_log.read(self.repo.top / names.RUN_LOG)
             ended = log.ended if log else "nothing"
             last = log.lines[-1][:200] if log and log.lines else "it printed nothing"
+            if ended != "complete" and disk_is_full(self.repo.top / names.LAB):  # the log may be cut off, so it says nothing
+                raise self.fault("the disk is full")
             if ended in ("complete", "contradictory"):
                 break
             if ended == "crash":
                 if found := MACHINE.search("\n".join(log.lines)):
-                    raise Fault(f"the run crashed because of this machine ({found[0]})")
+                    raise self.fault(f"the run crashed because of this machine ({found[0]})")
                 break
             if ended in ("refused", "nothing", "incomplete"):
-                raise Fault(f"the run did not begin or did not end (exit status {status}): {last}")
+                raise self.fault(f"the run did not begin or did not end (exit status {status}): {last}")
             self.say(f"the run was {ended}: it is run again")
         else:
-            raise Fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
+            raise self.fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
         return item, log
+
+    def fault(self, why):
+        """The Fault, once the log of the run is out of the way: the next attempt would take it for a result."""
+        with contextlib.suppress(OSError):
+            os.replace(self.repo.top / names.RUN_LOG, self.repo.top / names.LAB / names.FAULT_LOG)
+        return Fault(why)
 
     def check_kind(self, log, own):
         """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
@@ -638,6 +649,15 @@ def kill(process, number):
             os.killpg(process.pid, number)
         elif process.returncode is None:
             os.kill(process.pid, number)
+
+
+def disk_is_full(folder):
+    """Whether no more than a few lines can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as f:
+            return f.write(bytes(ROOM)) < ROOM
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def end_with_parent():
