@@ -500,6 +500,47 @@ def test_a_crash_because_of_the_machine_is_no_verdict_when_the_worker_takes_the_
     assert "No space left" in tree.read(".lab/fault.log") and not (tree.path / "run.log").exists()
 
 
+@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["comes back", "stays away"])
+def test_a_machine_that_reboots_in_the_middle_of_a_run(agent, comes_back):
+    """It leaves its claim, its lock files, and a log without an end. Whether it is gone cannot be seen from another boot."""
+    agent.proposed("more A", **KEEP)
+    tree, other = agent.worktree("w1"), agent.worktree("w2")
+    with inside(tree):
+        worker = tree.worker()
+        worker.identity["machine"] = "the boot before"
+
+        def power_cut(seed):
+            log = json.dumps(tree.header() | {"train_sha256": names.sha256(tree.path / "train.py")})
+            (tree.path / "run.log").write_text(f"run: {log}\nstep 00123 (41.0%) | loss 3.1415")
+            raise KeyboardInterrupt
+
+        worker.train = power_cut
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    git_folder = Path(tree.git("rev-parse", "--absolute-git-dir"))
+    for left in (git_folder / "index.lock", agent.path / ".git" / "refs" / "heads" / "autoresearch" / "w1.lock"):
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
+    clock = [0.0]
+    board = Board(other.repo, checks.member_of(other.repo), clock=lambda: clock[0])
+    assert not board.is_void(board.look(fresh=0).items[0]), "nobody can see whether the other boot's worker runs"
+    if comes_back:
+        again = tree.work()
+        assert {"removed index.lock, which a killed git had left", "removed w1.lock, which a killed git had left"} <= set(again.said_all)
+        assert again.done == 1 and len(tree.records()) == 1 and not other.records()
+    else:
+        with inside(other):
+            heir = other.worker(board=board)
+            assert not heir.step()
+            clock[0] = 1 + board.longest
+            assert heir.step() and not heir.step()
+        assert heir.done == 1 and not tree.records()
+        assert tree.work().done == 0 and not tree.records()  # at last
+    assert one_verdict_each(agent) == {"more A": "keep"}
+    assert tree.git("status", "--porcelain", "--untracked-files=no") == "" and tree.chain()[0] in ("more A", "a made-up training")
+
+
 @pytest.mark.slow
 def test_a_worker_of_another_device_says_so_and_puts_the_proposal_back(agent):
     agent.proposed("more A", **KEEP)
