@@ -138,9 +138,9 @@ def next_run(top, history, code):
     return f"AUTORESEARCH_SEED={free[0] if free else max(used) + 1} {run_command(top)}"
 
 
-def examine(repo, description, discard=False, simpler=False, worker=False):
+def examine(repo, description, discard=False, simpler=False, proposed=False):
     """The Case of the run in run.log. Raises NothingToRecord, RunInProgress, NotAResult, or Refused with what to do
-    before this run can be recorded; for a worker DecidedElsewhere, too."""
+    before this run can be recorded; for a proposal that a worker runs DecidedElsewhere, too."""
     history, head = night_of(repo), repo.head()
     if locks.run_in_progress(repo.top):
         raise RunInProgress("a run is still going on: wait until it ends, then record it")
@@ -152,7 +152,7 @@ def examine(repo, description, discard=False, simpler=False, worker=False):
     team = team_of(repo, history)
     rule = team.night if team else history
     check_new(repo, history, team, rule, log, code, discard)
-    if worker and team and (r := team.decided(code)) and team.who(r) != "this tree":
+    if proposed and team and (r := team.decided(code)) and team.who(r) != "this tree":
         raise DecidedElsewhere(f"this very train.py was decided meanwhile ({label(r)}, {r['verdict']})")
     check_identity(repo, history, rule, log, head, code)
     check_end(log, discard, next_run(repo.top, rule, code))

@@ -49,7 +49,7 @@ DOING = {"repeat": "runs its commit again", "doubt": "runs the best again", "ado
 
 def add_arguments(parser):
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(worker=False)  # lab.queue.work records, too: the queue says whose a proposal is
+    parser.set_defaults(worker=None)  # lab.queue.work names its task: the queue says whose a proposal is
     parser.add_argument("description", nargs="?", help="what this tried, in a few words; a repeat needs none")
     stricter = parser.add_mutually_exclusive_group()
     stricter.add_argument("--discard", action="store_true", help="not worth its complexity, or given up")
@@ -351,7 +351,7 @@ def run(args):
                 print(f"first, an interrupted record was completed: {plan['say'][0]}")
                 finished = None
         if not finished:
-            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker)
+            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
             plan = make_plan(case, args)
             lines = complete(repo, plan)
     print("\n".join(lines))

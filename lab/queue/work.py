@@ -342,9 +342,9 @@ class Worker:
                 "if they shall be ideas to the others"
             )
 
-    def recorded(self, description, simpler=False):
+    def recorded(self, description, simpler=False, task="experiment"):
         """Records the run in run.log; what that prints. Raises Refused, Again."""
-        args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=True)
+        args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=task)
 
         def once():
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -363,7 +363,7 @@ class Worker:
             self.check_kind(log, own)
             item, again = self.renew(item, "records", code), own.waiting is not None and own.waiting["code"] == code
             try:
-                said = self.recorded(description, item.state["simpler"] and not again)
+                said = self.recorded(description, item.state["simpler"] and not again, item.state["task"])
             except Again:
                 continue
             except checks.SeedUsed:  # it was taken for dead, and its run is published
