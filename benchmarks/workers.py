@@ -1,18 +1,21 @@
 """What a queue costs: experiments an hour and idle time of one and two workers, and many workers on one remote.
 
     uv run benchmarks/workers.py                     one worker and then two, made-up trainings of 20 s that only sleep
+    uv run benchmarks/workers.py --real              the same with train.py on `stdlib`, a budget of 20 s and one thread each
     uv run benchmarks/workers.py --many 64           64 workers, each in a clone of its own, on one bare remote
 
-Workers are `lab work` as a user starts it; each is pinned to a core where there are enough. Trainings are made up and sleep,
-so that what is measured is everything else: claiming, merging, recording, publishing. Prints experiments an hour, the idle
-share of a worker (the time between its first and last training in which none runs), and of many workers the seconds that
-publishing a record takes, and whether a proposal was decided twice or lost. Appends a line to benchmarks/results.jsonl.
+Workers are `lab work` as a user starts it; each is pinned to a core where there are enough. Made-up trainings sleep, so that
+what is measured is everything else: claiming, merging, recording, publishing. Real ones show what two cores are worth, which
+share caches and memory. Prints experiments an hour, the idle share of a worker (of the time between its first and last
+training, that in which no training process runs), and of many workers the seconds that publishing a record takes, and
+whether a proposal was decided twice or lost. Appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -28,10 +31,20 @@ import common
 sys.path[:0] = [str(common.ROOT), str(common.ROOT / "tests")]
 from fakequeue import Proposer  # noqa: E402
 
-# `lab work` with the seconds of each publish written to a file.
+# `lab work` with the seconds of each publish, and the begin and end of each training, written to files.
 TIMED = """
 import sys, time
+from lab.queue import work
 from lab.share import exchange
+train = work.Worker.train
+def timed(*args):
+    began = time.time()
+    try:
+        return train(*args)
+    finally:
+        with open(".lab/trained", "a") as f:
+            f.write(f"{began} {time.time()}\\n")
+work.Worker.train = timed
 real = exchange.publish
 def publish(*args):
     began = time.monotonic()
@@ -57,31 +70,91 @@ def spans(tree):
     return sorted(tuple(datetime.fromisoformat(when).timestamp() for when in pair) for pair in found)
 
 
-def idle_share(trees, seconds):
-    """Of the time from a worker's first to its last training, the share in which it did not train; the worst of them."""
+def trainings(tree):
+    """[(start, end)] of the training processes that a tree's worker started, in seconds since 1970."""
+    return [tuple(map(float, line.split())) for line in tree.read(".lab/trained").splitlines()]
+
+
+def idle_share(trees):
+    """Of the time from a worker's first to its last training, the share in which none ran; the worst of them."""
     shares = []
     for tree in trees:
-        runs = spans(tree)
-        whole = runs[-1][1] - runs[0][0]
-        shares.append(max(0.0, 1 - len(runs) * seconds / whole) if whole else 0.0)
+        runs = trainings(tree)
+        shares.append(1 - sum(end - begin for begin, end in runs) / (runs[-1][1] - runs[0][0]) if runs else 0.0)
     return max(shares)
+
+
+class RealProposer(Proposer):
+    """A working tree of a copy of this code, with a budget of `seconds`; its experiments learn nothing, so the best stays."""
+
+    def __init__(self, path, cache, seconds):
+        self.path, self.ideas, self.constants = path, 0, {}
+        self.who = ["-c", "user.name=Some One", "-c", "user.email=one@example.org"]
+        self.env = os.environ | {
+            "AUTORESEARCH_DATASET": "stdlib", "AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_NO_SAMPLE": "1", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "GIT_CONFIG_GLOBAL": os.devnull, "LC_ALL": "C.UTF-8",
+        }  # fmt: skip
+        path.mkdir()
+        common.copy_code(path)
+        for name in ("train.py", "program.md", "pyproject.toml", ".gitignore"):
+            shutil.copy(common.ROOT / name, path / name)
+        shutil.copytree(common.ROOT / "lab", path / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+        rules, n = re.subn(r"^TIME_BUDGET = \S+", f"TIME_BUDGET = {seconds:g}", (path / "constants.py").read_text(), flags=re.MULTILINE)
+        assert n == 1
+        (path / "constants.py").write_text(rules)
+        self.text = (path / "train.py").read_text()
+        for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "start"], ["switch", "-q", "-c", "autoresearch/test"]):
+            self.git(*command)
+        self.git("config", "autoresearch.team", "gpus")
+        self.start = self.head()
+
+    def edit(self, A=0.0, B=0.0):
+        """Another learning rate for each B, far below what learns."""
+        text, n = re.subn(r"^EMBEDDING_LR = \S+", f"EMBEDDING_LR = {1e-6 - B / 1000:.9f}", self.text, flags=re.MULTILINE)
+        assert n == 1
+        (self.path / "train.py").write_text(text)
+
+
+def with_baseline(place, seconds):
+    """The RealProposer of a team whose baseline is measured, which fills the compile cache, too."""
+    agent = RealProposer(place / "agent", place / "cache", seconds)
+    subprocess.run([sys.executable, "prepare.py"], cwd=agent.path, env=agent.env, check=True, stdout=subprocess.DEVNULL)
+    baseline = agent.worktree("baseline")
+    process = start(baseline, min(cores(), default=None))
+    while len(baseline.records()) < 3:
+        time.sleep(1.0)
+        assert process.poll() is None, (baseline.path / ".lab-worker.log").read_text()
+    stop([process])
+    agent.git("worktree", "remove", "--force", str(baseline.path))
+    return agent
+
+
+def cores():
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def stop(processes):
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
 
 
 def propose(agent, count, rng):
     """Fills the queue with experiments that are all a little worse, so that the best does not change meanwhile."""
-    seconds = []
-    for i in range(count):
+    seconds, before = {}, len(agent.queue.items)
+    for i in range(before, before + count):
         agent.idea(f"idea {i}", A=-0.02 - rng.random() / 10, B=-0.001 * i)
         began = time.monotonic()
         result = agent.lab("propose", f"idea {i}")
         assert result.rc == 0, result.err
-        seconds.append(time.monotonic() - began)
+        seconds[agent.queue.items[-1].id] = time.monotonic() - began
     return seconds
 
 
-def measure(place, workers, proposals, seconds, remote):
-    """Runs `workers` workers until the queue is empty; what was measured."""
-    agent, rng = Proposer(place / "agent", SECONDS=seconds), random.Random(1)
+def made_up(place, seconds):
+    """A Proposer whose trainings sleep, with a baseline."""
+    agent = Proposer(place / "agent", SECONDS=seconds)
     agent.constants["SECONDS"] = 0.0
     agent.edit()
     agent.git("switch", "-q", "main")
@@ -90,27 +163,29 @@ def measure(place, workers, proposals, seconds, remote):
     agent.start = quick
     agent.work()  # the baseline
     agent.constants["SECONDS"] = seconds
+    return agent
+
+
+def measure(agent, workers, proposals, seconds, remote=False):
+    """Runs `workers` workers until the queue is empty; what was measured."""
+    rng = random.Random(1)
     if remote:
         hub = agent.hub()
         trees = [agent.clone(f"w{i}", hub) for i in range(workers)]
         agent.publish()
     else:
-        trees = [agent.worktree(f"w{i}") for i in range(workers)]
+        trees = [agent.worktree(f"w{workers}-{i}") for i in range(workers)]
     proposing = propose(agent, proposals, rng)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    known, pinned = {item.id for item in agent.queue.items} - proposing.keys(), cores()
     began = time.monotonic()
-    processes = [start(tree, cores[i] if workers <= len(cores) else None) for i, tree in enumerate(trees)]
-    decided = []
+    processes = [start(tree, pinned[i] if workers <= len(pinned) else None) for i, tree in enumerate(trees)]
     while any(item.kind in ("open", "claimed") for item in agent.queue.items):
         time.sleep(1.0)
         died = [i for i, process in enumerate(processes) if process.poll() is not None]
         assert not died, (trees[died[0]].path / ".lab-worker.log").read_text()
     took = time.monotonic() - began
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    for process in processes:
-        process.wait()
-    items = agent.queue.items
+    stop(processes)
+    items = [item for item in agent.queue.items if item.id not in known]
     decided = [item.state["description"] for item in items if item.kind == "decided"]
     rows = [r["code"] for tree in trees for r in tree.records() if r["row"]]
     published = [float(line.split()[0]) for tree in trees for line in tree.read(".lab/published").splitlines()]
@@ -118,10 +193,10 @@ def measure(place, workers, proposals, seconds, remote):
     whole = max(end for _, end in runs) - min(begin for begin, _ in runs)
     return {
         "workers": workers, "proposals": proposals, "training_seconds": seconds, "remote": remote, "seconds": round(took, 1),
-        "experiments_an_hour": round(3600 * len(runs) / whole, 1), "idle_share": round(idle_share(trees, seconds), 4),
+        "experiments_an_hour": round(3600 * len(runs) / whole, 1), "idle_share": round(idle_share(trees), 4),
         "decided": len(decided), "lost": proposals - len(items), "decided_twice": len(rows) - len(set(rows)),
         "handed_back": sum(item.kind == "returned" for item in items),
-        "propose_seconds": [round(q, 3) for q in quantiles(proposing)],
+        "propose_seconds": [round(q, 3) for q in quantiles(proposing.values())],
         "publish_seconds": [round(q, 3) for q in quantiles(published)],
     }  # fmt: skip
 
@@ -135,15 +210,19 @@ def quantiles(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--many", type=int, metavar="N", help="N workers on one remote, instead of one and two")
-    parser.add_argument("--seconds", type=float, default=20, help="of a training (20)")
+    parser.add_argument("--real", action="store_true", help="real trainings, of train.py")
+    parser.add_argument("--seconds", type=float, default=20, help="of a training (20); with --real its budget")
     parser.add_argument("--each", type=int, default=6, help="proposals for each worker (6)")
     args = parser.parse_args()
     found = []
-    for workers in [args.many] if args.many else [1, 2]:
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(Path(folder), workers, args.each * workers, args.seconds, remote=bool(args.many))
-        print(json.dumps(result, indent=1), flush=True)
-        found.append(result)
+    with tempfile.TemporaryDirectory() as folder:
+        real = with_baseline(Path(folder), args.seconds) if args.real else None
+        for workers in [args.many] if args.many else [1, 2]:
+            place = Path(folder, str(workers))
+            agent = real or made_up(place, args.seconds)
+            result = measure(agent, workers, args.each * workers, args.seconds, remote=bool(args.many)) | {"real": args.real}
+            print(json.dumps(result, indent=1), flush=True)
+            found.append(result)
     if not args.many:
         ratio = found[1]["experiments_an_hour"] / found[0]["experiments_an_hour"]
         print(f"two workers make {ratio:.2f} times as many experiments an hour as one")

@@ -3,7 +3,7 @@
     text = train(A=0.01, SECONDS=0.1)      the text of a train.py; what is not named is 0
 """
 
-DEFAULTS = {"A": 0.0, "B": 0.0, "C": 0.0, "SECONDS": 0.0, "NOISE": 0.001, "END": "complete"}
+DEFAULTS = {"A": 0.0, "B": 0.0, "C": 0.0, "SECONDS": 0.0, "NOISE": 0.001, "END": "complete", "PAGES": 0}
 # Constants are far apart, so that edits of two of them do not conflict.
 GAP = "#\n" * 4
 BODY = '''
@@ -26,6 +26,9 @@ header = {
 print("run: " + json.dumps(header), flush=True)
 while time.time() < started + SECONDS:
     time.sleep(0.02)
+if PAGES:  # on a full disk the log ends with the page, in the middle of a line
+    print("#" * (4094 - os.fstat(1).st_size % 4096), flush=True)
+    print("step 00123 (41.0%)\\n" * 220 * PAGES, flush=True)
 if END == "crash":
     raise ValueError("made up")
 if END == "disk":

@@ -68,8 +68,8 @@ class FakeNight:
         self.ideas = 0
 
     def copy(self, path):
-        """The same night somewhere else."""
-        shutil.copytree(self.path, path, symlinks=True)
+        """The same night somewhere else; of a team's member a new one."""
+        shutil.copytree(self.path, path, symlinks=True, ignore=lambda folder, names: [n for n in names if n == "autoresearch-member"])
         twin = copy.copy(self)
         twin.path = Path(path)
         twin.git("status", "--short")  # the index knows the files by their old inodes

@@ -1,17 +1,22 @@
 """One agent, many workers: lab propose, lab work, lab wait. Made-up trainings, real git."""
 
+import argparse
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fakequeue import Proposer, inside
 
 from lab.base import git as base_git
 from lab.base import locks
-from lab.loop import checks
+from lab.loop import checks, record
 from lab.queue import wait, work
 from lab.queue.board import Board, machine
 from lab.queue.bring import merge
@@ -278,6 +283,121 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
     assert agent.queue.items[0].state["worker_branch"] == "w2"
 
 
+@pytest.mark.parametrize("how", ["taken for dead", pytest.param("stopped between the runs", marks=pytest.mark.slow)])
+def test_a_close_call_that_another_worker_decided_is_not_closed_by_the_first(agent, how):
+    """It has recorded one of two runs; another worker takes the proposal over and decides it."""
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("A = 0.0\n", "A = 0.0004\n"))
+    agent.commit("three lines less")
+    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        train, runs = worker.train, []
+
+        def second_run(seed):
+            runs.append(seed)
+            if len(runs) == 2 and how == "taken for dead":
+                second.work()  # it sees a free lock, and takes over
+            elif len(runs) == 2:
+                worker.stopped_by = signal.SIGTERM
+            return train(seed)
+
+        worker.train = second_run
+        worker.begin()
+        if how == "taken for dead":
+            worker.step()
+            assert any("was run is discarded" in sentence for sentence in worker.said_all)
+        else:
+            with pytest.raises(work.Stopped):
+                worker.step()
+            second.work()
+    assert len(runs) == 2 and [r["verdict"] for r in first.records()] == ["confirm"]
+    (item,) = agent.queue.items
+    code, said = item.state["code"], item.state["verdict"]
+    assert item.kind == "decided" and item.state["worker_branch"] == "w2"
+    agent.proposed("worse B", B=-0.02)
+    first.work()  # before, the record of another commit closed what waited for its repeat
+    assert agent.kinds() == {"three lines less": said, "worse B": "discard"}
+    assert [r["verdict"] for tree in (first, second) for r in tree.records() if r["row"] and r["code"] == code] == [said]
+    for tree in (agent, first, second):
+        assert [r["verdict"] for r in tree.team.night.rows if r["code"] == code] == [said]
+        assert tree.team.night.waiting is None
+    assert one_verdict_each(first) and len(first.team.night.runs(code)) == 2
+    assert [row[3] for row in first.rows()] == ["discard"] and first.rows()[0][4] == "worse B"
+
+
+@pytest.mark.parametrize("returns", ["after", pytest.param("before", marks=pytest.mark.slow)])
+def test_a_record_that_was_killed_and_a_second_verdict_are_one(agent, returns, monkeypatch):
+    """A worker is killed with the plan of its record on disk; another one runs the proposal, and says the contrary."""
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first), monkeypatch.context() as killed:
+        killed.setattr(record, "steps", lambda repo: [lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)])
+        worker = first.worker()
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    assert (first.path / ".lab" / "journal.json").exists() and not first.records()
+    with inside(second):
+        heir = second.worker()
+        train = heir.train
+
+        def contrary(seed):
+            status = train(seed)
+            log = second.path / "run.log"
+            log.write_text(re.sub(r"val_bpb: .*", "val_bpb:          1.200000", log.read_text()))
+            if returns == "before":
+                with inside(first):
+                    first.worker().begin()
+            return status
+
+        heir.train = contrary
+        heir.begin()
+        heir.step()
+    said = "keep" if returns == "before" else "discard"
+    assert agent.kinds() == {"more A": said}
+    again = first.work()
+    assert len(first.records()) == 1 and first.records()[0].get("lost", False) == (returns == "after"), again.said_all
+    code = first.records()[0]["code"]
+    for tree in (agent, first, second):
+        assert [r["verdict"] for r in tree.team.night.rows if r["code"] == code] == [said]
+        assert one_verdict_each(tree) == {"more A": said}
+    assert len(second.records()) == (returns == "after")
+
+
+@pytest.mark.slow
+def test_a_run_under_a_seed_that_another_worker_has_published_meanwhile_is_run_again(agent):
+    """A worker records a close call, and is taken for dead before others see that; the next one runs the same seed."""
+    agent.edit(A=0.0004)
+    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
+    agent.commit("three lines less")
+    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        worker.recorded = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    with inside(second):
+        heir = second.worker()
+        train, seeds = heir.train, []
+
+        def long(seed):
+            seeds.append(seed)
+            if len(seeds) == 1:
+                assert first.lab("record", "three lines less", "--simpler").rc == 0
+            return train(seed)
+
+        heir.train = long
+        heir.begin()
+        heir.step()
+    assert seeds[0] is None and len(set(seeds)) == len(seeds) == 2
+    assert one_verdict_each(agent) == {"three lines less": "keep"}
+    assert [r["verdict"] for r in first.records()] == ["confirm"] and len(second.records()) == 1
+
+
 @pytest.mark.slow
 def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
     """Killed after the record, before the verdict; the record itself may be unpublished, too."""
@@ -342,6 +462,83 @@ def test_five_proposals_in_a_row_that_fail_because_of_the_machine_stop_the_worke
     assert set(agent.kinds().values()) == {"open"}  # for a worker whose disk is not full
     assert not agent.queue.workers and not tree.records()
     assert tree.chain()[0] == "a made-up training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["begin", "train"])
+def test_a_full_disk_costs_a_worker_time_and_nothing_else(agent, moment, own_mounts):
+    """It says so in one line; what the disk cut off is no result, and the proposal is decided once there is room."""
+    agent.git("config", names.REMOTE, str(agent.hub()))
+    agent.publish()
+    agent.proposed("more A", SECONDS=2.0, PAGES=2, **KEEP)
+    script = [sys.executable, str(Path(__file__).parent / "full_disk.py"), str(agent.path.parent), moment, agent.start]
+    env = agent.env | {"PYTHONPATH": os.pathsep.join([agent.env["PYTHONPATH"], str(Path(__file__).parent)])}
+    done = subprocess.run([*own_mounts, *script], env=env, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kinds"] == {"more A": "keep"} and found["verdicts"] == ["keep"] and found["rows"] == 1 and found["same"], found
+    assert found["status"] == 143 and "error" not in found["fsck"] and found["said"].rstrip().endswith("1 proposals decided")
+    if moment == "begin":
+        assert found["first"] == [3, "", "lab work: the disk is full\n"]
+    else:
+        assert found["said"].count("No space left on device") == found["said"].count("failed because of this machine (1 in a row)") == 1
+    assert one_verdict_each(agent)
+
+
+@pytest.mark.slow
+def test_a_crash_because_of_the_machine_is_no_verdict_when_the_worker_takes_the_proposal_again(agent):
+    agent.proposed("no disk", END="disk", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        for _ in range(work.ATTEMPTS):
+            with pytest.raises(work.Fault, match="No space left"):
+                worker.step()
+    (item,) = agent.queue.of("returned")
+    assert item.state["text"].count("No space left on device") == work.ATTEMPTS and not tree.records()
+    assert "No space left" in tree.read(".lab/fault.log") and not (tree.path / "run.log").exists()
+
+
+@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["comes back", "stays away"])
+def test_a_machine_that_reboots_in_the_middle_of_a_run(agent, comes_back):
+    """It leaves its claim, its lock files, and a log without an end. Whether it is gone cannot be seen from another boot."""
+    agent.proposed("more A", **KEEP)
+    tree, other = agent.worktree("w1"), agent.worktree("w2")
+    with inside(tree):
+        worker = tree.worker()
+        worker.identity["machine"] = "the boot before"
+
+        def power_cut(seed):
+            log = json.dumps(tree.header() | {"train_sha256": names.sha256(tree.path / "train.py")})
+            (tree.path / "run.log").write_text(f"run: {log}\nstep 00123 (41.0%) | loss 3.1415")
+            raise KeyboardInterrupt
+
+        worker.train = power_cut
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    git_folder = Path(tree.git("rev-parse", "--absolute-git-dir"))
+    for left in (git_folder / "index.lock", agent.path / ".git" / "refs" / "heads" / "autoresearch" / "w1.lock"):
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
+    clock = [0.0]
+    board = Board(other.repo, checks.member_of(other.repo), clock=lambda: clock[0])
+    assert not board.is_void(board.look(fresh=0).items[0]), "nobody can see whether the other boot's worker runs"
+    if comes_back:
+        again = tree.work()
+        assert {"removed index.lock, which a killed git had left", "removed w1.lock, which a killed git had left"} <= set(again.said_all)
+        assert again.done == 1 and len(tree.records()) == 1 and not other.records()
+    else:
+        with inside(other):
+            heir = other.worker(board=board)
+            assert not heir.step()
+            clock[0] = 1 + board.longest
+            assert heir.step() and not heir.step()
+        assert heir.done == 1 and not tree.records()
+        assert tree.work().done == 0 and not tree.records()  # at last
+    assert one_verdict_each(agent) == {"more A": "keep"}
+    assert tree.git("status", "--porcelain", "--untracked-files=no") == "" and tree.chain()[0] in ("more A", "a made-up training")
 
 
 @pytest.mark.slow
@@ -500,6 +697,32 @@ def test_changes_of_neighbouring_lines_conflict_and_those_far_apart_do_not():
     merged, conflict = merge(ours, before, theirs, ["a", "b", "c"])
     assert not conflict and b"ours" in merged and b"theirs" in merged
     assert merge(ours, before, before.replace(b"line 2", b"theirs"), ["a", "b", "c"])[1]
+
+
+def test_decided_proposals_leave_the_queue_once_they_were_told_and_the_latest_stay(agent, monkeypatch):
+    agent.proposed("handed back", A=0.01)
+    (item,) = agent.queue.items
+    repo = agent.repo
+    board = Board(repo, checks.member_of(repo))
+
+    def put(n, **changes):
+        commit, _ = board.written(item.state, item.state["experiment"], seq=n + 2, **changes)
+        assert board.swap([(names.queue_ref(board.member.team, f"{n:04d}"), commit, None)])
+
+    for n in range(8):
+        done = {"kind": "decided", "verdict": "discard", "mean": 1.0}
+        put(n, description=f"idea {n}", member="0" * 12 if n == 1 else board.member.name, **done)
+    commit, _ = board.written(item.state, item.state["experiment"], kind="returned", text="a conflict")
+    assert board.swap([(item.ref, commit, item.commit)])
+    monkeypatch.setattr(queue_refs, "KEPT", 3)
+    with inside(agent):
+        wait.run(argparse.Namespace(timeout=0.0))
+    left = agent.kinds()
+    assert list(left) == ["handed back", "idea 1", "idea 5", "idea 6", "idea 7"], "idea 1 is another member's"
+    put(8, description="idea 8", member=board.member.name, **done)
+    assert "idea 8" in waits(agent) and "nothing was decided" in waits(agent, "--timeout", "0")
+    assert set(json.loads(agent.read(".lab/waited.json"))["told"]) == {item.id for item in agent.queue.items}
+    assert agent.queue.next_seq == 11
 
 
 @pytest.mark.slow

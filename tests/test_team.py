@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,16 @@ def test_the_same_code_has_one_row_whoever_tried_it():
     assert [r["code"] for r in night.rows] == ["base", "wide"] and len(night.runs("wide")) == 2
 
 
+def test_a_code_that_one_tree_gave_up_and_another_kept_is_kept_once():
+    """Whoever sees it: a worker was taken for dead, and completed its record after all."""
+    trees = Trees("a", "b").baseline().add("a", "wide", 1.0, "discard", on="base", closed_by="x")
+    trees.add("b", "wide", 0.98, "keep", on="base", row=True).add("a", "deep", 0.96, "keep", on="wide")
+    for tag in "ab":
+        night = trees.seen(tag).night
+        assert [(r["code"], r["verdict"], r["row"]) for r in night.rows] == [("base", "keep", 1), ("wide", "keep", 2), ("deep", "keep", 3)]
+        assert len(night.runs("wide")) == 2 and night.waiting is None and line(trees.seen(tag)) == ["base", "wide", "deep"]
+
+
 def test_every_member_sees_the_same_line_whatever_the_clocks_say():
     """Random teams: who looks and how far its clock is off changes nothing, and the replay is the Night's own."""
     rng, late, lines = random.Random(4), 0, 0
@@ -268,12 +279,50 @@ def test_without_a_team_nothing_is_shared(template):
 
 def test_a_member_keeps_its_name_and_no_other_tree_has_it(first):
     second, third, name = first.worktree("b"), first.clone("c", "nowhere"), membership(first.repo).name
-    found = [membership(night.repo) for night in (first, second, third, first.copy(first.path.parent / "copied"))]
+    copied = first.at(first.path.parent / "copied")
+    shutil.copytree(first.path, copied.path, symlinks=True)
+    found = [membership(night.repo) for night in (first, second, third, copied)]
     assert found[0].name == name and len({member.name for member in found}) == 4 and {member.team for member in found} == {"gpus"}
     assert [membership(night.repo).name for night in (first, second, third)] == [member.name for member in found[:3]]
     assert found[0].shared == found[1].shared != found[2].shared and found[2].remote == "nowhere"
     first.path.rename(first.path.parent / "moved")
     assert membership(first.at(first.path.parent / "moved").repo).name == found[0].name
+
+
+@pytest.mark.parametrize("how", ["cp -a", "cp -r", "mv"])
+def test_a_copy_of_a_tree_that_is_out_of_sight_gets_a_name_and_says_so_once(first, how, capsys):
+    """As on another machine: the path is the same, and the tree that it was copied from cannot be seen."""
+    hub, name = first.hub(), membership(first.repo).name
+    first.git("config", "autoresearch.remote", str(hub))
+    assert publish(first) is None
+    away, place = first.at(first.path.parent / "away"), first.path
+    first.path.rename(away.path)
+    subprocess.run([*how.split(), str(away.path), str(place)], check=True)
+    if how == "mv":
+        os.utime(place / ".git" / names.MADE)  # sets the time of the last change, too: so does chown
+    found = [membership(first.repo).name for _ in range(3)]
+    shown = capsys.readouterr().err
+    if how == "mv":
+        assert found == 3 * [name] and shown == ""
+        return
+    assert name not in found and len(set(found)) == 1
+    assert shown == f"lab: this working tree is a copy of {place}: in the team it is a member of its own, {found[0][:4]}\n"
+    assert membership(away.repo).name == name
+    assert publish(first) is None and len(refs(hub, "refs/")) == 2
+    assert away.experiment("deeper", 0.95)[1].verdict == "keep"
+    fetch(first)
+    assert first.best == "deeper", "the copied ref of the other member is older than what it publishes"
+
+
+def test_a_linked_tree_that_was_copied_without_git_is_refused(first):
+    second = first.worktree("b")
+    name = membership(second.repo).name
+    shutil.copytree(second.path, first.path.parent / "c", symlinks=True)
+    with pytest.raises(Refused, match="is a copy of the working tree .*/b and uses its git folder"):
+        membership(first.at(first.path.parent / "c").repo)
+    assert membership(second.repo).name == name
+    second.path.rename(first.path.parent / "moved")
+    assert membership(first.at(first.path.parent / "moved").repo).name == name
 
 
 @pytest.mark.parametrize("key, value", [("team", "a/b"), ("team", "x" * 99), ("team", "\x1b[31m"), ("remote", "--upload-pack=x")])
@@ -292,10 +341,12 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     assert late.verdict == "discard" and "beats test/0001" in late.out and "not test/0002" in late.out
     assert late.out.splitlines()[-2].endswith("uv run -m lab adopt") and f"git cherry-pick {commit[:7]}" in late.out.splitlines()[-1]
     assert second.records()[-1]["late"] is True and second.rows()[0][3] == "discard"
-    (second.path / "program.md").write_text("# the human is editing this\n")
+    second.human_commits("# the human has edited this\n")
+    (second.path / "notes.txt").write_text("of the agent\n")  # not tracked, as what the harness writes
     second.adopted()
     best = (first.path / "train.py").read_bytes()
-    assert (second.path / "train.py").read_bytes() == best and second.read("program.md") == "# the human is editing this\n"
+    assert (second.path / "train.py").read_bytes() == best and second.read("program.md") == "# the human has edited this\n"
+    assert second.read("notes.txt") == "of the agent\n"
     assert second.chain()[0].startswith("adopt ") and "wider" in second.chain()[0] and second.git("log", "--format=%h", "-1", "--stat")
     assert second.git("diff", "--name-only", "HEAD~1", "HEAD") == "train.py"
     assert "edit train.py" in second.next()
@@ -518,7 +569,8 @@ def test_a_ref_that_is_no_members_is_left_out(shared):
 
 
 NO_ADOPTION = {
-    "dirty": "train.py has changes that are not committed", "experiment at HEAD": "is not recorded: run and record it",
+    "dirty": "train.py has changes that are not committed", "another file": "program.md has changes that are not committed",
+    "removed": "prepare.py, program.md have changes that are not committed", "experiment at HEAD": "is not recorded: run and record it",
     "interrupted": "a record was interrupted", "off a branch": "HEAD is detached", "nobody": "no run of the team compares",
 }  # fmt: skip
 
@@ -529,6 +581,10 @@ def test_adopt_refuses_in_one_line_and_changes_nothing(first, case):
     second = first.worktree("b")
     if case == "dirty":
         second.change_train()
+    elif case in ("another file", "removed"):
+        (second.path / "program.md").write_text("# the human is editing this\n")
+        if case == "removed":
+            second.git("rm", "-q", "prepare.py")
     elif case == "experiment at HEAD":
         second.change_train()
         second.commit("an idea")

@@ -132,7 +132,7 @@ def test_looking_writes_nothing_names_nobody_and_starts_nothing(first, tmp_path)
     twin = first.copy(tmp_path / "twin")
     for tree in (twin.path / ".git" / "worktrees").iterdir():
         (tree / names.MEMBER).unlink(missing_ok=True)
-    (twin.path / ".git" / names.MEMBER).unlink()
+    (twin.path / ".git" / names.MEMBER).unlink(missing_ok=True)
     for key in ("core.pager", "core.fsmonitor", "gpg.program", "core.sshCommand", "diff.external"):
         twin.git("config", key, str(program))
     for key, value in [("log.showSignature", "true"), ("core.hooksPath", str(tmp_path)), ("core.repositoryFormatVersion", "1"),

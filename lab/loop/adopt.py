@@ -1,6 +1,6 @@
 """Makes train.py that of the team's best: one commit on the own branch, and no run, as its hash says what it is.
 
-Nothing is reset: the human's commits and uncommitted edits of other files stay.
+Nothing is reset: the human's commits stay. If files that git tracks have changes that are not committed, nothing is done.
 """
 
 import hashlib
@@ -19,13 +19,28 @@ from lab.store.repository import Repo
 
 HELP = "take over the team's best train.py, as one commit on this branch"
 TITLE = 72  # characters of a commit's first line
+NAMED = 3  # files that a refusal names
 
 
 def add_arguments(parser):
     parser.description = (
         "Adds one commit to this branch that makes train.py that of the team's best, whoever found it. It needs no run. "
-        "Refuses if train.py has changes that are not committed, if an experiment at HEAD is not recorded, and if nothing is "
+        "Refuses if a tracked file has changes that are not committed, if an experiment at HEAD is not recorded, and if nothing is "
         "better than what is here."
+    )
+
+
+def check_clean(repo):
+    """Refuses if a file other than train.py, of which check() says more, has changes that are not committed. Files that git
+    does not track are no matter: the harness writes some, and the commit touches train.py alone."""
+    shown = repo.git("-c", "core.quotePath=off", "status", "--porcelain", "--no-renames", "--untracked-files=no", "--ignore-submodules=none")
+    dirty = [one_line(line[3:], 80) for line in shown.splitlines() if line[3:] != names.TRAIN]
+    if not dirty:
+        return
+    more = f" and {len(dirty) - NAMED} more" if len(dirty) > NAMED else ""
+    have = "have" if len(dirty) > 1 else "has"
+    raise Refused(
+        f"{', '.join(dirty[:NAMED])}{more} {have} changes that are not committed: commit them without train.py, or git stash, then adopt"
     )
 
 
@@ -78,6 +93,7 @@ def run(args):
         raise Refused(f"this working tree is in no team: git config {names.TEAM} NAME")
     note = exchange.fetch(repo, member)
     with locks.one_at_a_time(repo.top / names.LAB):
+        check_clean(repo)
         team = checks.team_of(repo, checks.night_of(repo))
         best = adopt(repo, team)
     print(f"adopted: {label(best)} {best['short']} ({best['description'][: checks.BRIEF]}), found by {team.who(best)}: no run is needed")

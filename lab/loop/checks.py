@@ -27,12 +27,20 @@ class NothingToRecord(Refused):
     """run.log has no run that is still to be recorded: what comes next depends only on the branch."""
 
 
+class SeedUsed(NothingToRecord):
+    """The code waits for a repeat, and has run under the seed of this run."""
+
+
 class RunInProgress(Refused):
     pass
 
 
 class NotBased(Refused):
     """HEAD's train.py comes from nothing that was kept."""
+
+
+class DecidedElsewhere(Refused):
+    """The team has decided this code while this worker ran it."""
 
 
 class NotAResult(Again):
@@ -101,9 +109,12 @@ def team_of(repo, history):
 
 
 def waiting(history, team):
-    """The own record that waits for a repeat, or None. A baseline that the team has measured often enough does not."""
+    """The own record that waits for a repeat, or None. A baseline that the team has measured often enough does not, nor does
+    an experiment that another tree has decided."""
     found = history.waiting
-    return None if found and found["baseline"] and team and team.night.kept else found
+    if found and team and (team.night.kept if found["baseline"] else team.decided(found["code"])):
+        return None
+    return found
 
 
 def run_command(top):
@@ -127,9 +138,9 @@ def next_run(top, history, code):
     return f"AUTORESEARCH_SEED={free[0] if free else max(used) + 1} {run_command(top)}"
 
 
-def examine(repo, description, discard=False, simpler=False):
+def examine(repo, description, discard=False, simpler=False, proposed=False):
     """The Case of the run in run.log. Raises NothingToRecord, RunInProgress, NotAResult, or Refused with what to do
-    before this run can be recorded."""
+    before this run can be recorded; for a proposal that a worker runs DecidedElsewhere, too."""
     history, head = night_of(repo), repo.head()
     if locks.run_in_progress(repo.top):
         raise RunInProgress("a run is still going on: wait until it ends, then record it")
@@ -140,7 +151,9 @@ def examine(repo, description, discard=False, simpler=False):
     code = names.sha256(train)
     team = team_of(repo, history)
     rule = team.night if team else history
-    check_new(repo, history, rule, log, code, discard)
+    check_new(repo, history, team, rule, log, code, discard)
+    if proposed and team and (r := team.decided(code)) and team.who(r) != "this tree":
+        raise DecidedElsewhere(f"this very train.py was decided meanwhile ({label(r)}, {r['verdict']})")
     check_identity(repo, history, rule, log, head, code)
     check_end(log, discard, next_run(repo.top, rule, code))
     found = place(repo, history, team)
@@ -176,7 +189,7 @@ def refuse_uncommitted(repo, history, log):
     )
 
 
-def check_new(repo, history, rule, log, code, discard):
+def check_new(repo, history, team, rule, log, code, discard):
     """There is a log, and its run is not recorded yet. A recorded run can only be given up, while it waits for a
     repeat."""
     if log is None:
@@ -185,7 +198,7 @@ def check_new(repo, history, rule, log, code, discard):
         again = next_run(repo.top, rule, code)
         raise NothingToRecord(f"run.log is empty, the run did not begin or was killed: {again}")
     r = history.record_of(log)
-    if r and not (discard and r is history.waiting and not r["baseline"]):
+    if r and not (discard and r is waiting(history, team) and not r["baseline"]):
         row = f"row {r['row']:04d}, " if r["row"] else ""
         raise NothingToRecord(f"this run is recorded already ({row}{r['verdict']}): go on as `uv run -m lab status` says")
 
@@ -323,7 +336,7 @@ def check_seed(repo, case):
             f"HEAD's train.py is what is kept ({row}), and ran under seed {seed} before: make the next experiment"
         )
     again = next_run(repo.top, case.rule, case.code)
-    raise NothingToRecord(f"a repeat under seed {seed} says nothing new: {again}")
+    raise SeedUsed(f"a repeat under seed {seed} says nothing new: {again}")
 
 
 def check_simpler(repo, case):

@@ -49,6 +49,7 @@ DOING = {"repeat": "runs its commit again", "doubt": "runs the best again", "ado
 
 def add_arguments(parser):
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(worker=None)  # lab.queue.work names its task: the queue says whose a proposal is
     parser.add_argument("description", nargs="?", help="what this tried, in a few words; a repeat needs none")
     stricter = parser.add_mutually_exclusive_group()
     stricter.add_argument("--discard", action="store_true", help="not worth its complexity, or given up")
@@ -188,15 +189,22 @@ def close(waiting, history, row, run_id):
     return {**closed, "mean": verdict.mean(values), "n": len(values)}
 
 
+def leave(waiting, run_id):
+    """The record of a commit whose repeat is another tree's: that one decides it, and this run of it counts there, too."""
+    return {**waiting, "verdict": "elsewhere", "why": "another tree of the team decides it", "closed_by": run_id}
+
+
 def make_plan(case, args):
     """All that a record will write."""
     history, waiting, team, changed = case.history, case.history.waiting, case.team, []
     row = 1 + max([0, *case.repo.numbers(case.tag), *(r["row"] for r in history.rows)])
     if waiting and (waiting["code"] != case.code or waiting["run_id"] == case.log.run_id):
-        changed.append(close(waiting, case.rule, row, case.log.run_id))
+        # A worker has handed on what it did not decide. Closed here, it might have two verdicts.
+        is_left = not waiting["baseline"] and team and (args.worker or team.decided(waiting["code"]))
+        changed.append(leave(waiting, case.log.run_id) if is_left else close(waiting, case.rule, row, case.log.run_id))
         history = Night(records=[changed[0] if r is waiting else r for r in history.records])
         team = team and team.after(changed)
-        row += 1
+        row += not is_left
     restore = None
     if waiting and waiting["run_id"] == case.log.run_id:
         record = changed[0]
@@ -310,6 +318,16 @@ def complete(repo, plan):
     return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(step, plan)]
 
 
+def disown(repo, record):
+    """Marks a record of this branch as lost: another worker has its proposal, and the team takes that one's verdict. The run
+    counts all the same. Raises Unfinished."""
+    best = checks.night_of(repo).best_record
+    complete(repo, {
+        "run_id": record["run_id"], "tag": record["tag"], "records": [{**record, "lost": True}],
+        "best": names.archive(best) if best else None, "drop": [], "restore": None, "say": ["lost"],
+    })  # fmt: skip
+
+
 def finish_interrupted(repo):
     """Completes a record that was killed: (its plan, its lines), or None."""
     plan = journal.pending(repo.top)
@@ -333,7 +351,7 @@ def run(args):
                 print(f"first, an interrupted record was completed: {plan['say'][0]}")
                 finished = None
         if not finished:
-            case = checks.examine(repo, args.description, args.discard, args.simpler)
+            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
             plan = make_plan(case, args)
             lines = complete(repo, plan)
     print("\n".join(lines))

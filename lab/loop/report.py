@@ -129,6 +129,9 @@ def lines(case, record, history, changed, team=None):
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
         said += [*speeds(record, history), *same_results(record, history)]
     for other in changed:
+        if not other["row"]:
+            said.append(f"left: {other['short']}: {other['why']}")
+            continue
         what = "given up" if other.get("given_up") else "closed"
         said.append(f"{what}: row {other['row']:04d} {other['short']} is a {other['verdict']}: {other['why']}")
     if record["row"]:

@@ -78,7 +78,7 @@ def check_new(repo, tag, member, queue, code, head):
     r = own.latest(code)
     if r is None:
         trees, _ = read_trees([repo], member, tag)
-        r = next((r for tree in trees for r in tree.records if r["code"] == code), None)
+        r = next((r for tree in trees for r in tree.records if r["code"] == code and r["verdict"] != "elsewhere"), None)
     if r:
         verdict = f"{r['tag']}, {r['verdict']}"
         raise Refused(

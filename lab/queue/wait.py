@@ -3,12 +3,13 @@
 .lab/waited.json has what was told before, so that nothing is told twice and nothing is missed between two calls.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 from lab.base import locks
-from lab.base.errors import Refused
+from lab.base.errors import Refused, Stop
 from lab.base.files import write
 from lab.base.text import json_of, one_line
 from lab.loop import checks, report
@@ -23,6 +24,7 @@ TIMEOUT = 15 * 60  # seconds: below the limit that agents have for a command
 POLL, REMOTE_POLL = 1.0, 5.0  # seconds
 SHOWN = 20  # decisions that are told at length
 TEXT_LINES = 14  # of what a worker said of one
+MOST_EXPIRED = 200  # proposals that one call removes
 
 
 def add_arguments(parser):
@@ -95,6 +97,17 @@ def what_next(repo, queue, team):
     return "propose more, or: uv run -m lab wait"
 
 
+def expire(board, queue, told):
+    """Removes decided proposals of this member from the queue, which it has told, but not the latest: each makes every look
+    at the queue slower. Their records and commits are those of the worker's branch. What was handed back stays, as nothing
+    else holds its edit. Never fails: the next call does the rest."""
+    old = [item for item in queue.of("decided")[: -queue_refs.KEPT] if item.state["member"] == board.member.name]
+    old = [item for item in old if told.get(item.id) == item.state["nonce"]][:MOST_EXPIRED]
+    if old and not board.note:
+        with contextlib.suppress(Stop, OSError):
+            board.swap([(item.ref, None, item.commit) for item in old])
+
+
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -145,5 +158,8 @@ def run(args):
         notes = [f"note: {note}" for note in [*queue.notes, board.note] if note]
         lines += [*about, *notes, f"next: {what_next(repo, queue, team)}"]
         print("\n".join(lines), flush=True)
-        remember(path, board, told | {item.id: item.state["nonce"] for item in new})
+        told |= {item.id: item.state["nonce"] for item in new}
+        there = {item.id for item in queue.items}
+        remember(path, board, told if board.note else {id: nonce for id, nonce in told.items() if id in there})
+        expire(board, queue, told)
     return 0

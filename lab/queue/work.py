@@ -13,6 +13,7 @@ git, and the next start in this tree, or another worker, finds both.
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import re
@@ -20,6 +21,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +65,7 @@ ROUNDS = 3  # times that an experiment is brought onto a newer best: a late gain
 POLL, REMOTE_POLL = 1.0, 15.0  # seconds between two looks at an empty queue; a remote may have to serve many workers
 SIGN_OF_LIFE = LONGEST / 4  # seconds between two of them while there is nothing to run
 BACKOFF, LONGEST_BACKOFF = 5, 60  # seconds before the next attempt after an error, doubled each time
+ROOM = 1 << 16  # bytes: with less than that free the disk is full
 KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
 OWN_TREE = ("next:", "then:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
 RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
@@ -305,18 +308,26 @@ class Worker:
             log = run_log.read(self.repo.top / names.RUN_LOG)
             ended = log.ended if log else "nothing"
             last = log.lines[-1][:200] if log and log.lines else "it printed nothing"
+            if ended != "complete" and disk_is_full(self.repo.top / names.LAB):  # the log may be cut off, so it says nothing
+                raise self.fault("the disk is full")
             if ended in ("complete", "contradictory"):
                 break
             if ended == "crash":
                 if found := MACHINE.search("\n".join(log.lines)):
-                    raise Fault(f"the run crashed because of this machine ({found[0]})")
+                    raise self.fault(f"the run crashed because of this machine ({found[0]})")
                 break
             if ended in ("refused", "nothing", "incomplete"):
-                raise Fault(f"the run did not begin or did not end (exit status {status}): {last}")
+                raise self.fault(f"the run did not begin or did not end (exit status {status}): {last}")
             self.say(f"the run was {ended}: it is run again")
         else:
-            raise Fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
+            raise self.fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
         return item, log
+
+    def fault(self, why):
+        """The Fault, once the log of the run is out of the way: the next attempt would take it for a result."""
+        with contextlib.suppress(OSError):
+            os.replace(self.repo.top / names.RUN_LOG, self.repo.top / names.LAB / names.FAULT_LOG)
+        return Fault(why)
 
     def check_kind(self, log, own):
         """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
@@ -331,9 +342,9 @@ class Worker:
                 "if they shall be ideas to the others"
             )
 
-    def recorded(self, description, simpler=False):
+    def recorded(self, description, simpler=False, task="experiment"):
         """Records the run in run.log; what that prints. Raises Refused, Again."""
-        args = argparse.Namespace(description=description, discard=False, simpler=simpler)
+        args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=task)
 
         def once():
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -350,11 +361,18 @@ class Worker:
             item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
             own = checks.night_of(self.repo)
             self.check_kind(log, own)
-            item, again = self.renew(item, "records", code), bool(own.latest(code))
+            item, again = self.renew(item, "records", code), own.waiting is not None and own.waiting["code"] == code
             try:
-                said = self.recorded(description, item.state["simpler"] and not again)
+                said = self.recorded(description, item.state["simpler"] and not again, item.state["task"])
             except Again:
                 continue
+            except checks.SeedUsed:  # it was taken for dead, and its run is published
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
+                seed = self.seed_of(self.team().night, code)
+                continue
+            except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
+                return item, self.team().decided(code), f"{decided}\n"
             r = checks.night_of(self.repo).latest(code)
             if r is None:
                 raise Refused("the run was not recorded")
@@ -377,13 +395,13 @@ class Worker:
         description = item.state["description"]
         for attempt in range(ROUNDS):
             team, running = self.team(), item.state["running"]
-            if running and (r := decided(team, running)) and not r.get("late"):
+            if running and (r := team.decided(running)) and not r.get("late"):
                 return self.settle(item, r, r["why"])  # its worker was killed before it could say so
             if not self.goes_on(item, team):
                 brought = bring(self.repo, item.state, team.best)
                 if brought.content is None:
                     return self.give_back(item, brought.why)
-                if r := decided(team, brought.code):
+                if r := team.decided(brought.code):
                     return self.settle(item, r, f"this very train.py was tried before: {label(r)}, {r['verdict']}\n")
                 self.stand_on_best(team)
                 self.put(item, brought, team.best)
@@ -404,7 +422,7 @@ class Worker:
         if not code or not self.repo.train_is_committed() or names.sha256(self.repo.top / names.TRAIN) != code:
             return False
         try:
-            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not decided(team, code)
+            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not team.decided(code)
         except checks.NotBased:
             return False
 
@@ -503,8 +521,28 @@ class Worker:
             with locks.one_at_a_time(self.repo.top / names.LAB):
                 record.finish_interrupted(self.repo)
             self.say("a record that was interrupted is complete")
-        if checks.night_of(self.repo).records:  # it may have been killed before it published them
+        self.catch_up()
+
+    def catch_up(self):
+        """Publishes what was recorded and not published, by a worker that was killed or given up."""
+        self.disown(self.board.look(fresh=0))
+        if checks.night_of(self.repo).records:
             exchange.publish(self.repo, self.member, self.tag, exchange.state_of(self.repo, self.tag))
+
+    def disown(self, queue):
+        """Leaves the verdict on the last proposal to the worker that has decided it, if this one recorded it and could not
+        publish that: it was given up meanwhile. If the other one still runs it, this verdict counts."""
+        last = next(iter(checks.night_of(self.repo).records[-1:]), None)
+        if not last or not last["row"] or last["baseline"] or last.get("lost"):
+            return
+        if any(item.state["commit"] == last["commit"] and self.is_mine(item) for item in queue.items):
+            return
+        code, trees = last["code"], self.team().trees[1:]
+        theirs = {r["commit"] for tree in trees for r in tree.records if r["code"] == code and r["row"]}
+        if any(item.state["commit"] in theirs and not self.is_mine(item) for item in queue.of("decided")):
+            with locks.one_at_a_time(self.repo.top / names.LAB):
+                record.disown(self.repo, last)
+            self.say(f"another worker has decided what this one recorded and did not publish: {last['description'][: checks.BRIEF]}")
 
     def check_rules(self):
         team = self.team()
@@ -544,6 +582,7 @@ class Worker:
         except Lost:
             (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
             self.say("another worker has taken this proposal over: what was run is discarded")
+            self.patiently(self.catch_up)
         except Stopped:
             with contextlib.suppress(Lost, Stopped, Stop, OSError):
                 self.release(self.latest(item))
@@ -603,11 +642,6 @@ class Worker:
                 self.board.swap([(there.ref, None, there.commit)])
 
 
-def decided(team, code):
-    """The team's record that decided this code; None if it is not decided."""
-    return next((r for r in team.night.rows if r["code"] == code and r["verdict"] in ("keep", "discard", "crash")), None)
-
-
 def kill(process, number):
     """Sends the signal to the training: to all of its group if it shall end at once."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -615,6 +649,15 @@ def kill(process, number):
             os.killpg(process.pid, number)
         elif process.returncode is None:
             os.kill(process.pid, number)
+
+
+def disk_is_full(folder):
+    """Whether no more than a few lines can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as f:
+            return f.write(bytes(ROOM)) < ROOM
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def end_with_parent():

@@ -6,7 +6,7 @@ moves the ref by compare-and-swap, so a proposal has one state, one claim and on
 
     open      waits for a worker
     claimed   a worker has it; it makes a new commit before each run, by which others see that it is alive
-    decided   it has a verdict
+    decided   it has a verdict; the proposer's `wait` removes the oldest of these once it has told them (records stay)
     returned  handed back to its proposer: a conflict, or nobody could run it
 
 IDs that are not random: worker-MEMBER says that a worker is running; baseline-SEED and again-... are claims on runs that the
@@ -30,6 +30,7 @@ TASKS = ("experiment", "baseline", "again", "worker")
 LARGEST = 1 << 15  # bytes of a state
 MOST = 20_000  # refs that are read
 LINE, TEXT = 400, 6000  # characters
+KEPT = 100  # decided proposals that stay in the queue, at least: a thousand made status 0.6 s slower and a fetch 0.13 s
 ID = re.compile(r"[0-9a-z][0-9a-z-]{0,80}")
 HASH = re.compile(r"([0-9a-f]{40}([0-9a-f]{24})?)?")
 FIELDS = {  # what a state says; all are always there
@@ -185,7 +186,8 @@ def lines(data, limit=4):
     """as_data() as lines for the screen; [] if nobody uses a queue."""
     if not any(data[key] for key in ("waiting", "running", "decided", "returned", "workers")):
         return []
-    numbers = [f"{len(data['waiting'])} proposals wait", f"{len(data['running'])} run", f"{len(data['decided'])} decided"]
+    numbers = [f"{len(data['waiting'])} proposals wait", f"{len(data['running'])} run"]
+    numbers += [f"{len(data['decided'])} decided{' lately' * (len(data['decided']) >= KEPT)}"]
     numbers += [f"{len(data['returned'])} handed back"] * bool(data["returned"])
     numbers += [f"{data['unpublished']} not on the remote yet"] * bool(data["unpublished"])
     shown = [f"queue: {', '.join(numbers)}; workers: {len(data['workers'])}"]

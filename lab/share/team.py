@@ -29,7 +29,7 @@ from lab.base import text
 from lab.base.errors import Refused, Stop
 from lab.base.git import GitError
 from lab.share.exchange import REASON, STATE_KEYS
-from lab.share.membership import NAME, Member, membership
+from lab.share.membership import NAME, Member, members_here, membership
 from lab.store import archive, names, records_in_git, results_tsv, rules, runs_jsonl
 from lab.store.repository import Repo
 
@@ -97,6 +97,10 @@ class Team(NamedTuple):
         """The name of the tree: its branch's, and its member's where two have the same."""
         twins = {tree.member for tree in self.trees if tree.tag == record["tag"]}
         return record["tag"] if len(twins) < 2 else f"{record['tag']} ({record['member'][:4]})"
+
+    def decided(self, code):
+        """The record that decided this code for the team; None if it is not decided."""
+        return next((r for r in self.night.rows if r["code"] == code and r["verdict"] in ("keep", "discard", "crash")), None)
 
     def runs_it(self, code):
         """Whether another member said, less than an hour ago, that it runs this code next."""
@@ -215,12 +219,19 @@ def one_line_of(records):
     a Night reads them: with rows from 1, one for each train.py that was decided, and with the verdicts as they are for the
     team. The records are changed in place. Returns their Replay.
 
+    Where one tree discarded a code and another one kept it later, the keep is the code's only row: the first had given it up,
+    or had not seen the other's runs.
+
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
-    new. given_up: somebody ran the keep again, and its gain does not hold."""
+    new. lost: its worker was given up before it could say so, and another one decides. given_up: somebody ran the keep again, and its gain does not hold."""
     whole, seeds, row, decided = Replay([r for r, _ in records]), {}, 0, {}
-    for r, is_own in records:
+    kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep" and not r.get("lost")}
+    for i, (r, is_own) in enumerate(records):
         if r["verdict"] == "confirm" and not is_own:
             r["verdict"] = "elsewhere"  # its own tree runs it again
+        is_older = r["verdict"] in ("discard", "crash") and not r.get("given_up") and i < kept_at.get(r["code"], -1)
+        if r["row"] and (is_older or r.get("lost")):
+            r.update(verdict="elsewhere", row=None)
         if r["summary"] and r["header"]:
             used = seeds.setdefault(r["code"], set())
             r["same_seed"] = r["header"]["seed"] in used
@@ -308,7 +319,9 @@ def read_trees(repos, member, tag):
             if not NAME.fullmatch(name) or not branch or "/" in branch:
                 notes.append(f"{ref} is not what a member publishes: left out")
             elif (name, branch) != (member.name, tag) and (is_here or name != member.name):
-                found.setdefault((name, branch), (commit, is_here, repo))
+                known = found.setdefault((name, branch), (commit, is_here, repo))
+                if known[0] != commit and not is_here and is_left_behind(repo, member, name, known[0], commit):
+                    found[name, branch] = commit, is_here, repo
     if len(found) > MOST_TREES:
         notes.append(f"the team has {len(found)} branches: the first {MOST_TREES} are read")
     wanted = dict(sorted(found.items())[:MOST_TREES])
@@ -321,6 +334,13 @@ def read_trees(repos, member, tag):
         trees.append(Tree(name, branch, records, state, False, is_here, commit))
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
     return trees, [*notes[:SHOWN_NOTES], *more]
+
+
+def is_left_behind(repo, member, name, here, there):
+    """Whether the ref of a member is here only because the git folder is a copy: its tree is elsewhere, and went on."""
+    if not member.shared or name in members_here(member.shared.parent):
+        return False
+    return repo.ask("merge-base", "--is-ancestor", here, there) is not None
 
 
 def read_commits(repo, member, wanted):

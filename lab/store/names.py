@@ -20,7 +20,7 @@ NIGHT_LOG, AUDIT_TSV, PROOF = "night.log", "audit.tsv", "proof.txt"
 LAB = ".lab"  # ignored by git; everything below is in it
 JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", "index", "lock"
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
-WORKER_LOCK, WAITED = "worker.lock", "waited.json"
+WORKER_LOCK, WAITED, FAULT_LOG = "worker.lock", "waited.json", "fault.log"
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
 
 NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
@@ -32,7 +32,7 @@ TEAM, REMOTE = "autoresearch.team", "autoresearch.remote"  # in git's configurat
 TEAM_REFS, MIRROR_REFS = "refs/autoresearch-team/", "refs/autoresearch-mirror/"
 QUEUE = "queue"  # in place of a member's name
 STATE = "state.json"  # beside the records in what a member publishes
-MEMBER = "autoresearch-member"  # in the git folder of a working tree
+MEMBER, MADE = "autoresearch-member", "autoresearch-made"  # in the git folder of a working tree: its name; an empty file
 SHARE, FETCHED = "autoresearch", "fetched.json"  # in the git folder that all working trees share
 
 

@@ -13,7 +13,7 @@ from lab.store.run_log import is_number
 FIELDS = {"run_id", "tag", "commit", "short", "row", "verdict", "description", "baseline", "code", "parent", "header",
           "summary", "mean", "n", "start", "end"}  # fmt: skip
 KEYS = ("run_id", "tag", "commit", "verdict")  # without these a line is not a record at all
-VERDICTS = ("keep", "discard", "crash", "confirm")
+VERDICTS = ("keep", "discard", "crash", "confirm", "elsewhere")  # the last: another tree of the team decides it
 SHORT = re.compile(r"[0-9a-f]{4,64}")
 _last = {}  # path: (inode, size and time of the file, what was in it); one `lab record` reads it a dozen times
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -118,7 +118,7 @@ def sound(record):
         and (record["parent"] is None or isinstance(record["parent"], str))
         and (header is None or isinstance(header, dict))
         and instant(record["start"]) and instant(record["end"]) and newer(record)
-        and (summary is not None or record["verdict"] not in ("keep", "discard", "confirm"))
+        and (summary is not None or record["verdict"] not in ("keep", "discard", "confirm", "elsewhere"))
         and (summary is None or isinstance(summary, dict) and is_number(summary.get("val_bpb"))
              and all(is_number(summary.get(key)) for key in ("training_seconds", "total_tokens_M", "peak_vram_mb")))
     )  # fmt: skip
