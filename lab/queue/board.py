@@ -60,18 +60,12 @@ class Board:
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
         for item in items:
             try:
-                done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
+                exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
             except GitError as error:
                 return f"the remote does not have the proposal yet: {exchange.reason(error)}"
-            if done != "refused":  # if it was refused, an earlier push had reached the remote, and a worker was quick
-                self.mirrored([(item.ref, item.commit)])
+            # If it was refused, an earlier push had reached the remote, and a worker was quick.
             base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
         return None
-
-    def mirrored(self, changes):
-        for ref, commit in changes:
-            where = [names.mirror_of(ref)]
-            self.repo.ask("update-ref", *(where + [commit] if commit else ["-d", *where]))
 
     # --- changing ---
 
@@ -88,10 +82,7 @@ class Board:
                 return True
             there = base_git.refs(self.repo.top, *(ref for ref, _, _ in changes))
             return all(there.get(ref) == new for ref, new, _ in changes)
-        if exchange.swap(self.repo, self.member, changes) == "refused":
-            return False
-        self.mirrored([(ref, new) for ref, new, _ in changes])
-        return True
+        return exchange.swap(self.repo, self.member, changes) != "refused"
 
     # --- who is alive ---
 

@@ -30,6 +30,7 @@ from lab.store.names import PREFIX
 FETCH_SECONDS, PUSH_SECONDS = 15, 15  # of one call; a queue's call may use other limits
 LOCK_SECONDS = 20  # that another working tree's fetch may take
 PARENTS = 12  # recorded commits that one commit carries: git limits a commit's parents to 16
+UNNAMED = "autoresearch-team"  # what a push calls a remote that the configuration has no name for
 REASON = 200  # characters of git's message in a note
 STATE_KEYS = {"tree": str, "host": str, "branch": str, "when": str, "next": str, "code": str}
 LOST = r"could not read Username|terminal prompts disabled|Permission denied|Authentication failed|Host key verification"
@@ -62,13 +63,16 @@ def state_of(repo, tag, next="", code=""):
 def update_own(repo, member, tag, state):
     """Makes the member's ref of this branch hold all records of the branch. Raises GitError."""
     ref, log = member.ref(tag), records_in_git.ref_of(tag)
-    tree = repo.git("rev-parse", "--verify", "--quiet", f"{log}^{{tree}}").strip()
-    before = repo.ask("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    asked = f"{log}^{{tree}}\n{ref}^{{commit}}\n"
+    tree, before = (line.split()[0] if len(line.split()) == 3 else None
+                    for line in repo.git("cat-file", "--batch-check", stdin=asked).splitlines())  # fmt: skip
+    if not tree:
+        raise GitError(("cat-file",), f"{log} is missing")
     # Also those that have no number yet, and another member's commit that this one ran again.
     recorded = list(dict.fromkeys(r["commit"] for r in archive.records_of(repo.top, tag)))
     wanted = "\n".join([*recorded, *[f"^{before}"] * bool(before)])
-    listed = repo.ask("rev-list", "--ignore-missing", "--stdin", stdin=wanted) or ""
-    new = [commit for commit in recorded if commit in set(listed.split())]
+    listed = set((repo.ask("rev-list", "--ignore-missing", "--stdin", stdin=wanted) or "").split())
+    new = [commit for commit in recorded if commit in listed]
     data = json.dumps(state, ensure_ascii=False).encode() + b"\n"
     stream = []
     for i in range(0, max(len(new), 1), PARENTS):
@@ -84,18 +88,40 @@ def push_own(repo, member):
     """Pushes the member's refs to the remote in one atomic push. Returns None. Raises GitError, and Refused if the remote
     holds another project. The push is forced: nobody else writes these refs, so what differs was damaged."""
     check_remote(repo, member)
+    push(repo, member, [own_refspec(member)], PUSH_SECONDS)
+
+
+def own_refspec(member):
     mine = f"{member.refs}{member.name}/*"
-    push(repo, member, [f"+{mine}:{mine}"], PUSH_SECONDS)
-    for ref, commit in base_git.refs(repo.top, mine[:-1]).items():  # as the remote has them now
-        repo.ask("update-ref", names.mirror_of(ref), commit)
+    return f"+{mine}:{mine}"
 
 
 def push(repo, member, refspecs, seconds, *options):
-    """git push to the team's remote, without the repository's hooks. Raises GitError."""
-    return base_git.with_remote(
-        repo.top, "-c", "core.hooksPath=/dev/null", "push", "--porcelain", "--no-verify", "--atomic", *options, "--",
-        member.remote, *refspecs, seconds=seconds,
-    )  # fmt: skip
+    """git push to the team's remote, without the repository's hooks. What the remote has taken git writes to the mirror, too.
+    Raises GitError."""
+    url = url_of(repo, member)
+    name = member.remote if url else UNNAMED
+    config = [] if url else [(f"remote.{name}.url", member.remote)]
+    config += [(f"remote.{name}.fetch", f"+{member.refs}*:{member.mirror}*")]
+    try:
+        return base_git.with_remote(
+            repo.top, "-c", "core.hooksPath=/dev/null", "push", "--porcelain", "--no-verify", "--atomic", *options, "--",
+            name, *refspecs, seconds=seconds, config=config,
+        )  # fmt: skip
+    except GitError:
+        _urls.pop((repo.top, member.remote), None)
+        raise
+
+
+_urls = {}  # (top, a remote): its URL; asked again after a call that failed
+
+
+def url_of(repo, member):
+    """The URL of the team's remote if the configuration names it, "" if the remote is itself a path or URL."""
+    key = repo.top, member.remote
+    if key not in _urls:
+        _urls[key] = repo.ask("config", f"remote.{member.remote}.url") or ""
+    return _urls[key]
 
 
 def unpublished(repo, member):
@@ -161,6 +187,7 @@ def fetched(repo, member, seconds):
             "--no-auto-maintenance", "--refmap=", "--", member.remote, f"+{member.refs}*:{member.mirror}*", seconds=seconds,
         )  # fmt: skip
     except Stop as error:
+        _urls.pop((repo.top, member.remote), None)
         return f"what the team did elsewhere was not fetched: {reason(error)}"
     return keep_what_was_known(repo, member, before)
 
@@ -188,7 +215,7 @@ def keep_what_was_known(repo, member, before):
 def check_remote(repo, member, seconds=FETCH_SECONDS):
     """Refuses a remote that cannot be read, or that holds another project: it is neither empty nor has it a ref of this
     team, nor a branch or tag that this checkout knows. Asked once for each remote. Raises Refused."""
-    url = repo.ask("config", f"remote.{member.remote}.url") or member.remote
+    url = url_of(repo, member) or member.remote
     seen = member.shared / f"{member.team}-remote"
     if seen.is_file() and seen.read_text(encoding="utf-8", errors="replace") == url:
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.base.errors import Damaged, Refused
-from lab.base.git import REFS, GitError, git, read_only, refs_in
+from lab.base.git import REFS, GitError, Objects, git, read_only, refs_in
 from lab.store import names
 from lab.store.names import PREFIX
 
@@ -50,6 +50,10 @@ class Repo:
     def refs(self, *patterns):
         """{ref: object name}, as lab.base.git.refs."""
         return refs_in(self.git("for-each-ref", REFS, *patterns))
+
+    def reader(self):
+        """Reads many objects by one git: lab.base.git.Objects, to be closed."""
+        return Objects(self.top)
 
     def tag(self):
         """nov21 on the branch autoresearch/nov21; a refusal elsewhere."""
@@ -240,3 +244,6 @@ class Untrusted(Repo):
         if shown is None or len(shown) == LARGEST:
             raise GitError(args, "it failed, took too long or printed too much")
         return shown if raw else shown.decode(errors="replace")
+
+    def reader(self):
+        return Objects(self.top, trusted=False, seconds=SECONDS, most=LARGEST)
