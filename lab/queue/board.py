@@ -74,15 +74,23 @@ class Board:
         state = queue_refs.new(state, nonce=secrets.token_hex(16), **changes)
         return queue_refs.written(self.repo, state, parent), state
 
-    def swap(self, changes):
+    def swap(self, changes, publish=False):
         """Changes refs of the queue, all or none: [(ref, new commit or None, commit that it must have or None)]. Whether that
-        was done, by this call or by an earlier one whose answer was lost. Raises GitError if the remote does not answer."""
+        was done, by this call or by an earlier one whose answer was lost. publish: the member's own refs go to the remote in
+        the same push. Raises GitError if the remote does not answer."""
         if not self.member.remote:
             if base_git.change_refs(self.repo.top, changes):
                 return True
             there = base_git.refs(self.repo.top, *(ref for ref, _, _ in changes))
             return all(there.get(ref) == new for ref, new, _ in changes)
-        return exchange.swap(self.repo, self.member, changes) != "refused"
+        return exchange.swap(self.repo, self.member, changes, publish=publish) != "refused"
+
+    def has(self, item):
+        """Whether the item is, as of now, what the others see it to be; False, too, if that cannot be found out. Fetches."""
+        if exchange.fetch(self.repo, self.member):
+            return False
+        ref = names.mirror_of(item.ref) if self.member.remote else item.ref
+        return base_git.refs(self.repo.top, ref).get(ref) == item.commit
 
     # --- who is alive ---
 

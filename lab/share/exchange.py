@@ -34,6 +34,9 @@ UNNAMED = "autoresearch-team"  # what a push calls a remote that the configurati
 REASON = 200  # characters of git's message in a note
 STATE_KEYS = {"tree": str, "host": str, "branch": str, "when": str, "next": str, "code": str}
 LOST = r"could not read Username|terminal prompts disabled|Permission denied|Authentication failed|Host key verification"
+REFUSED = (r"\[(rejected|remote rejected)\] \((stale info|.*fetch first|.*non-fast-forward|.*failed to update ref|"
+           r".*reference already exists|.*cannot lock ref.*|.*incorrect old value.*)\)")  # fmt: skip
+RACE = "(atomic transaction failed)"  # another push changed a ref between git's look at it and its change
 MISSING = r"does not appear to be a git repository|not a git repository|repository .* not found|No such remote|no such remote"
 
 
@@ -41,15 +44,28 @@ MISSING = r"does not appear to be a git repository|not a git repository|reposito
 # Publishing
 
 
-def publish(repo, member, tag, state):
+def publish(repo, member, tag, state, push=True):
     """Publishes the records and recorded commits of autoresearch/TAG: to the member's own ref at once, and all of the
     member's refs to the remote in one push. state: {"next": what the tree does now, "code": sha256 of the train.py that
-    it will run, or ""}, see state_of. Returns a sentence if the remote did not take it, or None. Never raises."""
+    it will run, or ""}, see state_of. push=False: the caller calls pushed() or swap() next. Returns a sentence if the remote
+    did not take it, or None. Never raises."""
     try:
         update_own(repo, member, tag, state)
+    except (Stop, OSError, ValueError) as error:
+        return later(error)
+    return pushed(repo, member) if push else None
+
+
+def pushed(repo, member):
+    """Takes the member's refs to the remote, if there is one. Returns and raises as publish."""
+    try:
         return push_own(repo, member) if member.remote else None
     except (Stop, OSError, ValueError) as error:
-        return f"this record is not shared with the team yet: {reason(error)}; the next one takes it along"
+        return later(error)
+
+
+def later(error):
+    return f"this record is not shared with the team yet: {reason(error)}; the next one takes it along"
 
 
 def state_of(repo, tag, next="", code=""):
@@ -241,9 +257,10 @@ def check_remote(repo, member, seconds=FETCH_SECONDS):
 # Compare-and-swap on the remote
 
 
-def swap(repo, member, changes, seconds=PUSH_SECONDS):
+def swap(repo, member, changes, seconds=PUSH_SECONDS, publish=False):
     """Changes refs on the remote, all or none. changes: [(ref, new, old)] as lab.base.git.change_refs takes them: old None:
-    there must be no such ref; new None: it is deleted (also "done" if it was gone already). Returns
+    there must be no such ref; new None: it is deleted (also "done" if it was gone already). publish: the member's own refs
+    are pushed with them. Returns
 
         "done"     this call has changed them
         "same"     they were so already: an earlier attempt whose answer was lost, if the new object is the caller's own
@@ -252,19 +269,29 @@ def swap(repo, member, changes, seconds=PUSH_SECONDS):
 
     Raises GitError if the remote does not answer: whether it was done is then unknown until it does."""
     leases = [f"--force-with-lease={ref}:{old or ''}" for ref, _, old in changes]
-    refspecs = [f"{new or ''}:{ref}" for ref, new, _ in changes]
+    refspecs = [f"{new or ''}:{ref}" for ref, new, _ in changes] + [own_refspec(member)] * publish
+    if publish:
+        check_remote(repo, member)
     try:
-        shown = push(repo, member, refspecs, seconds, *leases)
+        try:
+            shown = push(repo, member, refspecs, seconds, *leases)
+        except GitError as error:
+            if RACE not in error.shown:
+                raise
+            shown = push(repo, member, refspecs, seconds, *leases)  # it now sees what the other one has written
     except GitError as error:
-        flags = re.findall(r"^(.)\t", error.shown, re.MULTILINE)
-        rejected = re.search(r"^!\t.*\[(rejected|remote rejected)\] \((stale info|.*fetch first|.*non-fast-forward|"
-                             r".*failed to update ref|.*reference already exists|.*cannot lock ref.*|"
-                             r".*incorrect old value.*)\)", error.shown, re.MULTILINE)  # fmt: skip
-        if "!" in flags and rejected:
+        if any(flag == "!" and re.search(REFUSED, said) for flag, said in answers(error.shown, changes)):
             return "refused"
         raise
-    flags = re.findall(r"^(.)\t", shown, re.MULTILINE)
+    flags = [flag for flag, _ in answers(shown, changes)]
     return "done" if flags and "=" not in flags else "same"
+
+
+def answers(shown, changes):
+    """[(flag, what git says)] of these changes, of what `git push --porcelain` prints."""
+    wanted = {ref for ref, _, _ in changes}
+    found = [match for match in re.finditer(r"^(.)\t[^:\n]*:(\S+)\t(.*)$", shown, re.MULTILINE) if match[2] in wanted]
+    return [(match[1], match[3]) for match in found]
 
 
 # ---------------------------------------------------------------------------------------------------
