@@ -5,8 +5,10 @@
 
 Workers are `lab work` as a user starts it; each is pinned to a core where there are enough. Trainings are made up and sleep,
 so that what is measured is everything else: claiming, merging, recording, publishing. Prints experiments an hour, the idle
-share of a worker (the time between its first and last training in which none runs), and of many workers the seconds that
-publishing a record takes, and whether a proposal was decided twice or lost. Appends a line to benchmarks/results.jsonl.
+share of a worker (the time between its first and last training in which none runs), the seconds that publishing a record with
+its verdict takes (median, 95th percentile, largest), the CPU seconds of that and of all that a proposal costs (the start of
+its made-up training included), and whether a proposal was decided twice or lost. Many workers start spread over the seconds
+of a training. Appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -28,18 +30,34 @@ import common
 sys.path[:0] = [str(common.ROOT), str(common.ROOT / "tests")]
 from fakequeue import Proposer  # noqa: E402
 
-# `lab work` with the seconds of each publish written to a file.
+# `lab work` that writes down, for each proposal: the seconds that publishing its record and verdict took, the CPU seconds of
+# that, and the CPU seconds of worker, git and trainings so far. And which claims another worker was faster with.
 TIMED = """
-import sys, time
+import resource, sys, time
+from lab.queue.work import Worker
 from lab.share import exchange
-real = exchange.publish
-def publish(*args):
-    began = time.monotonic()
-    note = real(*args)
+def cpu():
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+publish, settle, claim, spent = exchange.publish, Worker.settle, Worker.claim, [0.0, 0.0]
+def timed(call, *args, **options):
+    began, before = time.monotonic(), cpu()
+    try:
+        return call(*args, **options)
+    finally:
+        spent[:] = spent[0] + time.monotonic() - began, spent[1] + cpu() - before
+def settled(*args):
+    timed(settle, *args)
     with open(".lab/published", "a") as f:
-        f.write(f"{time.monotonic() - began:.3f} {note or ''}\\n")
-    return note
-exchange.publish = publish
+        f.write(f"{spent[0]:.3f} {spent[1]:.3f} {cpu():.3f}\\n")
+    spent[:] = 0.0, 0.0
+def claimed(*args, **options):
+    item = claim(*args, **options)
+    with open(".lab/claims", "a") as f:
+        f.write(f"{int(item is None)}\\n")
+    return item
+exchange.publish = lambda *args, **options: timed(publish, *args, **options)
+Worker.settle, Worker.claim = settled, claimed
 from lab.__main__ import main
 sys.exit(main(["work", "--no-sandbox", "--hours", "5"]))
 """
@@ -99,10 +117,12 @@ def measure(place, workers, proposals, seconds, remote):
     proposing = propose(agent, proposals, rng)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     began = time.monotonic()
-    processes = [start(tree, cores[i] if workers <= len(cores) else None) for i, tree in enumerate(trees)]
-    decided = []
+    processes = []
+    for i, tree in enumerate(trees):  # many start one after the other, as their trainings would not end at the same moment
+        time.sleep(max(0.0, began + i * seconds / workers - time.monotonic()) if remote else 0.0)
+        processes.append(start(tree, cores[i] if workers <= len(cores) else None))
     while any(item.kind in ("open", "claimed") for item in agent.queue.items):
-        time.sleep(1.0)
+        time.sleep(2.0 if remote else 1.0)
         died = [i for i, process in enumerate(processes) if process.poll() is not None]
         assert not died, (trees[died[0]].path / ".lab-worker.log").read_text()
     took = time.monotonic() - began
@@ -113,7 +133,9 @@ def measure(place, workers, proposals, seconds, remote):
     items = agent.queue.items
     decided = [item.state["description"] for item in items if item.kind == "decided"]
     rows = [r["code"] for tree in trees for r in tree.records() if r["row"]]
-    published = [float(line.split()[0]) for tree in trees for line in tree.read(".lab/published").splitlines()]
+    written = [[[float(number) for number in line.split()] for line in tree.read(".lab/published").splitlines()] for tree in trees]
+    cycles = [after[2] - before[2] for lines in written for before, after in zip(lines, lines[1:], strict=False)]
+    lost_claims = sum(tree.read(".lab/claims").split().count("1") for tree in trees)
     runs = [span for tree in trees for span in spans(tree)]
     whole = max(end for _, end in runs) - min(begin for begin, _ in runs)
     return {
@@ -122,7 +144,10 @@ def measure(place, workers, proposals, seconds, remote):
         "decided": len(decided), "lost": proposals - len(items), "decided_twice": len(rows) - len(set(rows)),
         "handed_back": sum(item.kind == "returned" for item in items),
         "propose_seconds": [round(q, 3) for q in quantiles(proposing)],
-        "publish_seconds": [round(q, 3) for q in quantiles(published)],
+        "publish_seconds": [round(q, 3) for q in quantiles([line[0] for lines in written for line in lines])],
+        "publish_cpu_seconds": [round(q, 3) for q in quantiles([line[1] for lines in written for line in lines])],
+        "proposal_cpu_seconds": [round(q, 3) for q in quantiles(cycles)],
+        "claims_lost": lost_claims, "load": [round(number, 1) for number in os.getloadavg()[:2]],
     }  # fmt: skip
 
 
