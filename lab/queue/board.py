@@ -40,13 +40,14 @@ class Board:
         self.repo, self.member, self.longest, self.clock = repo, member, longest, clock
         self.seen = {}  # ref: (commit, when it was first seen, by this process's own clock)
         self.note = None  # what was wrong with the last fetch
+        self.refs = None  # {ref: commit} of the team as of the last look
 
     # --- looking ---
 
     def look(self, fresh=FETCH_AGE):
         """The queue_refs.Queue after a fetch, and after proposals that are only here were taken to the remote."""
-        self.note = exchange.fetch(self.repo, self.member, fresh=fresh)
-        queue = queue_refs.read(self.repo, self.member)
+        self.fetch(fresh)
+        queue = queue_refs.read(self.repo, self.member, self.refs)
         if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
             self.seen.clear()
         else:
@@ -55,6 +56,11 @@ class Board:
                 queue = queue_refs.read(self.repo, self.member)
         self.watch(queue)
         return queue
+
+    def fetch(self, fresh=0.0):
+        """Reads the team's refs into `refs` after a fetch; what is wrong with that into `note`."""
+        self.note, refs = exchange.fetch_and_look(self.repo, self.member, fresh=fresh, before=self.refs)
+        self.refs = exchange.refs_of(self.repo, self.member) if refs is None else refs
 
     def publish(self, items):
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
@@ -87,10 +93,9 @@ class Board:
 
     def has(self, item):
         """Whether the item is, as of now, what the others see it to be; False, too, if that cannot be found out. Fetches."""
-        if exchange.fetch(self.repo, self.member):
-            return False
+        self.fetch()
         ref = names.mirror_of(item.ref) if self.member.remote else item.ref
-        return base_git.refs(self.repo.top, ref).get(ref) == item.commit
+        return not self.note and self.refs.get(ref) == item.commit
 
     # --- who is alive ---
 

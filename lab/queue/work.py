@@ -168,10 +168,11 @@ class Worker:
 
     # --- the queue ---
 
-    def team(self):
-        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own."""
+    def team(self, refs=None):
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own. refs: the
+        team's refs, if just read."""
         own = self.own_night()
-        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records)
+        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records, refs=refs)
 
     def own_night(self):
         """The Night of this branch, which only this worker continues."""
@@ -378,10 +379,12 @@ class Worker:
         """Records the run in run.log; what that prints. It is not pushed yet. Raises Refused, Again."""
         args = argparse.Namespace(description=description, discard=False, simpler=simpler)
 
+        refs = [self.board.refs]  # as of the fetch before this
+
         def once():
             repo = Repo(self.repo.top)
             tag, repo.member = repo.tag(), self.member
-            repo.tag = lambda: tag
+            repo.tag, repo.team_refs = lambda: tag, refs.pop() if refs else None
             plan, lines = record.recorded(repo, args, for_queue=True)
             record.sample(repo, plan)
             return "\n".join(lines)
@@ -402,7 +405,7 @@ class Worker:
             again = bool(own.latest(code))
             if not self.is_held(item):
                 item = self.renew(item, "records", code)
-                exchange.fetch(self.repo, self.member)
+                self.board.fetch()
             try:
                 said = self.recorded(description, item.state["simpler"] and not again)
             except Again:
@@ -579,7 +582,7 @@ class Worker:
             for item in left:
                 self.drop(item)
             return True
-        team = self.team()
+        team = self.team(self.board.refs)
         if not team.night.tip:
             return self.measure_baseline(queue, team)
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]

@@ -28,6 +28,7 @@ from lab.store import archive, names, records_in_git
 from lab.store.names import PREFIX
 
 FETCH_SECONDS, PUSH_SECONDS = 15, 15  # of one call; a queue's call may use other limits
+LOOSE = 200  # refs of the queue with a file each, after which they are packed
 LOCK_SECONDS = 20  # that another working tree's fetch may take
 PARENTS = 12  # recorded commits that one commit carries: git limits a commit's parents to 16
 UNNAMED = "autoresearch-team"  # what a push calls a remote that the configuration has no name for
@@ -167,20 +168,32 @@ def fetch(repo, member, seconds=FETCH_SECONDS, fresh=0.0):
     has removed them. A member's ref that was removed or rewritten there keeps what was known here: only the member itself
     writes it, and it only grows. Nothing is fetched if another working tree of this checkout has done it less than `fresh`
     seconds ago, or while this call waited for it. Returns a sentence if something is wrong, or None. Never raises."""
+    return fetch_and_look(repo, member, seconds, fresh)[0]
+
+
+def fetch_and_look(repo, member, seconds=FETCH_SECONDS, fresh=0.0, before=None):
+    """(what fetch() returns, {ref: commit} of the team's refs and the mirror's as they are then, None if they were not
+    read). before: what an earlier call of this process has read, which the fetch is compared with."""
     if not member.remote:
-        return None
+        return None, None
     try:
         began = time.time()
         member.shared.mkdir(exist_ok=True)
         with locks.hold(member.shared / f"{member.team}.lock", LOCK_SECONDS) as held:
             known = last_fetch(member)
             if known and began - fresh <= known["when"] <= time.time() + 1:
-                return known["note"]
-            note = fetched(repo, member, seconds) if held else "another fetch takes too long; this one was left out"
+                return known["note"], None
+            late = "another fetch takes too long; this one was left out"
+            note, refs = fetched(repo, member, seconds, before) if held else (late, None)
             write(member.shared / f"{member.team}-{names.FETCHED}", json.dumps({"when": time.time(), "note": note}))
-            return note
+            return note, refs
     except (Stop, OSError, ValueError) as error:
-        return f"what the team did elsewhere was not fetched: {reason(error)}"
+        return f"what the team did elsewhere was not fetched: {reason(error)}", None
+
+
+def refs_of(repo, member):
+    """{ref: commit} of the team's refs here, and with a remote of the mirror's."""
+    return base_git.refs(repo.top, member.refs, *[member.mirror] * bool(member.remote))
 
 
 def last_fetch(member):
@@ -193,9 +206,9 @@ def last_fetch(member):
     return known if isinstance(when, int | float) and (note is None or isinstance(note, str)) else None
 
 
-def fetched(repo, member, seconds):
-    """Fetches and returns a sentence if a ref was rewritten, or if that failed."""
-    before = base_git.refs(repo.top, member.mirror)
+def fetched(repo, member, seconds, before=None):
+    """Fetches. Returns (a sentence if a ref was rewritten, or if that failed; refs_of() after it, None if it failed)."""
+    before = refs_of(repo, member) if before is None else before
     try:
         check_remote(repo, member, seconds)
         base_git.with_remote(
@@ -204,14 +217,28 @@ def fetched(repo, member, seconds):
         )  # fmt: skip
     except Stop as error:
         _urls.pop((repo.top, member.remote), None)
-        return f"what the team did elsewhere was not fetched: {reason(error)}"
-    return keep_what_was_known(repo, member, before)
+        return f"what the team did elsewhere was not fetched: {reason(error)}", None
+    pack_refs(repo, member)
+    after = refs_of(repo, member)
+    return keep_what_was_known(repo, member, before, after), after
 
 
-def keep_what_was_known(repo, member, before):
-    """Restores members' refs of the mirror that the remote has no longer, or has rewritten."""
-    queue, after = f"{member.mirror}{names.QUEUE}/", base_git.refs(repo.top, member.mirror)
-    old = {ref: commit for ref, commit in before.items() if after.get(ref) != commit and not ref.startswith(queue)}
+def pack_refs(repo, member):
+    """Writes the refs of this checkout into one file once the queue has many: git then reads one file and not each ref's."""
+    try:
+        loose = len(os.listdir(member.shared.parent / f"{member.mirror}{names.QUEUE}"))
+    except OSError:
+        return
+    if loose > LOOSE:
+        repo.ask("pack-refs", "--all")
+
+
+def keep_what_was_known(repo, member, before, after):
+    """Restores members' refs of the mirror that the remote has no longer, or has rewritten; in `after`, too."""
+    queue = f"{member.mirror}{names.QUEUE}/"
+    old = {ref: commit for ref, commit in before.items() if ref.startswith(member.mirror) and not ref.startswith(queue)}
+    here = {names.mirror_of(ref): commit for ref, commit in after.items() if ref.startswith(member.refs)}  # published from here
+    old = {ref: commit for ref, commit in old.items() if after.get(ref) not in (commit, here.get(ref, commit))}
     if not old:
         return None
     present = [f"^{after[ref]}" for ref in old if ref in after]
@@ -222,6 +249,7 @@ def keep_what_was_known(repo, member, before):
         lost = [ref for ref in old if ref not in after or repo.ask("merge-base", "--is-ancestor", old[ref], after[ref]) is None]
     for ref in lost:
         repo.git("update-ref", ref, old[ref])
+        after[ref] = old[ref]
     if not lost:
         return None
     who = ", ".join(sorted(ref.removeprefix(member.mirror) for ref in lost)[:3])

@@ -145,11 +145,11 @@ def parse(data):
 _read = {}  # {name of a commit: its state, or None}: a state never changes
 
 
-def read(repo, member):
-    """The Queue as it is here: fetch first if the team has a remote."""
+def read(repo, member, refs=None):
+    """The Queue as it is here: fetch first if the team has a remote. refs: lab.share.exchange.refs_of, if just read."""
     prefix = f"{names.queue_ref(member.team)}/"
     mirror = names.mirror_of(prefix)
-    refs = base_git.refs(repo.top, prefix, *[mirror] * bool(member.remote))
+    refs = base_git.refs(repo.top, prefix, *[mirror] * bool(member.remote)) if refs is None else refs
     there = {prefix + ref.removeprefix(mirror): commit for ref, commit in refs.items() if ref.startswith(mirror)}
     found = {ref: commit for ref, commit in refs.items() if ref.startswith(prefix)} | there
     notes = [f"the queue has {len(found)} entries: {MOST} are read"] * (len(found) > MOST)

@@ -105,11 +105,12 @@ class Team(NamedTuple):
         return any(abs((now - datetime.fromisoformat(state["when"])).total_seconds()) < ABANDONED for state in said)
 
 
-def team_night(repo, member, tag, own, header=None):
+def team_night(repo, member, tag, own, header=None, refs=None):
     """The Team as this member sees it, from the refs that are here; fetch first (lab.share.exchange). own: the records of
     autoresearch/TAG, which is the member's. header: that of a run of this tree, if `own` has none: it says which records
-    compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same."""
-    trees, notes = read_trees([repo], member, tag)
+    compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same. refs:
+    lab.share.exchange.refs_of, if just read."""
+    trees, notes = read_trees([repo], member, tag, refs)
     known = {r["run_id"] for r in own}
     trees = [tree for tree in trees if not tree.records or any(r["run_id"] not in known for r in tree.records)]  # an old name
     own = Tree(member.name, tag, own, {}, True, True)
@@ -303,10 +304,11 @@ class Published(NamedTuple):
 _read = {}  # (commit that a member published, branch): Published; one `lab record` looks three times
 
 
-def read_trees(repos, member, tag):
+def read_trees(repos, member, tag, refs=None):
     """([Tree], notes) of all other branches of the team: from their own refs if they are of one of these checkouts, from a
-    mirror of the remote if not."""
-    found, notes, refs = {}, [], {repo: repo.refs(member.refs, member.mirror) for repo in repos}
+    mirror of the remote if not. refs: those of the only repository, if just read."""
+    found, notes = {}, []
+    refs = {repo: repo.refs(member.refs, member.mirror) if refs is None else refs for repo in repos}
     for where, is_here, repo in [(member.refs, True, r) for r in repos] + [(member.mirror, False, r) for r in repos]:
         for ref, commit in refs[repo].items():
             if not ref.startswith(where):

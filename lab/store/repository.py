@@ -28,6 +28,7 @@ class Repo:
     def __init__(self, top):
         self.top = Path(top)
         self.shorts = {}  # {commit: its short name}
+        self.team_refs = None  # the team's refs, if they are to be taken as they were read: see lab.share.exchange.refs_of
 
     @classmethod
     def find(cls, path):
