@@ -7,8 +7,8 @@ Workers are `lab work` as a user starts it; each is pinned to a core where there
 so that what is measured is everything else: claiming, merging, recording, publishing. Prints experiments an hour, the idle
 share of a worker (the time between its first and last training in which none runs), the seconds that publishing a record with
 its verdict takes (median, 95th percentile, largest), the CPU seconds of that and of all that a proposal costs (the start of
-its made-up training included), and whether a proposal was decided twice or lost. Many workers start spread over the seconds
-of a training. Appends a line to benchmarks/results.jsonl.
+its made-up training included), and whether a proposal was decided twice or lost. Many workers start one after the
+other. Appends a line to benchmarks/results.jsonl.
 """
 
 import argparse
@@ -61,6 +61,9 @@ Worker.settle, Worker.claim = settled, claimed
 from lab.__main__ import main
 sys.exit(main(["work", "--no-sandbox", "--hours", "5"]))
 """
+
+
+STARTS = 2  # trainings over which the starts of many workers are spread: a start costs more CPU than a proposal
 
 
 def start(tree, core):
@@ -119,7 +122,7 @@ def measure(place, workers, proposals, seconds, remote):
     began = time.monotonic()
     processes = []
     for i, tree in enumerate(trees):  # many start one after the other, as their trainings would not end at the same moment
-        time.sleep(max(0.0, began + i * seconds / workers - time.monotonic()) if remote else 0.0)
+        time.sleep(max(0.0, began + i * STARTS * seconds / workers - time.monotonic()) if remote else 0.0)
         processes.append(start(tree, cores[i] if workers <= len(cores) else None))
     while any(item.kind in ("open", "claimed") for item in agent.queue.items):
         time.sleep(2.0 if remote else 1.0)

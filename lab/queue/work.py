@@ -57,7 +57,7 @@ Exit status: 0 the hours are over; 1 refused, or stopped because this machine fa
 Ctrl-C; 143 stopped by `kill`."""
 
 FIRST_SEED = 42  # the seed of a run that names none
-SPREAD = 8  # workers: for as many more, a worker chooses among one more of the oldest proposals
+SPREAD = 2  # workers: for as many more, a worker chooses among one more of the oldest proposals
 FAULTS = 5  # proposals in a row that failed because of this machine: then the worker stops
 ATTEMPTS = 3  # times that workers fail a proposal before it goes back
 RERUNS = 3  # times that a run that was ended from outside is run again
