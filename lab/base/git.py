@@ -159,8 +159,8 @@ def talked(path, args, seconds, stdin, config):
         _ssh[path] = (read_only(path, "config", "core.sshCommand") or "").strip()
     ssh = next(filter(None, (os.environ.get("GIT_SSH_COMMAND"), _ssh[path], os.environ.get("GIT_SSH"))), "ssh")
     env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": f"{ssh} {SSH}"}
-    env |= settings(config)
-    command = ["git", *(part for setting in PATIENT for part in ("-c", setting)), *args]
+    config = [*PATIENT, *(f"{name}={value}" for name, value in config)]
+    command = ["git", *(part for setting in config for part in ("-c", setting)), *args]
     pipes = {"stdin": subprocess.PIPE if stdin else subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
         process = subprocess.Popen(command, cwd=path, env=env, start_new_session=True, **pipes)
@@ -183,16 +183,6 @@ def talked(path, args, seconds, stdin, config):
         error.shown = shown
         raise error
     return shown
-
-
-def settings(config):
-    """Environment variables that add these [(name, value)] to git's configuration. A value may have any character, which
-    one of `git -c` may not."""
-    n = os.environ.get("GIT_CONFIG_COUNT", "")
-    n, env = int(n) if n.isdecimal() else 0, {}
-    for i, (name, value) in enumerate(config, n):
-        env |= {"GIT_CONFIG_COUNT": str(i + 1), f"GIT_CONFIG_KEY_{i}": name, f"GIT_CONFIG_VALUE_{i}": value}
-    return env
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from lab.analysis import verdict
 from lab.analysis.history import kind, label
 from lab.base import locks
 from lab.base.errors import Again, Refused, Stop, os_reason
-from lab.base.git import GitError
 from lab.base.processes import psutil
 from lab.base.text import one_line
 from lab.keeper import cleanup
@@ -194,7 +193,7 @@ class Worker:
         """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, or the item was
         lost, what was recorded goes there by itself."""
         if publish and self.member.remote:
-            with contextlib.suppress(GitError):
+            with contextlib.suppress(Stop, OSError):
                 if self.board.swap(changes, publish=True):
                     return True
             self.publish()
@@ -600,7 +599,7 @@ class Worker:
         would try to claim the same one."""
         found, workers = self.free(queue), max(len(queue.workers), len(queue.running))
         few = found[: 1 + workers // SPREAD]
-        if all(item.kind == "open" for item in few):
+        if all(item.kind == "open" and not self.failed_here(item) for item in few):
             random.shuffle(few)
         return [*few, *found[len(few) :]]
 
