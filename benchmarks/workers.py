@@ -7,8 +7,10 @@
 Workers are `lab work` as a user starts it; each is pinned to a core where there are enough. Made-up trainings sleep, so that
 what is measured is everything else: claiming, merging, recording, publishing. Real ones show what two cores are worth, which
 share caches and memory. Prints experiments an hour, the idle share of a worker (of the time between its first and last
-training, that in which no training process runs), and of many workers the seconds that publishing a record takes, and
-whether a proposal was decided twice or lost. Appends a line to benchmarks/results.jsonl.
+training, that in which no training process runs), the seconds that publishing a record with its verdict takes (median, 95th
+percentile, largest), the CPU seconds of that and of all that a proposal costs (the start of its made-up training included),
+and whether a proposal was decided twice or lost. Many workers start one after the other. Appends a line to
+benchmarks/results.jsonl.
 """
 
 import argparse
@@ -31,31 +33,48 @@ import common
 sys.path[:0] = [str(common.ROOT), str(common.ROOT / "tests")]
 from fakequeue import Proposer  # noqa: E402
 
-# `lab work` with the seconds of each publish, and the begin and end of each training, written to files.
+# `lab work` that writes down the begin and end of each training and, for each proposal: the seconds that publishing its record
+# and verdict took, the CPU seconds of that, and the CPU seconds of worker, git and trainings so far. And which claims another
+# worker was faster with.
 TIMED = """
-import sys, time
-from lab.queue import work
+import resource, sys, time
+from lab.queue.work import Worker
 from lab.share import exchange
-train = work.Worker.train
-def timed(*args):
+def cpu():
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+publish, settle, claim, train, spent = exchange.publish, Worker.settle, Worker.claim, Worker.train, [0.0, 0.0]
+def trained(*args):
     began = time.time()
     try:
         return train(*args)
     finally:
         with open(".lab/trained", "a") as f:
             f.write(f"{began} {time.time()}\\n")
-work.Worker.train = timed
-real = exchange.publish
-def publish(*args):
-    began = time.monotonic()
-    note = real(*args)
+def timed(call, *args, **options):
+    began, before = time.monotonic(), cpu()
+    try:
+        return call(*args, **options)
+    finally:
+        spent[:] = spent[0] + time.monotonic() - began, spent[1] + cpu() - before
+def settled(*args):
+    timed(settle, *args)
     with open(".lab/published", "a") as f:
-        f.write(f"{time.monotonic() - began:.3f} {note or ''}\\n")
-    return note
-exchange.publish = publish
+        f.write(f"{spent[0]:.3f} {spent[1]:.3f} {cpu():.3f}\\n")
+    spent[:] = 0.0, 0.0
+def claimed(*args, **options):
+    item = claim(*args, **options)
+    with open(".lab/claims", "a") as f:
+        f.write(f"{int(item is None)}\\n")
+    return item
+exchange.publish = lambda *args, **options: timed(publish, *args, **options)
+Worker.settle, Worker.claim, Worker.train = settled, claimed, trained
 from lab.__main__ import main
 sys.exit(main(["work", "--no-sandbox", "--hours", "5"]))
 """
+
+
+STARTS = 2  # trainings over which the starts of many workers are spread: a start costs more CPU than a proposal
 
 
 def start(tree, core):
@@ -178,9 +197,12 @@ def measure(agent, workers, proposals, seconds, remote=False):
     proposing = propose(agent, proposals, rng)
     known, pinned = {item.id for item in agent.queue.items} - proposing.keys(), cores()
     began = time.monotonic()
-    processes = [start(tree, pinned[i] if workers <= len(pinned) else None) for i, tree in enumerate(trees)]
+    processes = []
+    for i, tree in enumerate(trees):  # many start one after the other, as their trainings would not end at the same moment
+        time.sleep(max(0.0, began + i * STARTS * seconds / workers - time.monotonic()) if remote else 0.0)
+        processes.append(start(tree, pinned[i] if workers <= len(pinned) else None))
     while any(item.kind in ("open", "claimed") for item in agent.queue.items):
-        time.sleep(1.0)
+        time.sleep(2.0 if remote else 1.0)
         died = [i for i, process in enumerate(processes) if process.poll() is not None]
         assert not died, (trees[died[0]].path / ".lab-worker.log").read_text()
     took = time.monotonic() - began
@@ -188,7 +210,9 @@ def measure(agent, workers, proposals, seconds, remote=False):
     items = [item for item in agent.queue.items if item.id not in known]
     decided = [item.state["description"] for item in items if item.kind == "decided"]
     rows = [r["code"] for tree in trees for r in tree.records() if r["row"]]
-    published = [float(line.split()[0]) for tree in trees for line in tree.read(".lab/published").splitlines()]
+    written = [[[float(number) for number in line.split()] for line in tree.read(".lab/published").splitlines()] for tree in trees]
+    cycles = [after[2] - before[2] for lines in written for before, after in zip(lines, lines[1:], strict=False)]
+    lost_claims = sum(tree.read(".lab/claims").split().count("1") for tree in trees)
     runs = [span for tree in trees for span in spans(tree)]
     whole = max(end for _, end in runs) - min(begin for begin, _ in runs)
     return {
@@ -197,7 +221,10 @@ def measure(agent, workers, proposals, seconds, remote=False):
         "decided": len(decided), "lost": proposals - len(items), "decided_twice": len(rows) - len(set(rows)),
         "handed_back": sum(item.kind == "returned" for item in items),
         "propose_seconds": [round(q, 3) for q in quantiles(proposing.values())],
-        "publish_seconds": [round(q, 3) for q in quantiles(published)],
+        "publish_seconds": [round(q, 3) for q in quantiles([line[0] for lines in written for line in lines])],
+        "publish_cpu_seconds": [round(q, 3) for q in quantiles([line[1] for lines in written for line in lines])],
+        "proposal_cpu_seconds": [round(q, 3) for q in quantiles(cycles)],
+        "claims_lost": lost_claims, "load": [round(number, 1) for number in os.getloadavg()[:2]],
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lab.base import processes
 from lab.base.errors import Refused, Stop, Unfinished
 
+TRUSTED = {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
 LOCK_PATIENCE = 5  # seconds that another git command may hold a lock
 
 
@@ -26,7 +27,7 @@ def git(path, *args, stdin=None, env=None, raw=False):
     """Runs git in `path` and returns its output: str, or bytes if `raw`. Waits for a lock that another git holds, and
     removes one that a killed git left behind. Raises GitError with git's own message, and Unfinished if a running git
     keeps its lock, or if this git was killed."""
-    env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"} | (env or {})
+    env = os.environ | TRUSTED | (env or {})
     data = stdin.encode() if isinstance(stdin, str) else stdin
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
@@ -138,14 +139,28 @@ PATIENT = ["http.lowSpeedLimit=1000", "http.lowSpeedTime=10", "gc.auto=0", "main
 SSH = "-o BatchMode=yes -o ConnectTimeout=10"
 
 
-def with_remote(path, *args, seconds, stdin=None):
+_ssh = {}  # path: its core.sshCommand; asked again after a call that failed, as somebody may have mended it
+
+
+def with_remote(path, *args, seconds, stdin=None, config=()):
     """Runs a git command that talks to another repository (fetch, push, ls-remote) and returns what it prints. Nothing asks
-    for a password or a host key: that fails. No garbage is collected meanwhile. Raises GitError, also after `seconds`;
-    GitError.shown then has the output up to there."""
-    own = (os.environ.get("GIT_SSH_COMMAND"), (read_only(path, "config", "core.sshCommand") or "").strip(), os.environ.get("GIT_SSH"))
-    ssh = next(filter(None, own), "ssh")
+    for a password or a host key: that fails. No garbage is collected meanwhile. config: [(name, value)] of settings for
+    this call. Raises GitError, also after `seconds`; GitError.shown then has the output up to there."""
+    try:
+        return talked(path, args, seconds, stdin, config)
+    except GitError:
+        _ssh.pop(path, None)
+        raise
+
+
+def talked(path, args, seconds, stdin, config):
+    """with_remote, which forgets what this has remembered if it fails."""
+    if path not in _ssh:
+        _ssh[path] = (read_only(path, "config", "core.sshCommand") or "").strip()
+    ssh = next(filter(None, (os.environ.get("GIT_SSH_COMMAND"), _ssh[path], os.environ.get("GIT_SSH"))), "ssh")
     env = os.environ | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": f"{ssh} {SSH}"}
-    command = ["git", *(part for setting in PATIENT for part in ("-c", setting)), *args]
+    config = [*PATIENT, *(f"{name}={value}" for name, value in config)]
+    command = ["git", *(part for setting in config for part in ("-c", setting)), *args]
     pipes = {"stdin": subprocess.PIPE if stdin else subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
         process = subprocess.Popen(command, cwd=path, env=env, start_new_session=True, **pipes)
@@ -227,3 +242,105 @@ def worktrees(path):
     """Paths of all working trees of the repository at `path`, including those that no longer exist; [] if git fails."""
     listed = read_only(path, "worktree", "list", "--porcelain") or ""
     return [Path(line[9:]) for line in listed.splitlines() if line.startswith("worktree ")]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Many objects by one git
+
+
+CHUNK = 100  # names that are written before their answers are read: less than a pipe holds, so neither side waits for ever
+SMALL = 1 << 20  # bytes of an unwanted object that are read and dropped; before a larger one git is ended
+DEATHS = 20  # times that git may end at an object that it cannot read
+
+
+class Objects:
+    """Reads objects of the repository at `path` through one `git cat-file --batch`, which runs until close().
+
+        with Objects(path) as objects:
+            objects.read(["HEAD:train.py"], 1 << 20, "blob")
+
+    trusted=False: git starts nothing that the configuration names, as in read_only, and ends after `seconds` or `most`
+    bytes."""
+
+    def __init__(self, path, trusted=True, seconds=20, most=1 << 28):
+        self.path, self.trusted, self.seconds, self.left = path, trusted, seconds, most
+        self.process, self.timer, self.deaths = None, None, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def start(self):
+        off = [] if self.trusted else ["--no-pager", *(part for setting in OFF for part in ("-c", setting))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        env = os.environ | (TRUSTED if self.trusted else QUIET)
+        try:
+            self.process = subprocess.Popen(
+                ["git", *off, "cat-file", "--batch"], cwd=self.path, env=env, start_new_session=not self.trusted, **pipes
+            )
+        except OSError as error:
+            raise GitError(("cat-file",), f"it does not start ({error.strerror})", missing=isinstance(error, FileNotFoundError)) from None
+        if not self.trusted:
+            self.timer = threading.Timer(self.seconds, kill_group, [self.process])
+            self.timer.start()
+
+    def close(self):
+        """Ends git; its exit status, negative if a signal ended it, or None if it did not run."""
+        if self.process is None:
+            return None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        status = self.process.wait()
+        if self.timer:
+            self.timer.cancel()
+        self.process = self.timer = None
+        return status
+
+    def read(self, wanted, largest, of_type):
+        """{name as given: (object name, bytes)} of those objects that are here, of this type and at most this large: what
+        is larger is never read. Raises GitError, and Unfinished if git was killed."""
+        found, left = {}, list(dict.fromkeys(wanted))
+        while left:
+            answered = self.answers(left[:CHUNK], largest, of_type.encode(), found)
+            left = left[answered:]
+        return found
+
+    def answers(self, names, largest, of_type, found):
+        """Puts objects with these names into `found`; how many of the names were answered."""
+        if self.process is None:
+            self.start()
+        i, out = 0, self.process.stdout
+        try:
+            self.process.stdin.write("".join(f"{name}\n" for name in names).encode())
+            self.process.stdin.flush()
+            for i, name in enumerate(names):
+                line = out.readline()
+                about = line.split()
+                if not line.endswith(b"\n"):
+                    raise EOFError
+                if len(about) != 3 or not about[2].isdigit():  # "missing", "ambiguous"
+                    continue
+                size, wanted = int(about[2]), about[1] == of_type and int(about[2]) <= largest
+                if not wanted and size > SMALL:
+                    kill_group(self.process) if not self.trusted else self.process.kill()
+                    self.close()
+                    return i + 1
+                data = out.read(size + 1)
+                if len(data) <= size:
+                    raise EOFError
+                self.left -= size
+                if not self.trusted and self.left < 0:
+                    raise GitError(("cat-file",), "it printed too much")
+                if wanted:
+                    found[name] = about[0].decode(), data[:-1]
+        except (EOFError, OSError):
+            status, self.deaths = self.close(), self.deaths + 1
+            if self.trusted and status < 0:
+                raise Unfinished(f"git cat-file was killed (signal {-status}): run this again") from None
+            if status < 0 or self.deaths > DEATHS:
+                raise GitError(("cat-file",), "it failed or took too long") from None
+            return i + 1  # git ends at an object that is damaged
+        return len(names)

@@ -105,7 +105,7 @@ def team_of(repo, history):
         log = run_log.read(repo.top / names.RUN_LOG)
         known = log is not None and log.header is not None and not rules.changed(log.header, rules.tree(repo.top))
         header = log.header if known else None
-    return team_night(repo, member, repo.tag(), history.records, header) if member else None
+    return team_night(repo, member, repo.tag(), history.records, header, repo.team_refs) if member else None
 
 
 def waiting(history, team):

@@ -44,7 +44,7 @@ completes it; 75 the run was killed or preempted, and is run again rather than r
 # is worth 0.0005 to 0.001 at a val_bpb of 1.0. On a CPU it may be worth more; then fewer runs are repeated than could be.
 WORTH = 0.1
 DOING = {"repeat": "runs its commit again", "doubt": "runs the best again", "adopt": "takes over the best",
-         "edit": "makes the next experiment"}  # kind of the next step: what the team is told
+         "edit": "makes the next experiment", "queue": "runs what is proposed"}  # kind of the next step: what the team is told
 
 
 def add_arguments(parser):
@@ -292,9 +292,15 @@ def steps(repo):
     ]  # fmt: skip
 
 
+_named = set()  # working trees in which git knows a name
+
+
 def name_author(repo):
     """Gives git a name to commit by if it knows none. Returns a sentence for the reader, or None."""
+    if repo.top in _named:
+        return None
     if repo.ask("var", "GIT_COMMITTER_IDENT"):
+        _named.add(repo.top)
         return None
     for key, value in [("user.email", "autoresearch@localhost"), ("user.name", "autoresearch")]:
         if not repo.ask("config", key) and repo.ask("config", "--local", key, value) is None:
@@ -302,8 +308,9 @@ def name_author(repo):
     return "git knew no name to commit by: in this checkout it is autoresearch now"
 
 
-def complete(repo, plan):
-    """Carries the plan out; the lines to print."""
+def complete(repo, plan, for_queue=False):
+    """Carries the plan out; the lines to print. for_queue: a worker asks, which needs no
+    advice on what comes next, and pushes the record with its verdict."""
     try:
         notes = journal.carry_out(repo.top, plan, steps(repo))
     except Stop as stop:
@@ -311,11 +318,13 @@ def complete(repo, plan):
     except OSError as error:
         reason = os_reason(error)
         raise Unfinished(f"{reason}; nothing is lost: run the same command again once that is mended") from None
-    step = next_step(repo)
+    step = None if for_queue else next_step(repo)
+    kind = step.kind if step else "repeat" if plan["records"][-1]["verdict"] == "confirm" else "queue"
     if member := checks.member_of(repo):
-        code = names.sha256(repo.top / names.TRAIN) if step.kind in ("repeat", "doubt") else ""
-        notes += filter(None, [exchange.publish(repo, member, plan["tag"], exchange.state_of(repo, plan["tag"], DOING.get(step.kind, ""), code))])
-    return [*plan["say"], *(f"note: {note}" for note in notes), *report.what_next(step, plan)]
+        code = names.sha256(repo.top / names.TRAIN) if kind in ("repeat", "doubt") else ""
+        state = exchange.state_of(repo, plan["tag"], DOING.get(kind, ""), code)
+        notes += filter(None, [exchange.publish(repo, member, plan["tag"], state, push=not for_queue)])
+    return [*plan["say"], *(f"note: {note}" for note in notes), *(report.what_next(step, plan) if step else [])]
 
 
 def disown(repo, record):
@@ -328,37 +337,49 @@ def disown(repo, record):
     })  # fmt: skip
 
 
-def finish_interrupted(repo):
+def finish_interrupted(repo, for_queue=False):
     """Completes a record that was killed: (its plan, its lines), or None."""
     plan = journal.pending(repo.top)
     if not plan:
         return None
     if repo.tag() != plan["tag"]:
         raise Refused(f"a record on {PREFIX}{plan['tag']} was interrupted: git switch {PREFIX}{plan['tag']}, record there")
-    return plan, complete(repo, plan)
+    return plan, complete(repo, plan, for_queue)
+
+
+def recorded(repo, args, for_queue=False):
+    """Records the run in run.log; (its plan, the lines to print). args: as the command line's. An interrupted record is
+    completed first."""
+    with locks.one_at_a_time(repo.top / names.LAB):
+        finished, first = finish_interrupted(repo, for_queue), []
+        if finished:
+            plan, lines = finished
+            log = run_log.read(repo.top / names.RUN_LOG)
+            if log and log.run_id != plan["run_id"]:
+                first = [f"first, an interrupted record was completed: {plan['say'][0]}"]
+                finished = None
+        if not finished:
+            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
+            plan = make_plan(case, args)
+            lines = complete(repo, plan, for_queue)
+    return plan, [*first, *lines]
+
+
+def sample(repo, plan):
+    """Starts `lab sample` for what the plan has kept."""
+    for r in plan["records"]:
+        if r["verdict"] == "keep" and r["row"]:
+            archive.sample_in_background(repo.top, names.archive(r))
 
 
 def run(args):
     repo = Repo.find(Path.cwd())
     member = checks.member_of(repo)
     note = exchange.fetch(repo, member) if member else None
-    with locks.one_at_a_time(repo.top / names.LAB):
-        finished = finish_interrupted(repo)
-        if finished:
-            plan, lines = finished
-            log = run_log.read(repo.top / names.RUN_LOG)
-            if log and log.run_id != plan["run_id"]:
-                print(f"first, an interrupted record was completed: {plan['say'][0]}")
-                finished = None
-        if not finished:
-            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
-            plan = make_plan(case, args)
-            lines = complete(repo, plan)
+    plan, lines = recorded(repo, args)
     print("\n".join(lines))
     if note:
         print(f"note: {note}")
     sys.stdout.flush()
-    for r in plan["records"]:
-        if r["verdict"] == "keep" and r["row"]:
-            archive.sample_in_background(repo.top, names.archive(r))
+    sample(repo, plan)
     return 0

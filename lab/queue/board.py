@@ -40,13 +40,14 @@ class Board:
         self.repo, self.member, self.longest, self.clock = repo, member, longest, clock
         self.seen = {}  # ref: (commit, when it was first seen, by this process's own clock)
         self.note = None  # what was wrong with the last fetch
+        self.refs = None  # {ref: commit} of the team as of the last look
 
     # --- looking ---
 
     def look(self, fresh=FETCH_AGE):
         """The queue_refs.Queue after a fetch, and after proposals that are only here were taken to the remote."""
-        self.note = exchange.fetch(self.repo, self.member, fresh=fresh)
-        queue = queue_refs.read(self.repo, self.member)
+        self.fetch(fresh)
+        queue = queue_refs.read(self.repo, self.member, self.refs)
         if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
             self.seen.clear()
         else:
@@ -56,22 +57,21 @@ class Board:
         self.watch(queue)
         return queue
 
+    def fetch(self, fresh=0.0):
+        """Reads the team's refs into `refs` after a fetch; what is wrong with that into `note`."""
+        self.note, refs = exchange.fetch_and_look(self.repo, self.member, fresh=fresh, before=self.refs)
+        self.refs = exchange.refs_of(self.repo, self.member) if refs is None else refs
+
     def publish(self, items):
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
         for item in items:
             try:
-                done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
+                exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
             except GitError as error:
                 return f"the remote does not have the proposal yet: {exchange.reason(error)}"
-            if done != "refused":  # if it was refused, an earlier push had reached the remote, and a worker was quick
-                self.mirrored([(item.ref, item.commit)])
+            # If it was refused, an earlier push had reached the remote, and a worker was quick.
             base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
         return None
-
-    def mirrored(self, changes):
-        for ref, commit in changes:
-            where = [names.mirror_of(ref)]
-            self.repo.ask("update-ref", *(where + [commit] if commit else ["-d", *where]))
 
     # --- changing ---
 
@@ -80,18 +80,22 @@ class Board:
         state = queue_refs.new(state, nonce=secrets.token_hex(16), **changes)
         return queue_refs.written(self.repo, state, parent), state
 
-    def swap(self, changes):
+    def swap(self, changes, publish=False):
         """Changes refs of the queue, all or none: [(ref, new commit or None, commit that it must have or None)]. Whether that
-        was done, by this call or by an earlier one whose answer was lost. Raises GitError if the remote does not answer."""
+        was done, by this call or by an earlier one whose answer was lost. publish: the member's own refs go to the remote in
+        the same push. Raises GitError if the remote does not answer."""
         if not self.member.remote:
             if base_git.change_refs(self.repo.top, changes):
                 return True
             there = base_git.refs(self.repo.top, *(ref for ref, _, _ in changes))
             return all(there.get(ref) == new for ref, new, _ in changes)
-        if exchange.swap(self.repo, self.member, changes) == "refused":
-            return False
-        self.mirrored([(ref, new) for ref, new, _ in changes])
-        return True
+        return exchange.swap(self.repo, self.member, changes, publish=publish) != "refused"
+
+    def has(self, item):
+        """Whether the item is, as of now, what the others see it to be; False, too, if that cannot be found out. Fetches."""
+        self.fetch()
+        ref = names.mirror_of(item.ref) if self.member.remote else item.ref
+        return not self.note and self.refs.get(ref) == item.commit
 
     # --- who is alive ---
 

@@ -27,20 +27,22 @@ class Brought(NamedTuple):
         return hashlib.sha256(self.content).hexdigest()
 
 
-def train_of(repo, commit, what):
-    """train.py of a commit. Raises Refused if it cannot be read."""
-    name = f"{commit}:{names.TRAIN}"
-    found = objects(repo, [name], LARGEST_TRAIN, "blob").get(name)
-    if found is None:
-        raise Refused(f"{names.TRAIN} of {what} ({commit[:7]}) cannot be read, or is too large")
-    return found
+def trains_of(repo, commits):
+    """{commit: its train.py}. commits: {commit: what it is}. Raises Refused if one cannot be read."""
+    wanted = {commit: f"{commit}:{names.TRAIN}" for commit in commits}
+    found = objects(repo, wanted.values(), LARGEST_TRAIN, "blob")
+    for commit, what in commits.items():
+        if wanted[commit] not in found:
+            raise Refused(f"{names.TRAIN} of {what} ({commit[:7]}) cannot be read, or is too large")
+    return {commit: found[name] for commit, name in wanted.items()}
 
 
 def bring(repo, state, best):
     """The Brought of a proposal's state; best: the record to bring it onto."""
     try:
-        before, after = train_of(repo, state["base"], "what it was based on"), train_of(repo, state["experiment"], "the experiment")
-        ours = train_of(repo, best["commit"], "the team's best")
+        whose = [(state["base"], "what it was based on"), (state["experiment"], "the experiment"), (best["commit"], "the team's best")]
+        trains = trains_of(repo, dict(whose))
+        before, after, ours = (trains[commit] for commit, _ in whose)
     except Refused as refused:
         return Brought(None, str(refused))
     if ours == before:

@@ -14,8 +14,8 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import io
 import os
+import random
 import re
 import secrets
 import signal
@@ -58,6 +58,7 @@ Exit status: 0 the hours are over; 1 refused, or stopped because this machine fa
 Ctrl-C; 143 stopped by `kill`."""
 
 FIRST_SEED = 42  # the seed of a run that names none
+SPREAD = 2  # workers: for as many more, a worker chooses among one more of the oldest proposals
 FAULTS = 5  # proposals in a row that failed because of this machine: then the worker stops
 ATTEMPTS = 3  # times that workers fail a proposal before it goes back
 RERUNS = 3  # times that a run that was ended from outside is run again
@@ -66,6 +67,8 @@ POLL, REMOTE_POLL = 1.0, 15.0  # seconds between two looks at an empty queue; a 
 SIGN_OF_LIFE = LONGEST / 4  # seconds between two of them while there is nothing to run
 BACKOFF, LONGEST_BACKOFF = 5, 60  # seconds before the next attempt after an error, doubled each time
 ROOM = 1 << 16  # bytes: with less than that free the disk is full
+RECORD_SECONDS = 120  # that recording a run may take: part of LONGEST
+CLAIM_SECONDS = 30  # between a claim and its run, else it is renewed
 KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
 OWN_TREE = ("next:", "then:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
 RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
@@ -107,7 +110,7 @@ class Worker:
     def __init__(self, repo, member, hours, ideas=False, command=None, board=None, now=time.monotonic, sleep=time.sleep):
         """command: what runs a training. now, sleep: for tests."""
         self.repo, self.member, self.ideas, self.tag = repo, member, ideas, repo.tag()
-        repo.tag = lambda: self.tag  # git is asked a dozen times for one proposal otherwise; record asks it again
+        repo.tag = lambda: self.tag  # git is asked a dozen times for one proposal otherwise; each record asks it again
         self.command = command or [sys.executable, names.TRAIN]
         self.board = board or Board(repo, member)
         self.now, self.sleep = now, sleep
@@ -115,7 +118,9 @@ class Worker:
         self.stopped_by, self.training = None, None
         self.faults = []  # why the last proposals failed, since the last that did not
         self.said, self.signed = None, float("-inf")
+        self.shown = None, 0.0, 0.0  # the claim by which others see last that this worker is alive, when it was made by two clocks
         self.done = 0
+        self.own = None  # see own_night
         self.identity = {
             "worker": member.name, "worker_branch": self.tag, "host": os.uname().nodename if hasattr(os, "uname") else "",
             "machine": machine(), "tree": str(repo.top.resolve()),
@@ -165,24 +170,60 @@ class Worker:
 
     # --- the queue ---
 
-    def team(self):
-        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own."""
-        own = checks.night_of(self.repo)
-        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records)
+    def team(self, refs=None):
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own. refs: the
+        team's refs, if just read."""
+        own = self.own_night()
+        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records, refs=refs)
 
-    def change(self, item, **changes):
-        """Moves the item to its state with these changes; the Item as it is then. Raises Lost if it is not as it was."""
+    def own_night(self):
+        """The Night of this branch, which only this worker continues."""
+        if self.own is None:
+            self.own = checks.night_of(self.repo)
+        return self.own
+
+    def change(self, item, publish=False, **changes):
+        """Moves the item to its state with these changes; the Item as it is then. publish: what was recorded goes to the
+        remote in the same push. Raises Lost if the item is not as it was."""
+        began = self.now(), time.time()
         commit, state = self.patiently(lambda: self.board.written(item.state, item.state["experiment"] or "HEAD", **changes))
-        if not self.patiently(lambda: self.board.swap([(item.ref, commit, item.commit)])):
+        if not self.swap([(item.ref, commit, item.commit)], publish):
             raise Lost
+        self.shown = commit, *began
         return item._replace(commit=commit, state=state)
 
-    def claim(self, item, **changes):
+    def swap(self, changes, publish=False):
+        """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, or the item was
+        lost, what was recorded goes there by itself."""
+        if publish and self.member.remote:
+            with contextlib.suppress(Stop, OSError):
+                if self.board.swap(changes, publish=True):
+                    return True
+            self.publish()
+        return self.patiently(lambda: self.board.swap(changes))
+
+    def publish(self):
+        """Pushes what was recorded. If that fails, the next push takes it along."""
+        if note := exchange.pushed(self.repo, self.member):
+            self.say(note, once=True)
+
+    def claim(self, item, doing="begins", **changes):
         """The Item as this worker's; None if another was faster."""
-        attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": "begins", "since": now()}
+        attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": doing, "since": now()}
         with contextlib.suppress(Lost):
             return self.change(item, kind="claimed", **self.identity, **attempt, **changes)
         return None
+
+    def age(self, item):
+        """Seconds since this worker last showed by this claim that it is alive; the larger number of two clocks, as one of
+        them stops while the machine sleeps and the other may be set."""
+        commit, *began = self.shown
+        return max(self.now() - began[0], time.time() - began[1]) if commit == item.commit else float("inf")
+
+    def is_held(self, item):
+        """Whether this worker certainly has the claim, and for long enough to record a run: it was renewed a while before
+        anybody may think it void, and just now it is what the others see."""
+        return self.age(item) < LONGEST - RECORD_SECONDS and self.board.has(item)
 
     def renew(self, item, doing, code):
         """Shows that this worker is alive, and finds out whether the others think so. Raises Lost."""
@@ -201,9 +242,9 @@ class Worker:
             return None
         return Item(id, ref, commit, state, False)
 
-    def drop(self, item):
-        """Removes a claim on a run that nobody proposed."""
-        self.patiently(lambda: self.board.swap([(item.ref, None, item.commit)]))
+    def drop(self, item, publish=False):
+        """Removes a claim on a run that nobody proposed. publish: as of change."""
+        self.swap([(item.ref, None, item.commit)], publish)
 
     def is_mine(self, item):
         return item.state["worker"] == self.member.name
@@ -239,7 +280,7 @@ class Worker:
         if team.best and names.sha256(self.repo.top / names.TRAIN) == team.best["code"]:
             return
         with contextlib.suppress(checks.NotBased):
-            place = checks.place(self.repo, checks.night_of(self.repo), team)
+            place = checks.place(self.repo, self.own_night(), team)
             if place.edits:
                 self.repo.drop(place.edits)
 
@@ -279,7 +320,7 @@ class Worker:
                 kill(process, signal.SIGTERM)
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
+                    process.wait(1.0)  # a signal is handled meanwhile
                 asked = asked or (self.stopped_by and self.now())
                 if self.now() > limit or asked and self.now() > asked + KILL_WAIT:
                     kill(process, signal.SIGKILL)
@@ -293,7 +334,7 @@ class Worker:
         """The RunLog in run.log if it is of this code and not recorded; None otherwise."""
         log = run_log.read(self.repo.top / names.RUN_LOG)
         of_code = log and log.header and log.header["train_sha256"] == code
-        return log if of_code and not checks.night_of(self.repo).record_of(log) else None
+        return log if of_code and not self.own_night().record_of(log) else None
 
     def run_until_ended(self, item, code, seed, doing):
         """(the claim, the RunLog) of a run that ended by itself. Raises Fault, Lost, Stopped."""
@@ -301,7 +342,9 @@ class Worker:
         if log and log.ended in ("complete", "crash"):  # this worker was killed before it recorded it
             return item, log
         for attempt in range(1 + RERUNS):
-            item = self.renew(item, doing if not attempt else f"{doing}, again", code)
+            said = doing if not attempt else f"{doing}, again"
+            if (item.state["doing"], item.state["running"]) != (said, code) or self.age(item) > CLAIM_SECONDS:
+                item = self.renew(item, said, code)
             status = self.train(seed)
             if self.stopped_by:
                 raise Stopped
@@ -343,15 +386,23 @@ class Worker:
             )
 
     def recorded(self, description, simpler=False, task="experiment"):
-        """Records the run in run.log; what that prints. Raises Refused, Again."""
+        """Records the run in run.log; what that prints. It is not pushed yet. Raises Refused, Again."""
         args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=task)
 
-        def once():
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                record.run(args)
-            return out.getvalue()
+        refs = [self.board.refs]  # as of the fetch before this
 
-        return self.patiently(once)
+        def once():
+            repo = Repo(self.repo.top)
+            tag, repo.member = repo.tag(), self.member
+            repo.tag, repo.team_refs = lambda: tag, refs.pop() if refs else None
+            plan, lines = record.recorded(repo, args, for_queue=True)
+            record.sample(repo, plan)
+            return "\n".join(lines)
+
+        try:
+            return self.patiently(once)
+        finally:
+            self.own = None
 
     def experiment(self, item, code, description, seed=None, first="run 1"):
         """Runs and records HEAD's train.py until it has a verdict; (the claim, its record, what was said)."""
@@ -359,9 +410,12 @@ class Worker:
         while True:
             n += 1
             item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
-            own = checks.night_of(self.repo)
+            own = self.own_night()
             self.check_kind(log, own)
-            item, again = self.renew(item, "records", code), own.waiting is not None and own.waiting["code"] == code
+            again = own.waiting is not None and own.waiting["code"] == code
+            if not self.is_held(item):
+                item = self.renew(item, "records", code)
+                self.board.fetch()
             try:
                 said = self.recorded(description, item.state["simpler"] and not again, item.state["task"])
             except Again:
@@ -373,11 +427,12 @@ class Worker:
             except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 return item, self.team().decided(code), f"{decided}\n"
-            r = checks.night_of(self.repo).latest(code)
+            r = self.own_night().latest(code)
             if r is None:
                 raise Refused("the run was not recorded")
             if item.state["task"] != "experiment" or r["verdict"] != "confirm":
                 return item, r, said
+            self.publish()
             self.say(f"confirm: {description[: checks.BRIEF]}: it is run again")
             if self.stopped_by:
                 raise Stopped
@@ -390,15 +445,16 @@ class Worker:
 
     # --- a proposal ---
 
-    def process(self, item):
-        """From a claim to a verdict. Raises Fault, Lost, Stopped."""
+    def process(self, item, team, brought=None):
+        """From a claim to a verdict. brought: the Brought for which it was claimed, on this team's best. Raises Fault, Lost,
+        Stopped."""
         description = item.state["description"]
         for attempt in range(ROUNDS):
-            team, running = self.team(), item.state["running"]
+            team, running = team or self.team(), item.state["running"]
             if running and (r := team.decided(running)) and not r.get("late"):
                 return self.settle(item, r, r["why"])  # its worker was killed before it could say so
-            if not self.goes_on(item, team):
-                brought = bring(self.repo, item.state, team.best)
+            if brought or not self.goes_on(item, team):
+                brought = brought or bring(self.repo, item.state, team.best)
                 if brought.content is None:
                     return self.give_back(item, brought.why)
                 if r := team.decided(brought.code):
@@ -412,8 +468,9 @@ class Worker:
                 return self.give_back(item, f"it could not be recorded: {refused}")
             if not r.get("late") or attempt == ROUNDS - 1:
                 return self.settle(item, r, said)
+            self.publish()
             self.say(f"a late gain: {description[: checks.BRIEF]}: it is tried again on the team's best")
-            item = self.renew(item, "a late gain, tried again on the team's best", "")
+            item, team, brought = self.renew(item, "a late gain, tried again on the team's best", ""), None, None
         return None
 
     def goes_on(self, item, team):
@@ -422,16 +479,16 @@ class Worker:
         if not code or not self.repo.train_is_committed() or names.sha256(self.repo.top / names.TRAIN) != code:
             return False
         try:
-            return bool(checks.place(self.repo, checks.night_of(self.repo), team).edits) and not team.decided(code)
+            return bool(checks.place(self.repo, self.own_night(), team).edits) and not team.decided(code)
         except checks.NotBased:
             return False
 
     def settle(self, item, r, said):
-        """Publishes the verdict, by compare-and-swap of the claim. Raises Lost."""
+        """Publishes the verdict, by compare-and-swap of the claim, and what was recorded. Raises Lost."""
         shown = "\n".join(line for line in said.splitlines() if not line.startswith(OWN_TREE))
         where = label(r) if r.get("label") else f"{r['tag']}/{r['row']:04d}" if r["row"] else r["tag"]
         self.change(
-            item, kind="decided", verdict=r["verdict"], text=shown, label=where, mean=r["mean"], gain=r["gain"],
+            item, publish=True, kind="decided", verdict=r["verdict"], text=shown, label=where, mean=r["mean"], gain=r["gain"],
             commit=r["commit"], when=now(), doing="", running="",
         )  # fmt: skip
         self.faults, self.done = [], self.done + 1
@@ -501,7 +558,7 @@ class Worker:
             with contextlib.suppress(Stop, OSError, Stopped):
                 self.drop(self.latest(item))
             raise
-        self.drop(item)
+        self.drop(item, publish=True)
         if r["verdict"] == "crash":
             raise Fault(f"the baseline crashed: {r['why']}" if item.state["task"] == "baseline" else "the team's best crashed here")
         self.faults = []
@@ -520,6 +577,7 @@ class Worker:
         if journal.pending(self.repo.top):
             with locks.one_at_a_time(self.repo.top / names.LAB):
                 record.finish_interrupted(self.repo)
+            self.own = None
             self.say("a record that was interrupted is complete")
         self.catch_up()
 
@@ -542,6 +600,7 @@ class Worker:
         if any(item.state["commit"] in theirs and not self.is_mine(item) for item in queue.of("decided")):
             with locks.one_at_a_time(self.repo.top / names.LAB):
                 record.disown(self.repo, last)
+            self.own = None
             self.say(f"another worker has decided what this one recorded and did not publish: {last['description'][: checks.BRIEF]}")
 
     def check_rules(self):
@@ -553,7 +612,7 @@ class Worker:
 
     def step(self):
         """Does one thing of what is to be done. Whether there was something."""
-        queue = self.board.look()
+        queue, self.own = self.board.look(), None
         if self.board.note:
             self.say(self.board.note, once=True)
             return False
@@ -562,23 +621,44 @@ class Worker:
             for item in left:
                 self.drop(item)
             return True
-        team = self.team()
+        team = self.team(self.board.refs)
         if not team.night.tip:
             return self.measure_baseline(queue, team)
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]
         if not mine and self.repeat_best(queue, team):
             return True
-        for item in self.free(queue)[:3]:
-            if claimed := self.claim(item):
-                self.take(claimed)
+        for item in self.next(queue)[:3]:
+            brought = self.brought(item, team)
+            if claimed := self.claim(item, "run 1", running=brought.code) if brought else self.claim(item):
+                self.take(claimed, team if brought else None, brought)
                 return True
         return False
 
-    def take(self, item):
+    def next(self, queue):
+        """Proposals to try to claim, in this order: the oldest first. With many workers one of the oldest, or all of them
+        would try to claim the same one."""
+        found, workers = self.free(queue), max(len(queue.workers), len(queue.running))
+        few = found[: 1 + workers // SPREAD]
+        if all(item.kind == "open" and not self.failed_here(item) for item in few):
+            random.shuffle(few)
+        return [*few, *found[len(few) :]]
+
+    def brought(self, item, team):
+        """The Brought of a proposal that waits, if it can run: then the claim is the sign of life before the run, too. None:
+        it is claimed first, and everything else found out then."""
+        if item.kind != "open":
+            return None
+        try:
+            found = bring(self.repo, item.state, team.best)
+        except Refused:
+            return None
+        return found if found.content is not None and not team.decided(found.code) else None
+
+    def take(self, item, team, brought):
         """A claimed proposal, to whatever end."""
         self.say(f"takes: {item.state['description'][: checks.BRIEF]} (of {item.state['branch']})")
         try:
-            self.process(item)
+            self.process(item, team, brought)
         except Lost:
             (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
             self.say("another worker has taken this proposal over: what was run is discarded")

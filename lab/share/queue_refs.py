@@ -90,10 +90,19 @@ def new(state, **changes):
     return {**FIELDS, **state, **changes}
 
 
+_trees = {}  # (top, commit): its tree
+
+
 def written(repo, state, parent):
     """Writes the state as a commit; its name. parent: the experiment, so that the ref carries it to the remote; for a state
     without one any commit. Two calls never write the same object: `nonce` is random. Raises GitError."""
-    parent, tree = repo.git("rev-parse", f"{parent}^{{commit}}", f"{parent}^{{tree}}").split()
+    if (repo.top, parent) not in _trees:
+        found = repo.git("rev-parse", f"{parent}^{{commit}}", f"{parent}^{{tree}}").split()
+        if parent == found[0]:  # a commit's own name, which always means the same
+            _trees[repo.top, parent] = found[1]
+        parent, tree = found
+    else:
+        tree = _trees[repo.top, parent]
     who = f"autoresearch <autoresearch@localhost> {int(time.time())} +0000"
     line = json.dumps(state, ensure_ascii=False)
     body = f"tree {tree}\nparent {parent}\nauthor {who}\ncommitter {who}\n\n{line}\n"
@@ -137,14 +146,13 @@ def parse(data):
 _read = {}  # {name of a commit: its state, or None}: a state never changes
 
 
-def read(repo, member):
-    """The Queue as it is here: fetch first if the team has a remote."""
+def read(repo, member, refs=None):
+    """The Queue as it is here: fetch first if the team has a remote. refs: lab.share.exchange.refs_of, if just read."""
     prefix = f"{names.queue_ref(member.team)}/"
-    here, there = base_git.refs(repo.top, prefix), {}
-    if member.remote:
-        mirrored = base_git.refs(repo.top, names.mirror_of(prefix))
-        there = {prefix + ref.removeprefix(names.mirror_of(prefix)): commit for ref, commit in mirrored.items()}
-    found = {**here, **there}
+    mirror = names.mirror_of(prefix)
+    refs = base_git.refs(repo.top, prefix, *[mirror] * bool(member.remote)) if refs is None else refs
+    there = {prefix + ref.removeprefix(mirror): commit for ref, commit in refs.items() if ref.startswith(mirror)}
+    found = {ref: commit for ref, commit in refs.items() if ref.startswith(prefix)} | there
     notes = [f"the queue has {len(found)} entries: {MOST} are read"] * (len(found) > MOST)
     found = dict(sorted(found.items())[:MOST])
     wanted = [commit for commit in found.values() if commit not in _read]

@@ -109,11 +109,12 @@ class Team(NamedTuple):
         return any(abs((now - datetime.fromisoformat(state["when"])).total_seconds()) < ABANDONED for state in said)
 
 
-def team_night(repo, member, tag, own, header=None):
+def team_night(repo, member, tag, own, header=None, refs=None):
     """The Team as this member sees it, from the refs that are here; fetch first (lab.share.exchange). own: the records of
     autoresearch/TAG, which is the member's. header: that of a run of this tree, if `own` has none: it says which records
-    compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same."""
-    trees, notes = read_trees([repo], member, tag)
+    compare; without either, those of the kind that the team has most runs of, if this tree's rules are the same. refs:
+    lab.share.exchange.refs_of, if just read."""
+    trees, notes = read_trees([repo], member, tag, refs)
     known = {r["run_id"] for r in own}
     trees = [tree for tree in trees if not tree.records or any(r["run_id"] not in known for r in tree.records)]  # an old name
     own = Tree(member.name, tag, own, {}, True, True)
@@ -132,8 +133,6 @@ def team_seen(repos, name, tag=None):
     trees, notes = read_trees(repos, onlooker, "")
     own = next((tree for tree in trees if tree.is_here and tree.tag == tag and tree.kind), None)
     header = next(r["header"] for r in own.records if r["header"]) if own else usual(trees)
-    for key in _read.keys() - {(tree.commit, tree.tag) for tree in trees}:
-        del _read[key]  # an onlooker may look for days
     return assembled(onlooker, "", trees, notes, header)
 
 
@@ -304,15 +303,27 @@ def judge_keep(whole, r):
 # Reading what members published
 
 
-_read = {}  # (commit that a member published, branch): (its records, state, notes); one `lab record` looks three times
+class Published(NamedTuple):
+    """What a commit that a member published holds."""
+
+    records: list
+    state: dict
+    notes: list  # sentences on what was left out
+    by_file: dict  # {(name of a run, its blob): (record, why it is left out or None)}
 
 
-def read_trees(repos, member, tag):
+_read = {}  # (commit that a member published, branch): Published; one `lab record` looks three times
+
+
+def read_trees(repos, member, tag, refs=None):
     """([Tree], notes) of all other branches of the team: from their own refs if they are of one of these checkouts, from a
-    mirror of the remote if not."""
+    mirror of the remote if not. refs: those of the only repository, if just read."""
     found, notes = {}, []
+    refs = {repo: repo.refs(member.refs, member.mirror) if refs is None else refs for repo in repos}
     for where, is_here, repo in [(member.refs, True, r) for r in repos] + [(member.mirror, False, r) for r in repos]:
-        for ref, commit in repo.refs(where).items():
+        for ref, commit in refs[repo].items():
+            if not ref.startswith(where):
+                continue
             name, _, branch = ref.removeprefix(where).partition("/")
             if name == names.QUEUE:
                 continue
@@ -329,9 +340,11 @@ def read_trees(repos, member, tag):
         read_commits(repo, member, [(commit, branch) for (_, branch), (commit, _, its) in wanted.items() if its is repo])
     trees = []
     for (name, branch), (commit, is_here, _) in wanted.items():
-        records, state, why = _read[commit, branch]
+        records, state, why, _ = _read[commit, branch]
         notes += [f"{branch} ({name[:4]}): {sentence}" for sentence in why]
         trees.append(Tree(name, branch, records, state, False, is_here, commit))
+    for key in _read.keys() - {(commit, branch) for (_, branch), (commit, _, _) in wanted.items()}:
+        del _read[key]  # a worker and an onlooker look for days
     more = [f"{len(notes) - SHOWN_NOTES} more such notes"] * (len(notes) > SHOWN_NOTES)
     return trees, [*notes[:SHOWN_NOTES], *more]
 
@@ -348,29 +361,38 @@ def read_commits(repo, member, wanted):
     new = [key for key in wanted if key not in _read]
     if not new:
         return
-    files, states, bad = published_files(repo, list(dict.fromkeys(commit for commit, _ in new)))
-    data = objects(repo, [blob for own in files.values() for _, blob in own.values()], LARGEST_RECORD, "blob")
-    said = objects(repo, states.values(), LARGEST_RECORD, "blob")
-    parsed = {key: [] for key in new}
-    problems = {(commit, branch): Counter(bad.get(commit, ())) for commit, branch in new}
+    branches, known = {branch for _, branch in new}, {}
+    for (_, branch), entry in _read.items():  # a branch grows: most of its records were read when it was shorter
+        if branch in branches:
+            known.setdefault(branch, {}).update({file: found for file, found in entry.by_file.items() if not found[1]})
+    with repo.reader() as reader:
+        read_new(repo, reader, member, new, known)
+
+
+def read_new(repo, reader, member, new, known):
+    """Puts what these commits hold into _read. known: {branch: Published.by_file of its earlier commits}."""
+    files, states, bad = published_files(repo, reader, list(dict.fromkeys(commit for commit, _ in new)))
+    wanted = {(branch, name, blob) for commit, branch in new for name, (_, blob) in files.get(commit, {}).items()}
+    wanted = {(branch, name, blob) for branch, name, blob in wanted if (name, blob) not in known.get(branch, ())}
+    data = objects(repo, sorted({blob for _, _, blob in wanted}), LARGEST_RECORD, "blob", reader)
+    parsed = {(branch, name, blob): parse(data.get(blob), name, branch) for branch, name, blob in wanted}
+    fits = fitting(repo, reader, member, [record for record, why in parsed.values() if not why])
+    for (branch, name, blob), (record, why) in parsed.items():
+        if not why and not fits.get((record["commit"], record["blob"], record["code"])):
+            record, why = None, "has a hash that does not fit its commit"
+        known.setdefault(branch, {})[name, blob] = record, why
+    said = objects(repo, states.values(), LARGEST_RECORD, "blob", reader)
     for commit, branch in new:
-        for name, (_, blob) in files.get(commit, {}).items():
-            record, why = parse(data.get(blob), name, branch)
-            if why:
-                problems[commit, branch][why] += 1
-            else:
-                parsed[commit, branch].append(record)
-    fits = fitting(repo, member, [r for records in parsed.values() for r in records])
-    for (commit, branch), records in parsed.items():
-        good = [r for r in records if fits.get((r["commit"], r["blob"], r["code"]))]
-        problems[commit, branch]["has a hash that does not fit its commit"] += len(records) - len(good)
-        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems[commit, branch].items() if n]
-        _read[commit, branch] = good, state(said.get(states.get(commit))), notes
+        by_file = {(name, blob): known[branch][name, blob] for name, (_, blob) in files.get(commit, {}).items()}
+        problems = Counter([*bad.get(commit, ()), *(why for _, why in by_file.values() if why)])
+        notes = [f"{n} record{'s' * (n > 1)} left out: {why}" for why, n in problems.items()]
+        good = [record for record, why in by_file.values() if not why]
+        _read[commit, branch] = Published(good, state(said.get(states.get(commit))), notes, by_file)
 
 
-def published_files(repo, commits):
+def published_files(repo, reader, commits):
     """({commit: {name of a run: (number, blob)}}, {commit: blob of its state}, {commit: what is wrong})"""
-    roots = objects(repo, [f"{commit}^{{tree}}" for commit in commits], LARGEST_TREE, "tree")
+    roots = objects(repo, [f"{commit}^{{tree}}" for commit in commits], LARGEST_TREE, "tree", reader)
     folders, states, bad = {}, {}, {}
     for commit in commits:
         if (root := roots.get(f"{commit}^{{tree}}")) is None:
@@ -380,7 +402,7 @@ def published_files(repo, commits):
         states[commit] = next((name for path, name, is_tree in entries if path == names.STATE and not is_tree), None)
         folders[commit] = [(path, name) for path, name, is_tree in entries if is_tree]
     states = {commit: blob for commit, blob in states.items() if blob}
-    inner, files = objects(repo, [name for own in folders.values() for _, name in own], LARGEST_TREE, "tree"), {}
+    inner, files = objects(repo, [name for own in folders.values() for _, name in own], LARGEST_TREE, "tree", reader), {}
     for commit, own in folders.items():
         found = {}
         for folder, name in own:
@@ -405,25 +427,13 @@ def entries_of(tree, length):
     return entries
 
 
-def objects(repo, wanted, largest, of_type):
+def objects(repo, wanted, largest, of_type, reader=None):
     """{name as given: bytes} of those objects that are here, of this type and at most this large: what is larger is never
-    read."""
-    wanted = list(dict.fromkeys(wanted))
-    if not wanted:
-        return {}
-    asked = "".join(f"{name}\n" for name in wanted)
-    listed = repo.git("cat-file", "--batch-check", stdin=asked).splitlines()
-    small = {}
-    for name, line in zip(wanted, listed, strict=True):
-        about = line.split()
-        if len(about) == 3 and about[1] == of_type and int(about[2]) <= largest:
-            small[name] = about[0]
-    try:
-        asked = "".join(f"{name}\n" for name in dict.fromkeys(small.values()))
-        found = records_in_git.blobs_in(repo.git("cat-file", "--batch", stdin=asked, raw=True)) if small else {}
-    except (GitError, ValueError):
-        found = {}
-    return {name: found[blob] for name, blob in small.items() if blob in found}
+    read. reader: one of repo's that is open, to ask more than once."""
+    if reader is None:
+        with repo.reader() as reader:
+            return objects(repo, wanted, largest, of_type, reader)
+    return {name: data for name, (_, data) in reader.read(wanted, largest, of_type).items()}
 
 
 def parse(data, name, tag):
@@ -472,30 +482,40 @@ def state(data):
         return {}
 
 
-def fitting(repo, member, records):
+_checked = {}  # {file: the lines that it had when this process read it, and what was compared since}
+
+
+def fitting(repo, reader, member, records):
     """{(commit, blob, code): True} of those whose commit is here and has that train.py: git's name for it, and its sha256.
     What was compared once is remembered in a file beside git's, since it cannot change; an onlooker has none."""
     wanted = {(r["commit"], r["blob"], r["code"]) for r in records}
     memory = member.shared and member.shared / f"{member.team}-checked"
-    try:
-        known = {tuple(line.split()) for line in memory.read_text(encoding="ascii", errors="replace").splitlines()} if memory else set()
-    except OSError:
-        known = set()
+    known = compared_before(memory) if wanted else set()
     new = sorted(wanted - known)
     if not new:
         return dict.fromkeys(wanted, True)
-    asked = "".join(f"{commit}:{names.TRAIN}\n" for commit, _, _ in new)
-    listed = repo.git("cat-file", "--batch-check", stdin=asked).splitlines()
-    fits = [key for key, line in zip(new, listed, strict=True) if line.split()[0] == key[1] and line.split()[1:2] == ["blob"]]
-    contents = objects(repo, [blob for _, blob, _ in fits], LARGEST_TRAIN, "blob")
-    hashes = {blob: hashlib.sha256(data).hexdigest() for blob, data in contents.items()}
-    fits = [key for key in fits if hashes.get(key[1]) == key[2]]
-    if not memory:
-        return dict.fromkeys(fits, True)
-    try:
-        member.shared.mkdir(exist_ok=True)
-        with open(memory, "a", encoding="ascii") as f:
-            f.write("".join(f"{' '.join(key)}\n" for key in fits))
-    except (OSError, Stop):
-        pass
+    found = reader.read([f"{commit}:{names.TRAIN}" for commit, _, _ in new], LARGEST_TRAIN, "blob")
+    contents = {key: found.get(f"{key[0]}:{names.TRAIN}", ("", b"")) for key in new}
+    fits = [key for key, (blob, data) in contents.items() if blob == key[1] and hashlib.sha256(data).hexdigest() == key[2]]
+    known.update(fits)
+    if memory:
+        try:
+            member.shared.mkdir(exist_ok=True)
+            with open(memory, "a", encoding="ascii") as f:
+                f.write("".join(f"{' '.join(key)}\n" for key in fits))
+        except (OSError, Stop):
+            pass
     return dict.fromkeys([*fits, *(wanted & known)], True)
+
+
+def compared_before(memory):
+    """The set of what was compared before, to add to; read once a process, as other processes only add what this one may
+    compare again."""
+    if memory is None:
+        return set()
+    if memory not in _checked:
+        try:
+            _checked[memory] = {tuple(line.split()) for line in memory.read_text(encoding="ascii", errors="replace").splitlines()}
+        except OSError:
+            return _checked.setdefault(memory, set())
+    return _checked[memory]

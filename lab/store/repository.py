@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.base.errors import Damaged, Refused
-from lab.base.git import REFS, GitError, git, read_only, refs_in
+from lab.base.git import REFS, GitError, Objects, git, read_only, refs_in
 from lab.store import names
 from lab.store.names import PREFIX
 
@@ -27,6 +27,8 @@ class Edit(NamedTuple):
 class Repo:
     def __init__(self, top):
         self.top = Path(top)
+        self.shorts = {}  # {commit: its short name}
+        self.team_refs = None  # the team's refs, if they are to be taken as they were read: see lab.share.exchange.refs_of
 
     @classmethod
     def find(cls, path):
@@ -51,6 +53,10 @@ class Repo:
         """{ref: object name}, as lab.base.git.refs."""
         return refs_in(self.git("for-each-ref", REFS, *patterns))
 
+    def reader(self):
+        """Reads many objects by one git: lab.base.git.Objects, to be closed."""
+        return Objects(self.top)
+
     def tag(self):
         """nov21 on the branch autoresearch/nov21; a refusal elsewhere."""
         branch = self.ask("symbolic-ref", "--quiet", "--short", "HEAD")
@@ -71,7 +77,9 @@ class Repo:
         return head
 
     def short(self, commit):
-        return self.git("rev-parse", "--short", commit).strip()
+        if commit not in self.shorts:
+            self.shorts[commit] = self.git("rev-parse", "--short", commit).strip()
+        return self.shorts[commit]
 
     def exists(self, commit):
         return self.ask("cat-file", "-e", f"{commit}^{{commit}}") is not None
@@ -165,18 +173,16 @@ class Repo:
             return True
         if {edit.commit for edit in edits[: on_chain[-1] + 1]} - set(commits):
             return False
-        tip = base = self.git("rev-parse", edits[on_chain[-1]].commit + "^").strip()
-        entry = self.git("ls-tree", base, "--", names.TRAIN).split()  # mode, type, blob, name
-        for line in self.git("rev-list", "--first-parent", "--reverse", f"{base}..HEAD").split():
+        last = edits[on_chain[-1]].commit
+        base, before, head, top = self.git("rev-parse", f"{last}^", f"{last}^:train.py", "HEAD:train.py", "HEAD").split()
+        tip = base
+        for line in [] if top == last else self.git("rev-list", "--first-parent", "--reverse", f"{base}..HEAD").split():
             if line not in commits:
-                tip = self.transplant(line, tip, entry)
-        head = self.git("rev-parse", "HEAD:train.py").strip()
+                tip = self.transplant(line, tip, self.git("ls-tree", base, "--", names.TRAIN).split())
         there = self.ask("hash-object", "--path=train.py", names.TRAIN)
-        if there == entry[2] != head:
+        if there == before != head:
             self.git("checkout", "--quiet", "HEAD", "--", names.TRAIN)  # a reset that was killed came this far
-        elif there == head:
-            self.git("update-index", "--", names.TRAIN)  # a commit that was killed may have left an older index
-        self.ask("update-index", "-q", "--refresh")  # or a train.py that was only touched would look edited
+        self.refresh(there == head)  # a commit that was killed may have left an older index
         self.git("reset", "--quiet", "--keep", tip)
         self.index.unlink(missing_ok=True)
         return True
@@ -185,28 +191,33 @@ class Repo:
         """Adds a commit that makes train.py, whose blob is `old`, the blob `new`; nothing else changes, uncommitted edits
         included. author: (name, email) if it is another's work. A second call changes nothing. Returns False if train.py
         of HEAD is neither: then nothing is changed."""
-        mode, _, blob, _ = self.git("ls-tree", "HEAD", "--", names.TRAIN).split()
+        entries = self.git("ls-tree", "-z", "HEAD", raw=True).split(b"\0")
+        entry = next(entry for entry in entries if entry.endswith(b"\t" + names.TRAIN.encode()))
+        mode, _, blob = entry.decode().split()[:3]
         there = self.ask("hash-object", "--path=train.py", names.TRAIN)
         if blob not in (old, new):
             return False
         if there == new and blob == old:
             self.git("checkout", "--quiet", "HEAD", "--", names.TRAIN)  # a reset that was killed came this far
-        elif there == blob:
-            self.git("update-index", "--", names.TRAIN)
-        self.ask("update-index", "-q", "--refresh")
+        self.refresh(there == blob)
         if blob == old:
-            index = {"GIT_INDEX_FILE": str(self.index)}
-            self.git("read-tree", "HEAD", env=index)
-            self.git("update-index", "--add", "--cacheinfo", f"{mode},{new},train.py", env=index)
-            tree = self.git("write-tree", env=index).strip()
+            changed = f"{mode} blob {new}\t{names.TRAIN}".encode()
+            tree = self.git("mktree", "-z", stdin=b"\0".join(changed if e == entry else e for e in entries)).strip()
             env = dict(zip(("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL"), author, strict=True)) if author else None
             commit = self.git("commit-tree", tree, "-p", "HEAD", "-m", message, env=env).strip()
             self.git("reset", "--quiet", "--keep", commit)
         self.index.unlink(missing_ok=True)
         return True
 
+    def refresh(self, train):
+        """Makes git's index know the files as they are, or a file that was only touched would look edited; train: puts
+        train.py into it."""
+        if self.ask("update-index", "-q", *[names.TRAIN] * train, "--refresh") is None and train:
+            self.git("update-index", "--", names.TRAIN)
+            self.ask("update-index", "-q", "--refresh")
+
     def transplant(self, commit, parent, entry):
-        """The commit again on another parent, with train.py as in `entry`; its new name."""
+        """The commit again on another parent, with train.py as in `entry` (mode, type, blob, name); its new name."""
         index = {"GIT_INDEX_FILE": str(self.index)}
         self.git("read-tree", commit, env=index)
         self.git("update-index", "--add", "--cacheinfo", f"{entry[0]},{entry[2]},train.py", env=index)
@@ -240,3 +251,6 @@ class Untrusted(Repo):
         if shown is None or len(shown) == LARGEST:
             raise GitError(args, "it failed, took too long or printed too much")
         return shown if raw else shown.decode(errors="replace")
+
+    def reader(self):
+        return Objects(self.top, trusted=False, seconds=SECONDS, most=LARGEST)

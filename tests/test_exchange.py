@@ -1,0 +1,206 @@
+"""A look at the team, a claim, a record with its verdict: few git processes, and nothing less safe for it."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from fakequeue import Proposer, inside
+
+from lab.base import git as base_git
+from lab.base.git import GitError, Objects
+from lab.loop import checks
+from lab.queue import work
+from lab.share import exchange, queue_refs
+from lab.store import names
+
+MOST_GITS = 55  # that one proposal may start over a remote; 47 do
+BLOB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A team whose baseline is measured, in the agent's own tree."""
+    agent = Proposer(tmp_path_factory.mktemp("team") / "agent")
+    agent.work()
+    (agent.path / ".lab" / "worker.lock").unlink()
+    return agent
+
+
+@pytest.fixture
+def agent(measured, tmp_path):
+    return measured.copy(tmp_path / "agent")
+
+
+@pytest.fixture
+def apart(agent):
+    """(the agent, a worker's clone, the bare repository that they share through)"""
+    hub = agent.hub()
+    far = agent.clone("far", hub)
+    agent.publish()
+    return agent, far, hub
+
+
+# --- pushes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["a path", "a name"])
+def test_a_push_writes_what_the_remote_has_taken_to_the_mirror(apart, named):
+    agent, _, hub = apart
+    if named:
+        agent.git("remote", "add", "hub", str(hub))
+        agent.git("config", "autoresearch.remote", "hub")
+    repo, ref = agent.repo, names.queue_ref("gpus", "1")
+    member, (new, old) = checks.member_of(repo), agent.git("rev-list", "-2", "HEAD").split()
+
+    def mirror():
+        return base_git.refs(agent.path, names.mirror_of(ref)).get(names.mirror_of(ref))
+
+    assert exchange.swap(repo, member, [(ref, old, None)]) == "done" and mirror() == old
+    assert exchange.swap(repo, member, [(ref, new, new)]) == "refused" and mirror() == old
+    base_git.change_refs(agent.path, [(names.mirror_of(ref), None, old)])
+    assert exchange.swap(repo, member, [(ref, old, None)]) == "same" and mirror() == old
+    assert exchange.swap(repo, member, [(ref, new, old)]) == "done" and mirror() == new
+    assert exchange.swap(repo, member, [(ref, None, new)]) == "done" and mirror() is None
+    assert exchange.unpublished(repo, member) == 0 and not agent.git("config", "--get-regexp", "^remote[.]autoresearch", check=False)
+
+
+def test_records_and_a_verdict_go_in_one_push_or_not_at_all(apart):
+    agent, far, hub = apart
+    repo, ref, own = far.repo, names.queue_ref("gpus", "1"), far.git("rev-parse", "HEAD")
+    member, (new, old) = checks.member_of(repo), far.git("rev-list", "-2", "HEAD").split()
+    mine = member.ref("far")
+    far.git("update-ref", mine, own)
+    assert exchange.swap(repo, member, [(ref, new, old)], publish=True) == "refused"
+    assert base_git.refs(hub, mine, ref) == {}
+    assert exchange.swap(repo, member, [(ref, old, None)], publish=True) == "done"
+    assert base_git.refs(hub, mine, ref) == {mine: own, ref: old}
+    assert exchange.swap(repo, member, [(ref, new, old)], publish=True) == "done", "the records are there already"
+    assert exchange.swap(repo, member, [(ref, new, old)], publish=True) == "same"
+    (hub / "hooks").mkdir(exist_ok=True)
+    hook = hub / "hooks" / "update"
+    hook.write_text(f'#!/bin/sh\ncase "$1" in {mine}) exit 1;; esac\n')
+    hook.chmod(0o755)
+    far.git("update-ref", mine, old)
+    with pytest.raises(GitError):  # the records were refused, the claim is not lost
+        exchange.swap(repo, member, [(ref, None, new)], publish=True)
+    assert base_git.refs(hub, mine, ref) == {mine: own, ref: new}
+
+
+@pytest.mark.slow
+def test_what_was_recorded_is_published_if_the_claim_is_lost_meanwhile(apart):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    heir_tree = agent.clone("heir", hub)
+    with inside(far):
+        worker = far.worker()
+        recorded = worker.recorded
+
+        def then_lost(*args):
+            said = recorded(*args)
+            heir = heir_tree.worker()
+            heir.board.is_void = lambda item: True
+            assert heir.claim(heir.free(heir.board.look())[0])
+            return said
+
+        worker.recorded = then_lost
+        worker.begin()
+        worker.step()
+    assert any("taken this proposal over" in sentence for sentence in worker.said_all)
+    assert list(base_git.refs(hub, f"{worker.member.refs}{worker.member.name}/")) == [worker.member.ref("far")]
+    heir_tree.work()
+    (item,) = agent.queue.items
+    assert item.state["verdict"] == "keep" and item.state["worker_branch"] == "heir"
+    assert [r["description"] for r in agent.team.night.rows] == ["baseline", "more A"]
+
+
+# --- a worker -----------------------------------------------------------------
+
+
+def test_a_proposal_over_a_remote_starts_few_gits(apart):
+    agent, far, _ = apart
+    for i in range(2):
+        agent.proposed(f"worse {i}", A=-0.02 - i / 100)
+    started = []
+    sys.addaudithook(lambda event, args: event == "subprocess.Popen" and started.append(list(map(str, args[1]))))
+    with inside(far):
+        worker = far.worker()
+        worker.begin()
+        assert worker.step()
+        started.clear()
+        assert worker.step()
+    gits = [command for command in started if command[0] == "git"]
+    assert worker.done == 2 and len(gits) <= MOST_GITS, "\n".join(" ".join(command)[:160] for command in gits)
+    assert sum("push" in command for command in gits) == 2, "one claims, one has the record and the verdict"
+
+
+def test_a_claim_is_held_while_others_see_it_and_nobody_may_think_it_void(agent):
+    agent.proposed("more A", A=0.01)
+    first, second = agent.worktree("w1").worker(), agent.worktree("w2").worker()
+    item = first.claim(first.board.look().items[0])
+    assert first.is_held(item) and not first.is_held(item._replace(commit=item.state["experiment"]))
+    clock, first.now = first.now, lambda: clock() + work.LONGEST - work.RECORD_SECONDS
+    assert not first.is_held(item), "so old that it is renewed first"
+    first.now = clock
+    assert first.is_held(item)
+    assert second.claim(second.board.look().items[0]) and not first.is_held(item)
+
+
+def test_many_workers_begin_with_different_proposals_and_few_with_the_oldest(agent):
+    worker = agent.worker()
+    items = [SimpleNamespace(id=i, kind="open", state={"failed": []}) for i in range(40)]
+    worker.free = lambda queue: list(items)
+    alone, many = (SimpleNamespace(workers=range(n), running=[]) for n in (1, 40))
+    assert [item.id for item in worker.next(alone)] == list(range(40))
+    tries = [[item.id for item in worker.next(many)] for _ in range(20)]
+    assert len({order[0] for order in tries}) > 5 and all(order[21:] == list(range(21, 40)) for order in tries)
+    assert all(sorted(order) == list(range(40)) for order in tries)
+    items[3].state["failed"] = ["test: it failed here"]
+    assert [item.id for item in worker.next(many)] == list(range(40)), "what failed here stays last"
+
+
+# --- reading ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_objects_are_read_by_one_git_and_those_that_cannot_be_are_left_out(agent, trusted):
+    small = [agent.git("hash-object", "-w", "--stdin", stdin=f"file {i}") for i in range(250)]
+    large = agent.git("hash-object", "-w", "--stdin", stdin="x" * (3 << 20))
+    medium = agent.git("hash-object", "-w", "--stdin", stdin="x" * 5000)
+    broken = agent.git("hash-object", "-w", "--stdin", stdin="to be damaged")
+    path = agent.path / ".git" / "objects" / broken[:2] / broken[2:]
+    path.chmod(0o600)
+    path.write_bytes(b"no object")
+    wanted = [*small[:100], large, "HEAD:none", broken, medium, "HEAD", "0" * 40, *small[100:], "HEAD:train.py"]
+    with Objects(agent.path, trusted=trusted) as objects:
+        found = objects.read(wanted, 4000, "blob")
+        assert found.keys() == {*small, "HEAD:train.py"}
+        assert found[small[249]] == (small[249], b"file 249")
+        assert found["HEAD:train.py"] == (agent.git("rev-parse", "HEAD:train.py"), (agent.path / "train.py").read_bytes())
+        assert list(objects.read(["HEAD", "HEAD:train.py"], BLOB, "commit")) == ["HEAD"]
+    assert objects.process is None
+    with pytest.raises(GitError), Objects(agent.path.parent, trusted=trusted) as objects:
+        objects.read(small, BLOB, "blob")
+
+
+def test_a_look_reads_only_what_is_new(apart, monkeypatch):
+    agent, far, _ = apart
+    assert exchange.fetch(far.repo, checks.member_of(far.repo)) is None
+    assert len(far.team.night.records) == 3
+    agent.experiment("no gain", 1.5)
+    asked, read = [], Objects.read
+    monkeypatch.setattr(Objects, "read", lambda self, wanted, *args: (asked.extend(wanted), read(self, wanted, *args))[1])
+    assert exchange.fetch(far.repo, checks.member_of(far.repo)) is None
+    assert len(far.team.night.records) == 4
+    records = {line.split()[2] for line in agent.git("ls-tree", "-r", "refs/autoresearch/test/log").splitlines()}
+    assert len(records & set(asked)) == 1
+
+
+def test_the_refs_of_a_large_queue_are_packed(apart, monkeypatch):
+    agent, far, _ = apart
+    monkeypatch.setattr(exchange, "LOOSE", 2)
+    for i in range(3):
+        agent.proposed(f"worse {i}", A=-0.02 - i / 100)
+    assert exchange.fetch(far.repo, checks.member_of(far.repo)) is None
+    folder = far.path / ".git" / names.MIRROR_REFS / "gpus" / names.QUEUE
+    assert not folder.is_dir() or not list(folder.iterdir())
+    assert len(queue_refs.read(far.repo, checks.member_of(far.repo)).items) == 3
