@@ -86,4 +86,4 @@ class Teammate(FakeNight):
         assert shown == [*self.git("ls-tree", "-r", "--name-only", f"refs/autoresearch/{self.repo.tag()}/log").splitlines(), "state.json"]
         for r in self.records():
             self.git("merge-base", "--is-ancestor", r["commit"], ref)
-        assert self.git("fsck", "--strict", "--connectivity-only") == ""
+        assert self.git("fsck", "--strict", "--connectivity-only", "--no-dangling") == ""
