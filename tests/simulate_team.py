@@ -1,6 +1,6 @@
 """Simulated teams: what several GPUs that share one search reach, against one GPU for as many times the hours.
 
-    uv run python tests/simulate_team.py                   the table of docs/fleet.md (200 nights a row)
+    uv run python tests/simulate_team.py                   200 nights a row
     uv run python tests/simulate_team.py --nights 50       a rougher one
 
 Each member makes 100 runs, which take 0.95 to 1.05 units of time; members begin at different times. All of them draw

@@ -341,11 +341,11 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     assert late.verdict == "discard" and "beats test/0001" in late.out and "not test/0002" in late.out
     assert late.out.splitlines()[-2].endswith("uv run -m lab adopt") and f"git cherry-pick {commit[:7]}" in late.out.splitlines()[-1]
     assert second.records()[-1]["late"] is True and second.rows()[0][3] == "discard"
-    second.human_commits("# the human has edited this\n")
+    (second.path / "program.md").write_text("# the human is editing this\n")  # as it may at any time
     (second.path / "notes.txt").write_text("of the agent\n")  # not tracked, as what the harness writes
     second.adopted()
     best = (first.path / "train.py").read_bytes()
-    assert (second.path / "train.py").read_bytes() == best and second.read("program.md") == "# the human has edited this\n"
+    assert (second.path / "train.py").read_bytes() == best and second.read("program.md") == "# the human is editing this\n"
     assert second.read("notes.txt") == "of the agent\n"
     assert second.chain()[0].startswith("adopt ") and "wider" in second.chain()[0] and second.git("log", "--format=%h", "-1", "--stat")
     assert second.git("diff", "--name-only", "HEAD~1", "HEAD") == "train.py"
@@ -569,8 +569,8 @@ def test_a_ref_that_is_no_members_is_left_out(shared):
 
 
 NO_ADOPTION = {
-    "dirty": "train.py has changes that are not committed", "another file": "program.md has changes that are not committed",
-    "removed": "prepare.py, program.md have changes that are not committed", "experiment at HEAD": "is not recorded: run and record it",
+    "dirty": "train.py has changes that are not committed", "another file": "prepare.py has changes that are not committed",
+    "removed": "prepare.py has changes that are not committed", "experiment at HEAD": "is not recorded: run and record it",
     "interrupted": "a record was interrupted", "off a branch": "HEAD is detached", "nobody": "no run of the team compares",
 }  # fmt: skip
 
@@ -582,9 +582,9 @@ def test_adopt_refuses_in_one_line_and_changes_nothing(first, case):
     if case == "dirty":
         second.change_train()
     elif case in ("another file", "removed"):
-        (second.path / "program.md").write_text("# the human is editing this\n")
+        (second.path / "prepare.py").write_text("# an edit\n")
         if case == "removed":
-            second.git("rm", "-q", "prepare.py")
+            second.git("rm", "-q", "-f", "prepare.py")
     elif case == "experiment at HEAD":
         second.change_train()
         second.commit("an idea")

@@ -1,6 +1,7 @@
 """Makes train.py that of the team's best: one commit on the own branch, and no run, as its hash says what it is.
 
-Nothing is reset: the human's commits stay. If files that git tracks have changes that are not committed, nothing is done.
+Nothing is reset: the human's commits stay. If files that git tracks, other than program.md, have changes
+that are not committed, nothing is done.
 """
 
 import hashlib
@@ -25,16 +26,17 @@ NAMED = 3  # files that a refusal names
 def add_arguments(parser):
     parser.description = (
         "Adds one commit to this branch that makes train.py that of the team's best, whoever found it. It needs no run. "
-        "Refuses if a tracked file has changes that are not committed, if an experiment at HEAD is not recorded, and if nothing is "
+        "Refuses if a tracked file other than program.md has changes that are not committed, if an experiment at HEAD is not recorded, and if nothing is "
         "better than what is here."
     )
 
 
 def check_clean(repo):
-    """Refuses if a file other than train.py, of which check() says more, has changes that are not committed. Files that git
-    does not track are no matter: the harness writes some, and the commit touches train.py alone."""
+    """Refuses if a tracked file has changes that are not committed, but for train.py, of which check() says more, and
+    program.md, which the human may edit at any time. Files that git does not track are no matter: the harness writes some, and
+    the commit touches train.py alone."""
     shown = repo.git("-c", "core.quotePath=off", "status", "--porcelain", "--no-renames", "--untracked-files=no", "--ignore-submodules=none")
-    dirty = [one_line(line[3:], 80) for line in shown.splitlines() if line[3:] != names.TRAIN]
+    dirty = [one_line(line[3:], 80) for line in shown.splitlines() if line[3:] not in (names.TRAIN, names.PROGRAM)]
     if not dirty:
         return
     more = f" and {len(dirty) - NAMED} more" if len(dirty) > NAMED else ""
