@@ -1,5 +1,6 @@
 """A look at the team, a claim, a record with its verdict: few git processes, and nothing less safe for it."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -111,6 +112,76 @@ def test_what_was_recorded_is_published_if_the_claim_is_lost_meanwhile(apart):
     (item,) = agent.queue.items
     assert item.state["verdict"] == "keep" and item.state["worker_branch"] == "heir"
     assert [r["description"] for r in agent.team.night.rows] == ["baseline", "more A"]
+
+
+def test_a_ref_that_somebody_removes_on_the_remote_stops_no_worker(apart):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    assert exchange.fetch(far.repo, checks.member_of(far.repo)) is None
+    base_git.change_refs(hub, [(ref, None, at) for ref, at in base_git.refs(hub, checks.member_of(agent.repo).ref("test")).items()])
+    assert exchange.fetch(far.repo, checks.member_of(far.repo)).startswith(exchange.REWRITTEN)
+    assert far.work().done == 1 and agent.kinds() == {"more A": "keep"}
+
+
+def test_a_proposal_whose_push_was_not_answered_does_not_come_back_once_it_is_removed(apart):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    (item,) = agent.queue.items
+    base_git.change_refs(agent.path, [(item.ref, item.commit, None)])  # as a propose leaves it that was killed after its push
+    far.work()
+    (item,) = agent.queue.items
+    assert item.kind == "decided" and base_git.refs(agent.path, item.ref) == {}
+    assert exchange.swap(agent.repo, checks.member_of(agent.repo), [(item.ref, None, item.commit)]) == "done"
+    assert agent.queue.items == () and base_git.refs(hub, item.ref) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expired", [False, True], ids=["decided", "decided, told and removed"])
+def test_a_worker_that_returns_before_the_remote_does_leaves_the_verdict_to_the_other(apart, expired):
+    agent, far, hub = apart
+    heir_tree = agent.clone("heir", hub)
+    agent.proposed("more A", A=0.01)
+    with inside(far):
+        worker = far.worker()
+        recorded = worker.recorded
+
+        def killed(*args):
+            recorded(*args)
+            raise KeyboardInterrupt
+
+        worker.recorded = killed
+        worker.begin()
+        with pytest.raises(KeyboardInterrupt):
+            worker.step()
+    assert far.records()[-1]["verdict"] == "keep"
+    with inside(heir_tree):
+        heir = heir_tree.worker()
+        heir.board.is_void = lambda item: True
+        train = heir.train
+
+        def contrary(seed):
+            status = train(seed)
+            log = heir_tree.path / "run.log"
+            log.write_text(re.sub(r"val_bpb: .*", "val_bpb:          1.200000", log.read_text()))
+            return status
+
+        heir.train = contrary
+        heir.begin()
+        heir.step()
+    assert agent.kinds() == {"more A": "discard"}
+    if expired:
+        (item,) = agent.queue.items
+        assert exchange.swap(agent.repo, checks.member_of(agent.repo), [(item.ref, None, item.commit)]) == "done"
+    hub.rename(hub.with_name("away"))
+    with inside(far):
+        worker = far.worker()
+        worker.begin()
+        assert worker.behind and "lost" not in far.records()[-1]
+        hub.with_name("away").rename(hub)
+        worker.step()
+    assert not worker.behind and far.records()[-1]["lost"]
+    for tree in (agent, far, heir_tree):
+        assert tree.queue.notes == () and [(r["description"], r["verdict"]) for r in tree.team.night.rows[1:]] == [("more A", "discard")]
 
 
 # --- a worker -----------------------------------------------------------------

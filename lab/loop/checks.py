@@ -28,7 +28,7 @@ class NothingToRecord(Refused):
 
 
 class SeedUsed(NothingToRecord):
-    """The code waits for a repeat, and has run under the seed of this run."""
+    """The code waits for a repeat, or is kept, and has run under the seed of this run."""
 
 
 class RunInProgress(Refused):
@@ -40,7 +40,11 @@ class NotBased(Refused):
 
 
 class DecidedElsewhere(Refused):
-    """The team has decided this code while this worker ran it."""
+    """The team has decided this code while this worker ran it. record: how."""
+
+    def __init__(self, record):
+        self.record = record
+        super().__init__(f"this very train.py was decided meanwhile ({label(record)}, {record['verdict']})")
 
 
 class NotAResult(Again):
@@ -153,7 +157,7 @@ def examine(repo, description, discard=False, simpler=False, proposed=False):
     rule = team.night if team else history
     check_new(repo, history, team, rule, log, code, discard)
     if proposed and team and (r := team.decided(code)) and team.who(r) != "this tree":
-        raise DecidedElsewhere(f"this very train.py was decided meanwhile ({label(r)}, {r['verdict']})")
+        raise DecidedElsewhere(r)
     check_identity(repo, history, rule, log, head, code)
     check_end(log, discard, next_run(repo.top, rule, code))
     found = place(repo, history, team)
@@ -332,7 +336,7 @@ def check_seed(repo, case):
             f"{case.base} and make another experiment"
         )
     if row:
-        raise NothingToRecord(
+        raise SeedUsed(
             f"HEAD's train.py is what is kept ({row}), and ran under seed {seed} before: make the next experiment"
         )
     again = next_run(repo.top, case.rule, case.code)

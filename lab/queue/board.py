@@ -41,6 +41,7 @@ class Board:
         self.seen = {}  # ref: (commit, when it was first seen, by this process's own clock)
         self.note = None  # what was wrong with the last fetch
         self.refs = None  # {ref: commit} of the team as of the last look
+        self.fetched = None  # exchange.last_fetch of it
 
     # --- looking ---
 
@@ -51,16 +52,29 @@ class Board:
         if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
             self.seen.clear()
         else:
+            self.forget_copies()
             late = [item for item in queue.items if item.unpublished]
             if late and self.publish(late) is None:
                 queue = queue_refs.read(self.repo, self.member)
         self.watch(queue)
         return queue
 
+    def forget_copies(self):
+        """Removes proposals here that the remote has, from a push whose answer was lost: one that is removed there later would
+        come back from here."""
+        prefix = f"{names.queue_ref(self.member.team)}/"
+        both = [(ref, None, at) for ref, at in self.refs.items() if ref.startswith(prefix) and names.mirror_of(ref) in self.refs]
+        if self.member.remote and both and base_git.change_refs(self.repo.top, both):
+            self.refs = {ref: commit for ref, commit in self.refs.items() if (ref, None, commit) not in both}
+
     def fetch(self, fresh=0.0):
         """Reads the team's refs into `refs` after a fetch; what is wrong with that into `note`."""
-        self.note, refs = exchange.fetch_and_look(self.repo, self.member, fresh=fresh, before=self.refs)
-        self.refs = exchange.refs_of(self.repo, self.member) if refs is None else refs
+        alone = self.fetched == exchange.last_fetch(self.member)  # other processes of this checkout may have fetched since
+        before = self.refs if alone else None
+        self.note, refs = exchange.fetch_and_look(self.repo, self.member, fresh=fresh, before=before)
+        self.refs, self.fetched = exchange.refs_of(self.repo, self.member) if refs is None else refs, exchange.last_fetch(self.member)
+        if self.note and self.note.startswith(exchange.REWRITTEN):  # the fetch worked, and nothing is lost: status says it
+            self.note = None
 
     def publish(self, items):
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""

@@ -121,6 +121,7 @@ class Worker:
         self.shown = None, 0.0, 0.0  # the claim by which others see last that this worker is alive, when it was made by two clocks
         self.done = 0
         self.own = None  # see own_night
+        self.behind = False  # whether catch_up did not see what others have decided
         self.identity = {
             "worker": member.name, "worker_branch": self.tag, "host": os.uname().nodename if hasattr(os, "uname") else "",
             "machine": machine(), "tree": str(repo.top.resolve()),
@@ -193,14 +194,20 @@ class Worker:
         return item._replace(commit=commit, state=state)
 
     def swap(self, changes, publish=False):
-        """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, or the item was
-        lost, what was recorded goes there by itself."""
+        """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, what was recorded
+        goes there by itself."""
+        refused = False
         if publish and self.member.remote:
             with contextlib.suppress(Stop, OSError):
                 if self.board.swap(changes, publish=True):
                     return True
+                refused = True  # the item was lost: nothing is published before catch_up has looked who has it
+            if not refused:
+                self.publish()
+        done = self.patiently(lambda: self.board.swap(changes))
+        if done and refused:
             self.publish()
-        return self.patiently(lambda: self.board.swap(changes))
+        return done
 
     def publish(self):
         """Pushes what was recorded. If that fails, the next push takes it along."""
@@ -244,7 +251,8 @@ class Worker:
 
     def drop(self, item, publish=False):
         """Removes a claim on a run that nobody proposed. publish: as of change."""
-        self.swap([(item.ref, None, item.commit)], publish)
+        if not self.swap([(item.ref, None, item.commit)], publish) and publish:
+            self.publish()
 
     def is_mine(self, item):
         return item.state["worker"] == self.member.name
@@ -389,12 +397,15 @@ class Worker:
         """Records the run in run.log; what that prints. It is not pushed yet. Raises Refused, Again."""
         args = argparse.Namespace(description=description, discard=False, simpler=simpler, worker=task)
 
-        refs = [self.board.refs]  # as of the fetch before this
+        fresh = [True]  # the team's refs, as of the fetch before this
 
         def once():
             repo = Repo(self.repo.top)
             tag, repo.member = repo.tag(), self.member
-            repo.tag, repo.team_refs = lambda: tag, refs.pop() if refs else None
+            if not fresh:  # an attempt failed, and a while has passed
+                self.board.fetch()
+            fresh.clear()
+            repo.tag, repo.team_refs = lambda: tag, self.board.refs
             plan, lines = record.recorded(repo, args, for_queue=True)
             record.sample(repo, plan)
             return "\n".join(lines)
@@ -426,7 +437,7 @@ class Worker:
                 continue
             except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
-                return item, self.team().decided(code), f"{decided}\n"
+                return item, decided.record, f"{decided}\n"
             r = self.own_night().latest(code)
             if r is None:
                 raise Refused("the run was not recorded")
@@ -576,14 +587,19 @@ class Worker:
         cleanup.clear(self.repo.top, self.say)
         if journal.pending(self.repo.top):
             with locks.one_at_a_time(self.repo.top / names.LAB):
-                record.finish_interrupted(self.repo)
+                record.finish_interrupted(self.repo, for_queue=True)  # catch_up pushes it, or leaves it to another worker
             self.own = None
             self.say("a record that was interrupted is complete")
         self.catch_up()
 
     def catch_up(self):
-        """Publishes what was recorded and not published, by a worker that was killed or given up."""
-        self.disown(self.board.look(fresh=0))
+        """Publishes what was recorded and not published, by a worker that was killed or given up. Without the remote step
+        does it later: what another worker has decided meanwhile is left to that one."""
+        queue = self.board.look(fresh=0)
+        self.behind = bool(self.board.note)
+        if self.behind:
+            return
+        self.disown(queue)
         if checks.night_of(self.repo).records:
             exchange.publish(self.repo, self.member, self.tag, exchange.state_of(self.repo, self.tag))
 
@@ -597,7 +613,9 @@ class Worker:
             return
         code, trees = last["code"], self.team().trees[1:]
         theirs = {r["commit"] for tree in trees for r in tree.records if r["code"] == code and r["row"]}
-        if any(item.state["commit"] in theirs and not self.is_mine(item) for item in queue.of("decided")):
+        is_decided = any(item.state["commit"] in theirs and not self.is_mine(item) for item in queue.of("decided"))
+        # `wait` may have removed the decision. What the remote has of this tree was never another's to decide.
+        if is_decided or theirs and exchange.unpublished(self.repo, self.member):
             with locks.one_at_a_time(self.repo.top / names.LAB):
                 record.disown(self.repo, last)
             self.own = None
@@ -616,6 +634,9 @@ class Worker:
         if self.board.note:
             self.say(self.board.note, once=True)
             return False
+        if self.behind:
+            self.catch_up()
+            return True
         self.sign(queue)
         if left := [item for item in queue.slots if self.is_mine(item)]:  # of a worker that was killed in this tree
             for item in left:
@@ -668,7 +689,8 @@ class Worker:
                 self.release(self.latest(item))
             raise
         except Hopeless:
-            self.release(self.latest(item))
+            with contextlib.suppress(Lost):
+                self.release(self.latest(item))
             raise
         except (Fault, Refused) as fault:  # Refused: this tree is not as a worker needs it
             with contextlib.suppress(Lost):

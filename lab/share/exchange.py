@@ -38,6 +38,7 @@ LOST = r"could not read Username|terminal prompts disabled|Permission denied|Aut
 REFUSED = (r"\[(rejected|remote rejected)\] \((stale info|.*fetch first|.*non-fast-forward|.*failed to update ref|"
            r".*reference already exists|.*cannot lock ref.*|.*incorrect old value.*)\)")  # fmt: skip
 RACE = "(atomic transaction failed)"  # another push changed a ref between git's look at it and its change
+REWRITTEN = "on the remote somebody removed or rewrote what members published"
 MISSING = r"does not appear to be a git repository|not a git repository|repository .* not found|No such remote|no such remote"
 
 
@@ -253,7 +254,7 @@ def keep_what_was_known(repo, member, before, after):
     if not lost:
         return None
     who = ", ".join(sorted(ref.removeprefix(member.mirror) for ref in lost)[:3])
-    return f"on the remote somebody removed or rewrote what members published ({who}): what was known here stays"
+    return f"{REWRITTEN} ({who}): what was known here stays"
 
 
 def check_remote(repo, member, seconds=FETCH_SECONDS):

@@ -158,10 +158,10 @@ def read(repo, member, refs=None):
     wanted = [commit for commit in found.values() if commit not in _read]
     if wanted:
         data = objects(repo, wanted, LARGEST, "commit")
-        _read.update({commit: parse(data.get(commit)) for commit in wanted})
+        _read.update({commit: parse(data[commit]) for commit in wanted if commit in data})  # what git could not read is asked again
     items, bad = [], 0
     for ref, commit in found.items():
-        id, state = ref.removeprefix(prefix), _read[commit]
+        id, state = ref.removeprefix(prefix), _read.get(commit)
         if state is None or not ID.fullmatch(id) or state["task"] == "worker" and not NAME.fullmatch(state["worker"]):
             bad += 1
             continue
