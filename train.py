@@ -65,7 +65,7 @@ FINAL_LR_FRAC = 0.0 if GPU else 0.05
 # Optimizers: Muon for the matrices, AdamW for the rest
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
-EMBEDDING_WEIGHT_DECAY = 0.0
+EMBEDDING_WEIGHT_DECAY = 0.0 if GPU else 0.004  # per step, times the learning rate
 WEIGHT_DECAY = 0.2  # of Muon: cautious; falls linearly to 0
 MUON_MOMENTUM = (0.85, 0.95)  # from, to
 MUON_MOMENTUM_RAMP = 0.3  # fraction of the run over which the momentum rises
