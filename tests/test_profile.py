@@ -155,12 +155,14 @@ class Prepare(SimpleNamespace):
     """As much of prepare as train.py and the child need before the first step."""
 
     def __init__(self):
-        torch_device = SimpleNamespace(type="cpu")
+        torch_device, self.kept = SimpleNamespace(type="cpu"), []
         super().__init__(
             DEFAULT_SEED=42, VOCAB_SIZE=512, _run=None, make_output_safe=lambda: None, choose_compile_cache=lambda: None,
             choose_seed=lambda injected: 42, pick_device=lambda: (torch_device, "fake"), make_dataloader=None,
             load_tokenizer=lambda: sys.exit("stdlib is not prepared"),
-            devices=SimpleNamespace(synchronize=lambda device: None, compiled_graphs=lambda: 0),
+            devices=SimpleNamespace(
+                synchronize=lambda device: None, compiled_graphs=lambda: 0, keep_freed_memory=lambda: self.kept.append(True)
+            ),
         )  # fmt: skip
 
 
@@ -203,7 +205,8 @@ BEGIN = "from prepare import begin_run, load_tokenizer\nclock = begin_run(__file
         ("from prepare import begin_runs\n", "fails with ImportError: cannot import name 'begin_runs'"),
         (BEGIN + "raise SystemExit('out of memory at one row: make the model smaller')\n",
          "stops: out of memory at one row: make the model smaller"),
-        (BEGIN + "assert load_tokenizer().vocab_size == 512 and clock.seed == 42\nraise SystemExit('as wanted')\n", "stops: as wanted"),
+        (BEGIN + "assert load_tokenizer().vocab_size == 512 and clock.seed == 42\n"
+             "import prepare\nassert prepare.kept == [True], 'as a run does on a CPU'\nraise SystemExit('as wanted')\n", "stops: as wanted"),
     ],
 )  # fmt: skip
 def test_a_train_py_that_cannot_be_profiled_is_refused_in_a_sentence(failure, code, sentence):
