@@ -354,6 +354,25 @@ def test_a_launch_that_was_killed_half_way_is_completed(launched):
     assert all(slot["made"] for slot in launched.state_of_fleet()["slots"])
 
 
+def test_an_agent_finds_its_settings_in_every_slot(fleet):
+    """git does not carry .codex, and Codex follows no symbolic link."""
+    fleet.no_tmux()
+    (fleet.path / ".git" / "info" / "exclude").write_text(".codex\n.claude\n")
+    (fleet.path / ".codex" / "rules").mkdir(parents=True)
+    (fleet.path / ".codex" / "rules" / "one.rules").write_text("allow")
+    (fleet.path / ".claude").mkdir()
+    (fleet.path / ".claude" / "settings.json").write_text("{}")
+    assert fleet.launch().rc == 0
+    for k in range(2):
+        tree = fleet.tree(k)
+        assert (tree / ".codex" / "rules" / "one.rules").read_text() == "allow"
+        assert (tree / ".claude" / "settings.json").read_text() == "{}" and not (tree / ".codex").is_symlink()
+        assert not (tree / ".agents").exists()
+    assert fleet.fleet("clean", "nov21").rc == 0
+    kept = fleet.path / "runs" / "nov21-gpu0"
+    assert not fleet.tree(0).exists() and (kept / ".codex" / "rules" / "one.rules").read_text() == "allow"
+
+
 @pytest.mark.parametrize("calls", [3, 12, 20, 27, 33])
 def test_a_launch_that_is_killed_at_any_call_of_git_is_completed(fleet, calls):
     fleet.no_tmux()

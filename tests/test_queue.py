@@ -74,11 +74,12 @@ def test_propose_takes_the_experiment_off_the_branch_and_leaves_the_humans_edits
     before = agent.head()
     agent.idea("more A", **KEEP)
     (agent.path / "program.md").write_text("the human is writing this\n")
-    result = agent.lab("propose", "more A", "--simpler")
+    refused(agent, "propose", "more A", "--simpler", needle="not simpler: it adds 1 lines and removes 1: propose it without")
+    result = agent.lab("propose", "more A")
     assert result.rc == 0, result.err
     assert agent.head() == before and agent.read("program.md") == "the human is writing this\n"
     (item,) = agent.queue.items
-    assert item.kind == "open" and item.state["simpler"] and item.state["base"] == before
+    assert item.kind == "open" and not item.state["simpler"] and item.state["base"] == before
     assert "A = 0.01\n" in agent.git("show", f"{item.state['experiment']}:train.py")
     agent.git("gc", "--quiet", "--prune=now")
     agent.git("cat-file", "-e", item.state["experiment"])
@@ -181,6 +182,19 @@ def test_what_the_rule_wants_repeated_is_repeated_under_a_new_seed(agent):
     (item,) = agent.queue.items
     runs = [r["header"]["seed"] for r in agent.team.night.records if r["description"] == "three lines less"]
     assert item.kind == "decided" and len(runs) == 2 and len(set(runs)) == 2
+
+
+@pytest.mark.slow
+def test_a_proposal_that_is_no_longer_simpler_is_judged_as_any_other(agent):
+    """What was kept in the meantime may have removed the same lines: the run is not thrown away for that."""
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    worker = tree.worker()
+    worker.change(worker.board.look().items[0], simpler=True)
+    tree.work()
+    (item,) = agent.queue.items
+    assert item.kind == "decided" and item.state["verdict"] == "keep" and item.state["simpler"]
+    assert [r["simpler"] for r in agent.team.night.records if r["description"] == "more A"] == [False]
 
 
 @pytest.mark.slow
@@ -563,7 +577,10 @@ def test_sigterm_ends_a_worker_and_its_training_and_the_proposal_waits_again(age
     try:
         until(lambda: "run: {" in tree.read("run.log"))
         assert agent.queue.of("claimed")[0].state["doing"] == "run 1"
-        agent.idea("another", A=0.02)
+        agent.edit(A=0.02)
+        shown = agent.lab("status").out
+        assert "train.py has changes that are not committed: git commit" in shown and "uv run train.py" not in shown
+        agent.commit("another")
         shown = agent.lab("status").out
         assert "queue: 0 proposals wait, 1 run, 0 decided; workers: 1" in shown and "  w1: slow (run 1)" in shown
         assert "next: " in shown and 'has not run yet: uv run -m lab propose "what it tries"' in shown

@@ -39,6 +39,10 @@ class NotBased(Refused):
     """HEAD's train.py comes from nothing that was kept."""
 
 
+class Uncommitted(Refused):
+    """train.py differs from HEAD's, and run.log is of neither."""
+
+
 class DecidedElsewhere(Refused):
     """The team has decided this code while this worker ran it. record: how."""
 
@@ -168,7 +172,7 @@ def examine(repo, description, discard=False, simpler=False, proposed=False):
     if not description:
         raise Refused('say in a few words what this tried: uv run -m lab record "..."')
     check_seed(repo, case)
-    if simpler:
+    if simpler and not proposed:
         check_simpler(repo, case)
     if discard and not case.edits:
         raise Refused("this is the code that others are measured against: it cannot be discarded")
@@ -187,7 +191,7 @@ def refuse_uncommitted(repo, history, log):
             "the last run is of HEAD, and train.py has newer changes that are not committed: git stash push -- train.py, "
             'then: uv run -m lab record "what this tried", then: git stash pop'
         )
-    raise Refused(
+    raise Uncommitted(
         "train.py has changes that are not committed, and run.log is not of them: commit them as the next experiment "
         f"(or git checkout -- train.py), then: {run_command(repo.top)}"
     )
@@ -346,6 +350,11 @@ def check_seed(repo, case):
 def check_simpler(repo, case):
     if case.baseline or not case.edits:
         raise Refused("--simpler is for an experiment that removes lines: record this one without it")
-    added, removed = repo.line_counts(case.anchor["commit"], case.commit)
-    if removed <= added:
-        raise Refused(f"not simpler: it adds {added} lines and removes {removed}; record it without --simpler")
+    if why := not_simpler(repo, case.anchor["commit"], case.commit):
+        raise Refused(f"{why}; record it without --simpler")
+
+
+def not_simpler(repo, base, commit):
+    """Why the commit's train.py is not simpler than the base's; None if it is."""
+    added, removed = repo.line_counts(base, commit)
+    return None if removed > added else f"not simpler: it adds {added} lines and removes {removed}"

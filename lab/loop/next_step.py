@@ -16,7 +16,7 @@ ANYTHING = "what this tried"  # in place of the description that the agent will 
 
 
 class Step(NamedTuple):
-    kind: str  # record, wait, rerun, run, repeat, doubt, edit, adopt, undo, mend; "first": what a refusal asks for
+    kind: str  # record, wait, rerun, commit, run, repeat, doubt, edit, adopt, undo, mend; "first": what a refusal asks for
     why: str  # the state of the night; "" if `do` says it
     do: str  # the command, or an instruction with its command last
 
@@ -35,6 +35,8 @@ def next_step(repo):
         return Step("rerun", refused.why, refused.command)
     except checks.RunInProgress as refused:
         return Step("wait", "", str(refused))
+    except checks.Uncommitted as refused:
+        return Step("commit", "", str(refused))
     except Damaged:
         raise
     except Stop as refused:

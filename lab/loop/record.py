@@ -68,7 +68,9 @@ def new_record(case, args, team):
     log, waiting = case.log, case.history.waiting
     tip = team and team.night.tip
     shared = {"seq": team.next_seq, "beat": tip and tip["code"]} if team else {}
-    simpler = args.simpler or bool(waiting and waiting["code"] == case.code and waiting["simpler"])
+    # A proposal was simpler than what it was made from; beside what was kept since, it may not be.
+    simpler = args.simpler and not (case.edits and checks.not_simpler(case.repo, case.anchor["commit"], case.commit))
+    simpler = simpler or bool(waiting and waiting["code"] == case.code and waiting["simpler"])
     return {
         "run_id": log.run_id, "log": log.identity, "tag": case.tag, "commit": case.commit,
         "short": case.repo.short(case.commit), "parent": case.anchor["commit"] if case.edits else None,

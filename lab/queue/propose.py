@@ -98,6 +98,8 @@ def run(args):
         raise Refused("a worker runs in this tree, which resets it as it needs: propose from another working tree (git worktree add)")
     with locks.one_at_a_time(repo.top / names.LAB, "record or propose"):
         head, parent = check(repo, tag)
+        if args.simpler and (why := checks.not_simpler(repo, parent, head)):
+            raise Refused(f"{why}: propose it without --simpler")
         code, board = names.sha256(repo.top / names.TRAIN), Board(repo, member)
         queue = queue_refs.read(repo, member)
         item = check_new(repo, tag, member, queue, code, head)

@@ -211,8 +211,13 @@ def instead(queue, member, has_trained, step):
     has_trained: whether it has records of its own."""
     workers = {item.state["worker"] for item in queue.workers}
     feeds = not has_trained or any(item.state["member"] == member.name for item in queue.items)
-    if not workers or member.name in workers or not feeds or step.kind not in ("run", "repeat", "doubt", "edit"):
+    if not workers or member.name in workers or not feeds or step.kind not in ("commit", "run", "repeat", "doubt", "edit"):
         return None
+    if step.kind == "commit":
+        return (
+            'train.py has changes that are not committed: git commit -m "what it tries" train.py, then: '
+            'uv run -m lab propose "what it tries" (or git checkout -- train.py)'
+        )
     if step.kind == "run" and step.why.endswith("has not run yet"):
         return f'{step.why}: uv run -m lab propose "what it tries"'
     return (
