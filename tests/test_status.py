@@ -217,6 +217,26 @@ def test_a_screen_shows_the_best_the_noise_the_counts_and_the_dead_ends(begun):
     assert "hopeless" in dead and "explodes" in dead and "good" not in dead
 
 
+@pytest.mark.parametrize("tokens, steps, params, told", [
+    (400.0, 763, 50.3, True),  # a fifth fewer steps, of the same size
+    (480.0, 916, 50.3, False),  # a twentieth fewer
+    (400.0, 763, 60.3, False),  # another model may be slower
+    (400.0, 1526, 50.3, False),  # and so may another batch
+])
+def test_a_failure_that_ran_slower_for_no_reason_in_the_model_says_so(begun, tokens, steps, params, told):
+    begun.change_train()
+    begun.commit("other betas")
+    begun.run(1.02)
+    log = begun.read("run.log")
+    for old, new in [("499.6", tokens), ("953", steps), ("50.3", params)]:
+        log = log.replace(old, str(new))
+    (begun.path / "run.log").write_text(log)
+    said = begun.recorded("other betas").out
+    assert ("20% slower: if the change does not explain" in said) == told
+    text, _ = status(begun)
+    assert ("other betas (20% slower than its base: was the machine busy?)" in text) == told and "other betas" in text
+
+
 def test_near_misses_are_listed_until_they_were_tried_together(begun):
     for i, name in enumerate(["almost", "nearly", "no good"]):
         begun.experiment(name, [0.9996, 1.0005, 1.01][i])

@@ -25,7 +25,7 @@ from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
 from lab.store.repository import Repo
-from lab.verify import commits
+from lab.verify import audit, commits
 
 HEADER = {"run_id": "", "start": "2026-11-21T00:00:00+00:00", "train_sha256": "", "rules_sha256": "r", "data_sha256": "d",
           "dataset": "stdlib", "seed": 42, "device": "cpu", "clock": "monotonic"}  # fmt: skip
@@ -720,6 +720,26 @@ def test_two_machines_whose_clocks_are_ten_minutes_apart_find_one_best(tmp_path,
     for key in ("dead_ends", "near_misses"):
         assert [r["short"] for r in lists[0][key]] == [r["short"] for r in lists[1][key]]
     assert lists[0]["best"]["short"] == lists[1]["best"]["short"] and lists[0]["dead_ends"]
+
+
+def test_a_tree_that_feeds_workers_audits_what_they_have_archived(first):
+    """It keeps nothing itself. Two other trees of its checkout do, one of them elsewhere by now."""
+    agent, other = first.worktree("agent"), first.worktree("other")
+    publish(first)
+    other.adopted()
+    other.experiment("wider still", 0.97)
+    history, left_out = audit.night_of(agent.repo)
+    assert [audit.named(r) for r in history.kept] == ["test/0001", "test/0002", "other/0001"] and not left_out
+    folders = [audit.folder_of(agent.path, r) for r in history.kept]
+    assert all((folder / "train.py").is_file() for folder in folders)
+    assert [folder.parent.parent for folder in folders] == [first.path, first.path, other.path]
+    shutil.rmtree(other.path / "runs")
+    history, left_out = audit.night_of(agent.repo)
+    assert [audit.named(r) for r in history.kept] == ["test/0001", "test/0002"] and left_out == 1
+    assert [audit.named(r) for r in audit.night_of(first.repo)[0].kept] == ["0001", "0002"]
+    shutil.rmtree(first.path / "runs")
+    with pytest.raises(Refused, match="in no working tree of this checkout"):
+        audit.night_of(agent.repo)
 
 
 @pytest.mark.slow

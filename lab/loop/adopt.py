@@ -14,7 +14,7 @@ from lab.base.text import one_line
 from lab.loop import checks
 from lab.loop.next_step import next_step
 from lab.loop.record import name_author
-from lab.share import exchange
+from lab.share import exchange, queue_refs
 from lab.store import journal, names
 from lab.store.repository import Repo
 
@@ -101,5 +101,7 @@ def run(args):
     print(f"adopted: {label(best)} {best['short']} ({best['description'][: checks.BRIEF]}), found by {team.who(best)}: no run is needed")
     if note:
         print(f"note: {note}")
-    print(f"next: {next_step(Repo(repo.top)).sentence}")
+    step = next_step(Repo(repo.top))
+    queue = queue_refs.read(repo, member)
+    print(f"next: {queue_refs.instead(queue, member, bool(checks.night_of(repo).records), step) or step.sentence}")
     return 0

@@ -11,6 +11,9 @@ from lab.store import names
 
 STEPS_OFF = 1.5  # steps: in a short run a difference this small is rounding
 BRIEF = 80  # characters of the best's description
+UNEXPLAINED = 0.1  # slower than its base by more: the machine may have been busy
+SAME_COST = ("num_params_M", "depth")  # of the summary
+SAME_BATCH = 0.1  # tokens a step differ by less: the summary's are rounded
 LATELY = 12  # experiments: how large ideas have been lately
 PLATEAU = 10  # experiments in a row without a keep: then `record` suggests larger steps
 PLATEAU_RICH = 25  # the same, once the night has gained verdict.PROVEN σ
@@ -86,13 +89,36 @@ def cost(night):
 # One record
 
 
+def base_of(record, history):
+    """The record of what the experiment was made from; None if it is not known."""
+    return next((r for r in history.rows if r["commit"] == record["parent"]), None) if record["parent"] else None
+
+
+def slower(record, history):
+    """How much slower than its base's its steps went, if both have the same size and batch, so that it may have been the
+    machine: 0.2 is a fifth. 0.0 if less than UNEXPLAINED, or if it is not known."""
+    base = base_of(record, history)
+    runs, before = history.runs(record["code"]), history.runs(base["code"]) if base else []
+    if not runs or not before or any(runs[0]["summary"].get(k) != before[0]["summary"].get(k) for k in SAME_COST):
+        return 0.0
+    own, others = speed(runs), speed(before)
+    if not own or not others or abs(tokens_a_step(runs[0]) / tokens_a_step(before[0]) - 1) > SAME_BATCH:
+        return 0.0
+    return 1 - own / others if 1 - own / others > UNEXPLAINED else 0.0
+
+
+def tokens_a_step(run):
+    return (run.get("tokens") or run["summary"]["total_tokens_M"] * 1e6) / max(run["summary"]["num_steps"], 1)
+
+
 def speeds(record, history):
     """Tokens a second compared with the best's, and how far something other than the code slowed the run."""
     said, runs, own = [], history.runs(record["code"]), speed([record])
-    best = history.best_record
-    reference = speed(history.runs(best["code"])) if best and best["code"] != record["code"] else None
+    best, base = history.best_record, base_of(record, history)
+    reference, whose = (base, "its base's") if base and best and base["code"] != best["code"] else (best, "the best's")
+    other = reference and reference["code"] != record["code"] and speed(history.runs(reference["code"]))
     if own:
-        against = f", {own / reference - 1:+.1%} against the best's" if reference else ""
+        against = f", {own / other - 1:+.1%} against {whose}" if other else ""
         said.append(f"speed: {own:,.0f} tokens/s{against}")
     first = steps_per_second(runs[0])
     if len(runs) > 1 and first:
@@ -128,6 +154,15 @@ def lines(case, record, history, changed, team=None):
         gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
         said += [*speeds(record, history), *same_results(record, history)]
+        if record["verdict"] == "discard" and (share := slower(record, history)):
+            said.append(
+                f"note: as many parameters and tokens a step as what it is based on, and {share:.0%} slower: if the change does not "
+                "explain that, the machine was busy, and the verdict says little"
+            )
+        base = case.anchor if team and case.edits else None
+        if base and record["row"] and not record.get("late") and history.tip and history.tip["code"] not in (base["code"], record["code"]):
+            value = f" ({base['mean']:.6f})" if base["mean"] is not None else ""
+            said.append(f"based on: {label(base)} {base['short']}{value}; the best was found while it ran")
     for other in changed:
         if not other["row"]:
             said.append(f"left: {other['short']}: {other['why']}")

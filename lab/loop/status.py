@@ -61,7 +61,9 @@ def gather(path, fetch=False):
     history = team.night if team else own
     queue, step = queue_refs.read(repo, member) if team else None, next_step(repo)
     best, waiting, search = history.best_record, checks.waiting(own, team), history.search
+    slower = {r["run_id"]: report.slower(r, history) for r in history.rows if r["verdict"] == "discard"}
     is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
+    rows = own.rows or history.rows  # who feeds workers has no rows of its own, and wants to see theirs
     dead_ends = [r for r in history.rows if r["verdict"] != "keep" and not near(r)]
     return {
         **known,
@@ -75,11 +77,11 @@ def gather(path, fetch=False):
         "lately": report.lately(history), "to_beat": report.to_beat(history), "plateau": report.plateau(history),
         "cost": report.cost(own), "doubt": doubt(history) if history.doubted else None,
         "given_up": [row(r) | {"why": r["why"]} for r in history.given_up],
-        "counts": Counter(r["verdict"] for r in own.rows),
+        "counts": Counter(r["verdict"] for r in rows),
         "runs": len(own.records), "runs_an_hour": own.runs_per_hour,
-        "rows": [row(r) for r in own.rows],
-        "dead_ends": [row(r) for r in (team_status.once(dead_ends, history.records) if team else dead_ends)],
-        "near_misses": [row(r) for r in history.rows if near(r) and not is_tried(r)],
+        "rows": [row(r) for r in rows],
+        "dead_ends": [row(r) | {"slower": slower.get(r["run_id"], 0.0)} for r in (team_status.once(dead_ends, history.records) if team else dead_ends)],
+        "near_misses": [row(r) for r in history.rows if near(r) and not is_tried(r) and not tried_again(r, history.rows)],
         "waiting": waiting and waiting["short"],
         "notes": [note for note in [*notes, *(queue.notes if queue else ())] if note],
         "next": queue and queue_refs.instead(queue, member, bool(own.records), step) or step.sentence,
@@ -105,6 +107,13 @@ def near(r):
     return r["verdict"] == "discard" and not r.get("given_up") and r["gain"] is not None and r["gain"] >= NEAR
 
 
+def tried_again(r, rows):
+    """Whether a late gain had another try on a newer best: that one's row says what came of it."""
+    return bool(r.get("late")) and any(
+        other["description"] == r["description"] and other["row"] > r["row"] and other["code"] != r["code"] for other in rows
+    )
+
+
 def combined(r, rows):
     """Whether a later description names the row, as in "0012 and 0015 together"."""
     named = re.compile(rf"(?<!\d){r['row']:04d}(?!\d)")
@@ -123,7 +132,8 @@ def line(r):
     value = "crash   " if r["verdict"] == "crash" else f"{r['mean']:.6f}"
     gain = "" if r["gain"] is None else f"{r['gain']:+.1f}σ"
     where = r["label"].removeprefix("row ") if "label" in r else f"{r['row']:04d}"
-    return f"  {where} {r['short']} {value} {gain:>7} {r['verdict']:<7} {short(r['description'])}"
+    slow = f" ({r['slower']:.0%} slower than its base: was the machine busy?)" if r.get("slower") else ""
+    return f"  {where} {r['short']} {value} {gain:>7} {r['verdict']:<7} {short(r['description'])}{slow}"
 
 
 def listed(title, rows, limit):

@@ -117,8 +117,8 @@ def run(args):
             raise Refused("the branch has moved meanwhile: the experiment is queued, and stays on the branch too")
     note = board.publish([item]) if item.unpublished else None
     queue = queue_refs.read(repo, member)
-    waiting, running = len(queue.of("open")), len(queue.of("claimed"))
-    print(f"proposed: {item.state['description'][: checks.BRIEF]}")
+    waiting, running = len(queue.of("open")), len(queue.running)
+    print(f"proposed: {one_line(item.state['description'], checks.BRIEF)}")
     print(f"queue: {waiting} wait, {running} run; HEAD is {repo.short(repo.head())} again")
     if note:
         print(f"note: {note}; the next propose or wait takes it along")

@@ -64,7 +64,8 @@ def decision(item, member):
     state, whose = item.state, "" if item.state["member"] == member.name else f" (proposed by {item.state['branch']})"
     if item.kind == "returned":
         head = f"handed back: {state['description']}{whose}"
-        again = f"git show {state['experiment'][:7]} -- train.py | git apply --include=train.py"
+        again = f"git show {state['experiment'][:7]} -- train.py"  # after a conflict git apply would fail, too
+        again += "" if "<<<<<<<" in state["text"] else " | git apply --include=train.py"
         tail = [f"the edit is in {state['experiment'][:7]}: {again}"] * (state["member"] == member.name)
     else:
         value = "" if state["mean"] is None else f" {state['mean']:.6f}"

@@ -59,6 +59,7 @@ Ctrl-C; 143 stopped by `kill`."""
 
 FIRST_SEED = 42  # the seed of a run that names none
 SPREAD = 2  # workers: for as many more, a worker chooses among one more of the oldest proposals
+CROWD = 4  # workers: fewer always take the oldest
 FAULTS = 5  # proposals in a row that failed because of this machine: then the worker stops
 ATTEMPTS = 3  # times that workers fail a proposal before it goes back
 RERUNS = 3  # times that a run that was ended from outside is run again
@@ -70,7 +71,7 @@ ROOM = 1 << 16  # bytes: with less than that free the disk is full
 RECORD_SECONDS = 120  # that recording a run may take: part of LONGEST
 CLAIM_SECONDS = 30  # between a claim and its run, else it is renewed
 KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
-OWN_TREE = ("next:", "then:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
+OWN_TREE = ("next:", "then:", "closed:", "left:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
 RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
 # What a crash looks like that the machine caused: the next proposal would crash just the same.
 MACHINE = re.compile(
@@ -415,12 +416,13 @@ class Worker:
         finally:
             self.own = None
 
-    def experiment(self, item, code, description, seed=None, first="run 1"):
-        """Runs and records HEAD's train.py until it has a verdict; (the claim, its record, what was said)."""
+    def experiment(self, item, code, description, seed=None, first="run 1", newer=""):
+        """Runs and records HEAD's train.py until it has a verdict; (the claim, its record, what was said). first: what a
+        run that nobody proposed is called; newer: of a late gain, that this is not its first best."""
         n = 0
         while True:
             n += 1
-            item, log = self.run_until_ended(item, code, seed, f"run {n}" if item.state["task"] == "experiment" else first)
+            item, log = self.run_until_ended(item, code, seed, f"run {n}{newer}" if item.state["task"] == "experiment" else first)
             own = self.own_night()
             self.check_kind(log, own)
             again = own.waiting is not None and own.waiting["code"] == code
@@ -461,6 +463,7 @@ class Worker:
         Stopped."""
         description = item.state["description"]
         for attempt in range(ROUNDS):
+            newer = f" on the best found since, {attempt + 1}. try" if attempt else ""
             team, running = team or self.team(), item.state["running"]
             if running and (r := team.decided(running)) and not r.get("late"):
                 return self.settle(item, r, r["why"])  # its worker was killed before it could say so
@@ -474,7 +477,7 @@ class Worker:
                 self.put(item, brought, team.best)
             code = names.sha256(self.repo.top / names.TRAIN)
             try:
-                item, r, said = self.experiment(item, code, description, self.seed_of(team.night, code))
+                item, r, said = self.experiment(item, code, description, self.seed_of(team.night, code), newer=newer)
             except Refused as refused:
                 return self.give_back(item, f"it could not be recorded: {refused}")
             if not r.get("late") or attempt == ROUNDS - 1:
@@ -659,7 +662,7 @@ class Worker:
         """Proposals to try to claim, in this order: the oldest first. With many workers one of the oldest, or all of them
         would try to claim the same one."""
         found, workers = self.free(queue), max(len(queue.workers), len(queue.running))
-        few = found[: 1 + workers // SPREAD]
+        few = found[: 1 + (workers // SPREAD if workers >= CROWD else 0)]
         if all(item.kind == "open" and not self.failed_here(item) for item in few):
             random.shuffle(few)
         return [*few, *found[len(few) :]]

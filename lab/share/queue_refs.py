@@ -203,6 +203,10 @@ def lines(data, limit=4):
         shown.append(f"  {run['worker_branch']}: {text.one_line(run['description'], 70)} ({run['doing']})")
     if len(data["running"]) > limit:
         shown.append(f"  and {len(data['running']) - limit} more")
+    waiting = [text.one_line(item["description"], 70) for item in data["waiting"]]
+    shown += [f"  waits: {description}" for description in waiting[: 2 * limit]]
+    if len(waiting) > 2 * limit:
+        shown.append(f"  and {len(waiting) - 2 * limit} more wait")
     return shown
 
 

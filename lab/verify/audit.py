@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 from lab.analysis import holdout
-from lab.analysis.history import Night
+from lab.analysis.history import Night, label
 from lab.base import files, locks, text
+from lab.base import git as base_git
 from lab.base.errors import Refused
 from lab.base.text import aligned
+from lab.share.team import team_of
 from lab.store import archive, names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import scoring
@@ -83,8 +85,8 @@ def scoring_digest(top, folder, device):
 
 def examine(top, record, args, known):
     """{column: value} of a record's row: the logged value, the new scores, and the flags so far."""
-    found = {"row": record["row"], "commit": record["short"], "description": record["description"], "flags": []}
-    folder = top / names.RUNS / names.archive(record)
+    found = {"row": named(record), "commit": record["short"], "description": record["description"], "flags": []}
+    folder = folder_of(top, record)
     try:
         header, found["val_logged"] = logged(folder)
         if others := rules.changed(header, rules.tree(top)):
@@ -128,7 +130,7 @@ def cells(row):
     shown = ["" if v is None else f"{v:+.6f}" if name.endswith("_gain") else f"{v:.6f}"
              for name, v in zip(COLUMNS[2:7], numbers, strict=True)]  # fmt: skip
     flags = text.one_line("; ".join(row["flags"]), 300) or "ok"
-    return [f"{row['row']:04d}", row["commit"], *shown, flags, text.one_line(row["description"], 200)]
+    return [row["row"], row["commit"], *shown, flags, text.one_line(row["description"], 200)]
 
 
 def table(rows):
@@ -157,9 +159,40 @@ def chosen(history, args):
     return [kept[0]] + [r for r in kept[1:] if not args.numbers or r["row"] in args.numbers]
 
 
+def named(record):
+    """0007; of a team's night TREE/0007."""
+    return label(record).removeprefix("row ")
+
+
+def folder_of(top, record):
+    """Where the run is archived: in this tree, or in a tree of its team."""
+    return record.get("folder") or top / names.RUNS / names.archive(record)
+
+
+def night_of(repo):
+    """(Night, number of kept runs left out). That of the branch or, for a tree that only feeds workers, what the team's
+    trees in this checkout have kept."""
+    history = Night(records=archive.records_of(repo.top, repo.tag()))
+    team = None if history.kept else team_of(repo)
+    if not team or not team.night.kept:
+        return history, 0
+    history, folders = team.night, {}
+    for path in base_git.worktrees(repo.top):
+        for log in sorted(path.glob(f"{names.RUNS}/*/{names.RUN_LOG}")):  # of a baseline only one tree has the run
+            folders.setdefault(log.parent.name.partition("-")[2], log.parent)
+    here = [r for r in history.kept if r["short"] in folders]
+    for r in here:
+        r["folder"] = folders[r["short"]]
+    if not here:
+        raise Refused("what the team has kept is archived in no working tree of this checkout: audit it where the workers ran")
+    left_out, history.kept = len(history.kept) - len(here), here
+    return history, left_out
+
+
 def run(args):
-    top = Repo.find(args.tree).top
-    history = Night(records=archive.records_of(top, Repo(top).tag()))
+    repo = Repo.find(args.tree)
+    top = repo.top
+    history, left_out = night_of(repo)
     records = chosen(history, args)
     if locks.run_in_progress(top):
         raise Refused("a run is in progress in this tree, and each would slow the other down: wait for its end")
@@ -171,7 +204,7 @@ def run(args):
     rows = []
     for i, record in enumerate(records, 1):
         if sys.stdout.isatty():
-            print(f"\r{i}/{len(records)}: {names.archive(record)} ", end="", flush=True)
+            print(f"\r{i}/{len(records)}: {named(record)} {record['short']} ", end="", flush=True)
         rows.append(examine(top, record, args, known))
     if sys.stdout.isatty():
         print(f"\r{'':30}\r", end="")
@@ -183,6 +216,8 @@ def run(args):
     if "holdout" not in rows[0] and len(rows) > 1:
         known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
     print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
+    if left_out:
+        print(f"{left_out} more kept runs are archived on other machines: audit them there")
     if trend := holdout.sentence([row["gap"] for row in rows if "gap" in row]):
         print(trend)
     files.write(top / names.AUDIT_TSV, "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
