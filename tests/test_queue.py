@@ -100,6 +100,7 @@ def test_propose_refuses_what_is_no_experiment_of_this_branch(agent):
     agent.edit(B=0.01)
     agent.commit("B again")
     refused(agent, "propose", "the same code", needle="waits in the queue already (more B)")
+    assert "queue: 1 proposals wait" in (shown := agent.lab("status").out) and "\n  waits: more B\n" in shown
     agent.git("reset", "-q", "--hard", "main")
     (agent.path / "more.py").write_text("1\n")
     agent.edit(C=0.01)
@@ -708,12 +709,37 @@ def test_a_state_that_lab_would_not_write_is_left_out(agent):
     assert odd["description"] == "a[31m red line" and odd["text"] == "one[2J\ntwo"
 
 
-def test_changes_of_neighbouring_lines_conflict_and_those_far_apart_do_not():
-    before = b"".join(b"line %d\n" % i for i in range(10))
-    ours, theirs = before.replace(b"line 2", b"ours"), before.replace(b"line 7", b"theirs")
-    merged, conflict = merge(ours, before, theirs, ["a", "b", "c"])
-    assert not conflict and b"ours" in merged and b"theirs" in merged
-    assert merge(ours, before, before.replace(b"line 2", b"theirs"), ["a", "b", "c"])[1]
+BEFORE = "".join(f"KNOB_{i} = {i}\n" for i in range(10))
+
+
+@pytest.mark.parametrize("ours, theirs, merged", [
+    ([("2", "20")], [("7", "70")], "0 1 20 3 4 5 6 70 8 9"),  # far apart
+    ([("2", "20")], [("3", "30")], "0 1 20 30 4 5 6 7 8 9"),  # neighbours
+    ([("2", "20"), ("4", "40")], [("3", "30")], "0 1 20 30 40 5 6 7 8 9"),
+    ([("9", "90")], [("8", "80")], "0 1 2 3 4 5 6 7 80 90"),
+    ([("2", "20")], [("2", "21")], None),  # the same
+    ([("2", "20"), ("3", "30")], [("3", "31")], None),
+    ([("2", "(20,")], [("3", "30")], None),  # no Python either way: a conflict shows it
+])
+def test_changes_of_the_same_line_conflict_and_those_of_neighbours_do_not(ours, theirs, merged):
+    def edited(edits):
+        text = BEFORE
+        for old, new in edits:
+            text = text.replace(f"KNOB_{old} = {old}\n", f"KNOB_{old} = {new}\n")
+        return text.encode()
+
+    found, conflict = merge(edited(ours), BEFORE.encode(), edited(theirs), ["a", "b", "c"])
+    assert conflict == (merged is None) and (b"<<<<<<<" in found) == conflict
+    if merged:
+        assert [line.split(" = ")[1] for line in found.decode().splitlines()] == merged.split()
+
+
+def test_what_one_has_removed_and_the_other_changed_conflicts():
+    without = BEFORE.replace("KNOB_2 = 2\nKNOB_3 = 3\n", "")
+    found, conflict = merge(without.encode(), BEFORE.encode(), BEFORE.replace("3 = 3", "3 = 30").encode(), ["a", "b", "c"])
+    assert conflict and b"\x01" not in found
+    found, conflict = merge(without.encode(), BEFORE.encode(), BEFORE.replace("5 = 5", "5 = 50").encode(), ["a", "b", "c"])
+    assert not conflict and found.decode() == without.replace("5 = 5", "5 = 50")
 
 
 def test_decided_proposals_leave_the_queue_once_they_were_told_and_the_latest_stay(agent, monkeypatch):
