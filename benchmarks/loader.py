@@ -108,7 +108,7 @@ def measure(folder, data):
     from corpus.layout import raw_dir
 
     torch.set_num_threads(1)
-    prepare._run = SimpleNamespace(started=0.0, device=torch.device("cpu"))
+    prepare._run = SimpleNamespace(started=0.0, stopped=None, device=torch.device("cpu"))
     tokenizer = prepare.load_tokenizer()
     sources = raw_sources("train", prepare.load_manifest()["train_shards"])
 

@@ -3,13 +3,14 @@
 import importlib
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import ROOT, assert_refused
 
 T, VOCAB_SIZE = 32, 512
 BOS = VOCAB_SIZE - 4
@@ -238,3 +239,16 @@ def test_a_truncated_file_is_one_line_that_names_it(make_repo, prepared_climbmix
 def test_not_prepared_is_one_line_with_the_command(make_repo):
     result = make_repo("climbmix").run_code("import prepare\nprepare.begin_run(prepare.__file__)")
     assert_refused(result, "uv run prepare.py")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loader_runs(make_repo, prepared_stdlib):
+    """It stands in for a run, so it breaks where the loader asks a run for more."""
+    repo = make_repo("stdlib")
+    repo.copy_cache(prepared_stdlib)
+    shutil.copytree(ROOT / "benchmarks", repo.path / "benchmarks")
+    (repo.path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "oracle.py", repo.path / "tests")
+    result = repo.run("benchmarks/loader.py", timeout=280)
+    assert result.rc == 0, result.err
+    assert result.out.count(" x ") >= 2 and "tokens/s on one core" in result.out
