@@ -93,6 +93,17 @@ def test_the_baseline_is_run_three_times_by_the_team_and_not_by_each_tree():
     assert night.waiting is None
 
 
+def test_the_baselines_value_is_the_mean_of_all_its_runs_though_a_tree_closed_its_own_earlier():
+    """As a worker does that records its first experiment: its own run of the baseline becomes a keep."""
+    trees = Trees("a", "b").add("b", "base", 1.0, "confirm", seed=43).add("a", "base", 1.004, "keep", seed=42)
+    trees.add("b", "base", 1.008, "keep", seed=44).add("a", "wide", 0.98, "keep", on="base")
+    night = trees.seen("a").night
+    assert [(r["code"], r["mean"], r["n"]) for r in night.kept] == [("base", pytest.approx(1.004), 3), ("wide", 0.98, 1)]
+    trees.records["b"].pop()  # nobody has run it a third time: what the tree went on from counts
+    night = trees.seen("a").night
+    assert [(r["code"], r["mean"], r["n"]) for r in night.kept] == [("base", pytest.approx(1.002), 2), ("wide", 0.98, 1)]
+
+
 def test_two_runs_under_one_seed_count_as_one():
     trees = Trees("a", "b").add("a", "base", 1.0, "confirm", seed=42).add("b", "base", 1.004, "confirm", seed=42)
     trees.add("a", "base", 1.002, "confirm", seed=43)

@@ -224,6 +224,8 @@ def one_line_of(records):
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
     new. lost: its worker was given up before it could say so, and another one decides. given_up: somebody ran the keep again, and its gain does not hold."""
     whole, seeds, row, decided = Replay([r for r, _ in records]), {}, 0, {}
+    base = {r["header"]["seed"]: r["summary"]["val_bpb"] for r, _ in records if r["baseline"] and r["summary"] and r["header"]}
+    is_complete = len(verdict.distinct(list(base.values()))) >= verdict.BASELINE_RUNS
     kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep" and not r.get("lost")}
     for i, (r, is_own) in enumerate(records):
         if r["verdict"] == "confirm" and not is_own:
@@ -243,7 +245,7 @@ def one_line_of(records):
         if r["code"] in codes and (codes[0] != r["code"] or whole.line[0]["row"]):
             again(whole, r)
         elif r["baseline"] and r["summary"] and (not codes or r["code"] == codes[0]):
-            settle_baseline(whole, r)
+            settle_baseline(whole, r, is_complete)
         elif r["row"] and r["summary"] and whole.line and whole.kept(r):
             judge_keep(whole, r)
         if r["row"] and r["verdict"] in ("keep", "discard", "crash"):
@@ -278,10 +280,11 @@ def again(whole, r):
                 keep["verdict"] = "keep"
 
 
-def settle_baseline(whole, r):
-    """A run of the baseline, which is kept after BASELINE_RUNS runs of the whole team."""
+def settle_baseline(whole, r, is_complete):
+    """A run of the baseline, which is kept after BASELINE_RUNS runs of the whole team. is_complete: there are as many, though
+    a tree may have closed its own as a keep before it saw the last."""
     values = whole.counted(r) if is_measurement(r) else [o["summary"]["val_bpb"] for o in whole.runs.get(r["code"], [])]
-    if is_measurement(r) and (len(verdict.distinct(values)) >= verdict.BASELINE_RUNS or r["verdict"] == "keep" and r["row"]):
+    if is_measurement(r) and (len(verdict.distinct(values)) >= verdict.BASELINE_RUNS or r["verdict"] == "keep" and r["row"] and not is_complete):
         r.update(verdict="keep", row=r["row"] or 1, mean=verdict.mean(values), n=len(values))
     else:
         r["row"] = None
