@@ -244,6 +244,24 @@ def test_a_best_in_doubt_runs_again_once(agent):
 # --- claims -------------------------------------------------------------------
 
 
+def test_a_worker_has_git_pack_its_objects_at_the_start_and_again_and_again(agent, monkeypatch):
+    """Nothing else does: a worker's clone has no commits by hand, and its calls of git switch `gc --auto` off."""
+    for i in range(3):
+        agent.proposed(f"idea {i}", **{"ABC"[i]: 0.01})
+    worker, packed = agent.worktree("w1").worker(), []
+    git = worker.repo.git
+    monkeypatch.setattr(worker.repo, "git", lambda *args, **kw: packed.append(worker.done) if "gc" in args else git(*args, **kw))
+    monkeypatch.setattr("lab.queue.work.PACKED_AFTER", 2)
+    worker.begin()
+    assert packed == [0]
+    for item in worker.board.look().items:
+        r = {"verdict": "discard", "row": 1, "tag": "w1", "mean": None, "gain": None, "commit": item.commit, "label": "w1/0001"}
+        worker.settle(worker.claim(item), r, "")
+    assert packed == [0, 2] and worker.done == 3
+    worker.repo.git = lambda *args, **kw: (_ for _ in ()).throw(OSError("the disk is full"))
+    worker.pack()
+
+
 def test_two_workers_never_have_the_same_claim(agent):
     agent.proposed("more A", **KEEP)
     trees = [agent.worktree("w1"), agent.worktree("w2")]

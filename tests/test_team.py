@@ -733,6 +733,13 @@ def test_two_machines_whose_clocks_are_ten_minutes_apart_find_one_best(tmp_path,
     assert lists[0]["best"]["short"] == lists[1]["best"]["short"] and lists[0]["dead_ends"]
 
 
+def test_status_on_main_says_that_a_team_takes_any_branch(first):
+    first.git("switch", "-q", "-C", "main")
+    assert "git switch -c autoresearch/TAG" in (shown := first.lab("status").out) and "team gpus sees every branch" in shown
+    first.git("config", "--unset", "autoresearch.team")
+    assert "team" not in first.lab("status").out
+
+
 def test_a_tree_that_feeds_workers_audits_what_they_have_archived(first):
     """It keeps nothing itself. Two other trees of its checkout do, one of them elsewhere by now."""
     agent, other = first.worktree("agent"), first.worktree("other")

@@ -51,7 +51,8 @@ def gather(path, fetch=False):
     try:
         known["tag"] = repo.tag()
     except Refused as refused:
-        return {**known, "next": f"{refused}"}
+        team = (repo.ask("config", names.TEAM) or "").strip()
+        return {**known, "next": f"{refused}" + f" (any TAG: team {team} sees every branch of this checkout)" * bool(team)}
     own = checks.night_of(repo)
     notes = [records_in_git.restored(known["tag"], archive.in_file(repo.top, known["tag"]), own.records)]
     member = checks.member_of(repo)

@@ -59,6 +59,7 @@ Ctrl-C; 143 stopped by `kill`."""
 
 FIRST_SEED = 42  # the seed of a run that names none
 SPREAD = 2  # workers: for as many more, a worker chooses among one more of the oldest proposals
+PACKED_AFTER = 50  # proposals, after which git may pack what they made
 CROWD = 4  # workers: fewer always take the oldest
 FAULTS = 5  # proposals in a row that failed because of this machine: then the worker stops
 ATTEMPTS = 3  # times that workers fail a proposal before it goes back
@@ -508,6 +509,8 @@ class Worker:
         self.faults, self.done = [], self.done + 1
         value = "" if r["mean"] is None else f" {r['mean']:.6f}"
         self.say(f"{r['verdict']}{value}: {item.state['description'][: checks.BRIEF]}")
+        if self.done % PACKED_AFTER == 0:
+            self.pack()
 
     def give_back(self, item, why):
         """Hands the proposal back to its proposer, with the reason."""
@@ -594,6 +597,7 @@ class Worker:
             self.own = None
             self.say("a record that was interrupted is complete")
         self.catch_up()
+        self.pack()
 
     def catch_up(self):
         """Publishes what was recorded and not published, by a worker that was killed or given up. Without the remote step
@@ -605,6 +609,12 @@ class Worker:
         self.disown(queue)
         if checks.night_of(self.repo).records:
             exchange.publish(self.repo, self.member, self.tag, exchange.state_of(self.repo, self.tag))
+
+    def pack(self):
+        """Has git pack loose objects if there are many. A commit by hand does that; a worker makes some 75 objects a run, and
+        none of its calls of git does."""
+        with contextlib.suppress(Stop, OSError):
+            self.repo.git("-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
 
     def disown(self, queue):
         """Leaves the verdict on the last proposal to the worker that has decided it, if this one recorded it and could not
