@@ -172,10 +172,13 @@ class Worker:
     # --- the queue ---
 
     def team(self, refs=None):
-        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own. refs: the
-        team's refs, if just read."""
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own, and nothing
+        does before its first run has said which device it has. refs: the team's refs, if just read."""
         own = self.own_night()
-        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records, refs=refs)
+        if not self.ideas:
+            return team_night(self.repo, self.member, self.tag, own.records, refs=refs)
+        team, log = checks.team_of(self.repo, own), run_log.read(self.repo.top / names.RUN_LOG)
+        return team if own.first or log and log.header else team.comparing(None)
 
     def own_night(self):
         """The Night of this branch, which only this worker continues."""
@@ -432,8 +435,8 @@ class Worker:
             except Again:
                 continue
             except checks.SeedUsed:  # it was taken for dead, and its run is published
-                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 seed = self.seed_of(self.team().night, code)
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 continue
             except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
