@@ -256,6 +256,43 @@ def test_a_claim_is_void_at_once_if_its_workers_lock_is_free_and_never_while_it_
     assert Board(second.repo, board.member).is_void(board.look().find(item.id))
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["one checkout", "over a remote"])
+def test_what_a_worker_that_is_gone_left_of_itself_is_removed_and_not_counted(agent, remote):
+    """The one was killed on this machine, the other on one that nobody can look into."""
+    trees = [agent.worktree("w1"), agent.worktree("w2")]
+    if remote:
+        agent.git("config", names.REMOTE, str(agent.hub()))
+    clock = [0.0]
+    board = Board(agent.repo, checks.member_of(agent.repo), clock=lambda: clock[0])
+    near, far = (tree.worker() for tree in trees)
+    far.identity["machine"] = "another"
+    with locks.hold(trees[0].path / ".lab" / "worker.lock"):
+        (trees[0].path / ".lab" / "worker.lock").write_text(near.member.name)
+        for worker, slot in (near, "baseline-45"), (far, "baseline-46"):
+            queue = worker.board.look()
+            worker.sign(queue)
+            assert worker.slot(queue, slot, "baseline", "baseline")
+
+        def seen():
+            queue = board.look(fresh=0)
+            return [[item.state["worker_branch"] for item in sorted(items)] for items in (queue.slots, queue.workers)]
+
+        assert board.alive(board.look(fresh=0)) == {near.member.name, far.member.name}
+        assert seen()[0] == ["w1", "w2"] and sorted(seen()[1]) == ["w1", "w2"]
+    assert seen() == [["w2"], ["w2"]], "its lock is free"
+    clock[0] = board.longest - 1
+    far.signed = float("-inf")
+    far.sign(far.board.look())
+    clock[0] = board.longest + 1
+    assert seen() == [["w2"], ["w2"]], "it has shown that it is there"
+    clock[0] = 2 * board.longest + 2
+    assert seen() == [[], []]
+    assert agent.queue.slots == agent.queue.workers == ()
+    far.signed = float("-inf")
+    far.sign(far.board.look())  # it was only asleep
+    assert seen() == [[], ["w2"]]
+
+
 def taken_over(worker, tree):
     """While the worker trains, one in the other tree sees that its lock is free, and takes its claim."""
     train = worker.train
