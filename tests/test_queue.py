@@ -600,6 +600,27 @@ def test_a_worker_of_another_device_says_so_and_puts_the_proposal_back(agent):
     assert agent.kinds() == {"more A": "open"} and not tree.records()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ideas", [False, True])
+def test_a_worker_that_starts_again_on_another_device_hands_back_no_proposals(agent, ideas):
+    """As a task of Slurm that was requeued, on another kind of node; or the frozen files of its tree are others."""
+    tree, options = agent.worktree("w1"), ["--no-sandbox", *["--ideas"] * ideas]
+    agent.proposed("more A", **KEEP)
+    tree.work(ideas=ideas)
+    agent.proposed("worse B", B=-0.02)
+    done = tree.lab("work", *options, timeout=PATIENCE, FAKE_DEVICE="another")
+    assert done.rc == 1 and "those of this branch (device another, not cpu (a fake)): start it in a new working tree" in done.err
+    assert agent.kinds() == {"more A": "keep", "worse B": "open"}
+    (tree.path / "prepare.py").write_text("# other rules\n")
+    tree.commit("other rules", "prepare.py")
+    done = tree.lab("work", *options, timeout=PATIENCE)
+    assert done.rc == 1 and "prepare.py changed since this branch's first run" in done.err
+    assert agent.kinds() == {"more A": "keep", "worse B": "open"} and "Traceback" not in done.err
+    (tree.path / "prepare.py").write_text("# frozen\n")
+    tree.commit("the rules of this branch", "prepare.py")
+    assert tree.work(ideas=ideas).done == 1 and agent.kinds()["worse B"] == "discard"
+
+
 def test_a_worker_of_another_device_that_was_taken_for_dead_says_that_it_is_of_another_device(agent):
     agent.proposed("more A", **KEEP)
     first, second = agent.worktree("w1"), agent.worktree("w2")
