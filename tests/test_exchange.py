@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from fakequeue import Proposer, inside, scores
 from lab.base import git as base_git
 from lab.base.git import GitError, Objects
 from lab.loop import checks, record
-from lab.queue import work
+from lab.queue import propose, work
 from lab.queue.board import Board
 from lab.share import exchange, queue_refs
 from lab.store import journal, names
@@ -213,6 +214,18 @@ def test_a_proposal_whose_push_was_not_answered_does_not_come_back_once_it_is_re
     assert item.kind == "decided" and base_git.refs(agent.path, item.ref) == {}
     assert exchange.swap(agent.repo, checks.member_of(agent.repo), [(item.ref, None, item.commit)]) == "done"
     assert agent.queue.items == () and base_git.refs(hub, item.ref) == {}
+
+
+def test_a_proposal_that_the_remote_refuses_stays_here_until_the_remote_has_it(apart, monkeypatch):
+    agent, _, hub = apart
+    agent.idea("more A", A=0.01)
+    with monkeypatch.context() as refusing, inside(agent):
+        refusing.setattr(exchange, "swap", lambda *args, **kwargs: "refused")
+        assert propose.run(Namespace(description="more A", simpler=False)) == 0
+        (item,) = agent.queue.items
+        assert item.unpublished and base_git.refs(hub, item.ref) == {}
+    (item,) = agent.queue.items
+    assert not item.unpublished and base_git.refs(hub, item.ref) == {item.ref: item.commit}
 
 
 @pytest.mark.slow

@@ -82,11 +82,13 @@ class Board:
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
         for item in items:
             try:
-                exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
+                done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
             except GitError as error:
                 return f"the remote does not have the proposal yet: {exchange.reason(error)}"
-            # If it was refused, an earlier push had reached the remote, and a worker was quick.
-            base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
+            # If it was refused, an earlier push had reached the remote, and a worker was quick: forget_copies will see that.
+            # But a host may refuse for a reason of its own, and then the proposal is nowhere but here.
+            if done != "refused":
+                base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
         return None
 
     # --- changing ---
