@@ -3,15 +3,18 @@
     agent = Proposer(tmp_path / "agent")        on autoresearch/test, member of the team "gpus"
     agent.propose("more A", A=0.01)             edits train.py, commits, proposes
     tree = agent.worktree("w1")                 a tree for a worker
-    tree.work(until=...)                        runs a worker in this process, step by step
+    tree.work()                                 runs a worker in this process, step by step
+    tree.killed("settle")                       the same, killed when it is about to publish its first verdict
 """
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
 
 import fake_training
+import pytest
 from faketeam import Teammate
 
 from lab.loop import checks
@@ -32,6 +35,18 @@ def inside(tree):
         os.chdir(before)
         os.environ.clear()
         os.environ.update(environment)
+
+
+def scores(worker, val_bpb):
+    """From now on the worker's trainings end with this val_bpb."""
+    train, log = worker.train, worker.repo.top / "run.log"
+
+    def trained(seed):
+        status = train(seed)
+        log.write_text(re.sub(r"val_bpb: .*", f"val_bpb:          {val_bpb:.6f}", log.read_text()))
+        return status
+
+    worker.train = trained
 
 
 class Proposer(Teammate):
@@ -57,6 +72,14 @@ class Proposer(Teammate):
         result = self.lab("propose", description, *args)
         assert result.rc == 0, result.err
         return result
+
+    def simplified(self, **constants):
+        """Proposes a train.py that is three lines shorter, which the rule wants to see twice."""
+        self.edit(**constants)
+        (self.path / "train.py").write_text(self.read("train.py").replace(fake_training.GAP, "#\n", 1))
+        self.commit("three lines less")
+        result = self.lab("propose", "three lines less", "--simpler")
+        assert result.rc == 0, result.err
 
     def publish(self):
         """What `lab record` does after each record."""
@@ -98,6 +121,19 @@ class Proposer(Teammate):
                     worker.leave()
                     return worker
         raise AssertionError(f"{most} steps: {worker.said_all}")
+
+    def killed(self, moment):
+        """Runs a worker up to its first call of the method `moment`, at which it is killed."""
+
+        def kill(*args):
+            raise KeyboardInterrupt
+
+        with inside(self):
+            worker = self.worker()
+            worker.begin()
+            setattr(worker, moment, kill)
+            with pytest.raises(KeyboardInterrupt):
+                worker.step()
 
     def start_worker(self, *args, **env):
         """A worker as a process of its own."""

@@ -1,18 +1,20 @@
 """A look at the team, a claim, a record with its verdict: few git processes, and nothing less safe for it."""
 
-import re
+import errno
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
-from fakequeue import Proposer, inside
+from fakequeue import Proposer, inside, scores
 
 from lab.base import git as base_git
 from lab.base.git import GitError, Objects
-from lab.loop import checks
-from lab.queue import work
+from lab.loop import checks, record
+from lab.queue import propose, work
+from lab.queue.board import Board
 from lab.share import exchange, queue_refs
-from lab.store import names
+from lab.store import journal, names
 
 MOST_GITS = 55  # that one proposal may start over a remote; 47 do
 BLOB = 1 << 20
@@ -39,6 +41,12 @@ def apart(agent):
     far = agent.clone("far", hub)
     agent.publish()
     return agent, far, hub
+
+
+def published(tree, hub):
+    """{ref: commit} of what the remote has of the tree's records."""
+    member = checks.member_of(tree.repo)
+    return base_git.refs(hub, f"{member.refs}{member.name}/")
 
 
 # --- pushes -------------------------------------------------------------------
@@ -93,8 +101,9 @@ def test_what_was_recorded_is_published_if_the_claim_is_lost_meanwhile(apart):
     agent.proposed("more A", A=0.01)
     heir_tree = agent.clone("heir", hub)
     with inside(far):
-        worker = far.worker()
-        recorded = worker.recorded
+        worker, before = far.worker(), []
+        recorded, catch_up = worker.recorded, worker.catch_up
+        worker.catch_up = lambda: (before.append(published(far, hub)), catch_up())
 
         def then_lost(*args):
             said = recorded(*args)
@@ -107,11 +116,83 @@ def test_what_was_recorded_is_published_if_the_claim_is_lost_meanwhile(apart):
         worker.begin()
         worker.step()
     assert any("taken this proposal over" in sentence for sentence in worker.said_all)
-    assert list(base_git.refs(hub, f"{worker.member.refs}{worker.member.name}/")) == [worker.member.ref("far")]
+    assert before == [{}, {}], "nothing before it is known whether the other one has decided: at the start, and then"
+    assert list(published(far, hub)) == [worker.member.ref("far")]
     heir_tree.work()
     (item,) = agent.queue.items
     assert item.state["verdict"] == "keep" and item.state["worker_branch"] == "heir"
     assert [r["description"] for r in agent.team.night.rows] == ["baseline", "more A"]
+
+
+def test_a_baseline_is_published_though_its_claim_was_lost_meanwhile(apart):
+    agent, far, hub = apart
+    slot = "baseline-45", "baseline", "baseline"
+    with inside(far):
+        worker = far.worker()
+        recorded = worker.recorded
+
+        def then_lost(*args):
+            said = recorded(*args)
+            heir = agent.worker()
+            heir.board.is_void = lambda item: True
+            assert heir.slot(heir.board.look(), *slot)
+            return said
+
+        worker.recorded = then_lost
+        worker.begin()
+        worker.run_slot(worker.slot(worker.board.look(), *slot), agent.team.best["code"], "baseline", 45)
+    assert list(published(far, hub)) == [worker.member.ref("far")] and len(far.records()) == 1
+    assert [item.state["worker_branch"] for item in agent.queue.slots] == ["test"]
+
+
+def test_a_record_that_was_interrupted_is_not_published_before_it_is_known_who_has_decided(apart, monkeypatch):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    with monkeypatch.context() as half:
+        half.setattr(record, "steps", lambda repo: [lambda plan: (_ for _ in ()).throw(KeyboardInterrupt)])
+        with inside(far), pytest.raises(KeyboardInterrupt):
+            far.work()
+    assert journal.pending(far.path)
+    with inside(far):
+        worker, before = far.worker(), []
+        catch_up = worker.catch_up
+        worker.catch_up = lambda: (before.append(published(far, hub)), catch_up())
+        worker.begin()
+    assert before == [{}] and list(published(far, hub)) == [worker.member.ref("far")]
+    assert [r["verdict"] for r in far.records()] == ["keep"] and not journal.pending(far.path)
+
+
+def test_a_record_that_is_tried_again_knows_what_the_team_has_done_meanwhile(apart, monkeypatch):
+    agent, far, _ = apart
+    agent.proposed("more A", A=0.01)
+    recorded = record.recorded
+
+    def full(*args, **kwargs):
+        monkeypatch.setattr(record, "recorded", recorded)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with inside(far):
+        worker = far.worker()
+        worker.pause = lambda seconds: agent.experiment("no gain", 1.5)  # until there is room
+        monkeypatch.setattr(record, "recorded", full)
+        worker.begin()
+        worker.step()
+    assert worker.done == 1 and far.records()[-1]["seq"] == agent.records()[-1]["seq"] + 1
+
+
+def test_what_another_process_of_the_checkout_has_fetched_is_not_forgotten(apart):
+    """A board looks, another process fetches more, and then the remote is restored from a backup."""
+    agent, far, hub = apart
+    member, ref = checks.member_of(far.repo), checks.member_of(agent.repo).ref("test")
+    board, old = Board(far.repo, member), base_git.refs(hub, ref)[ref]
+    board.look(fresh=0)
+    agent.experiment("no gain", 1.5)
+    new = base_git.refs(hub, ref)[ref]
+    assert new != old and exchange.fetch(far.repo, member) is None
+    base_git.change_refs(hub, [(ref, old, new)])
+    board.look(fresh=0)
+    assert base_git.refs(far.path, member.mirror)[names.mirror_of(ref)] == new
+    assert [r["description"] for r in far.team.night.rows] == ["baseline", "no gain"]
 
 
 def test_a_ref_that_somebody_removes_on_the_remote_stops_no_worker(apart):
@@ -135,37 +216,30 @@ def test_a_proposal_whose_push_was_not_answered_does_not_come_back_once_it_is_re
     assert agent.queue.items == () and base_git.refs(hub, item.ref) == {}
 
 
+def test_a_proposal_that_the_remote_refuses_stays_here_until_the_remote_has_it(apart, monkeypatch):
+    agent, _, hub = apart
+    agent.idea("more A", A=0.01)
+    with monkeypatch.context() as refusing, inside(agent):
+        refusing.setattr(exchange, "swap", lambda *args, **kwargs: "refused")
+        assert propose.run(Namespace(description="more A", simpler=False)) == 0
+        (item,) = agent.queue.items
+        assert item.unpublished and base_git.refs(hub, item.ref) == {}
+    (item,) = agent.queue.items
+    assert not item.unpublished and base_git.refs(hub, item.ref) == {item.ref: item.commit}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expired", [False, True], ids=["decided", "decided, told and removed"])
 def test_a_worker_that_returns_before_the_remote_does_leaves_the_verdict_to_the_other(apart, expired):
     agent, far, hub = apart
     heir_tree = agent.clone("heir", hub)
     agent.proposed("more A", A=0.01)
-    with inside(far):
-        worker = far.worker()
-        recorded = worker.recorded
-
-        def killed(*args):
-            recorded(*args)
-            raise KeyboardInterrupt
-
-        worker.recorded = killed
-        worker.begin()
-        with pytest.raises(KeyboardInterrupt):
-            worker.step()
+    far.killed("settle")
     assert far.records()[-1]["verdict"] == "keep"
     with inside(heir_tree):
         heir = heir_tree.worker()
         heir.board.is_void = lambda item: True
-        train = heir.train
-
-        def contrary(seed):
-            status = train(seed)
-            log = heir_tree.path / "run.log"
-            log.write_text(re.sub(r"val_bpb: .*", "val_bpb:          1.200000", log.read_text()))
-            return status
-
-        heir.train = contrary
+        scores(heir, 1.2)
         heir.begin()
         heir.step()
     assert agent.kinds() == {"more A": "discard"}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakequeue import Proposer, inside
+from fakequeue import Proposer, inside, scores
 
 from lab.base import git as base_git
 from lab.base import locks
@@ -175,10 +174,7 @@ def test_without_a_baseline_the_workers_measure_it_first(tmp_path):
 
 @pytest.mark.slow
 def test_what_the_rule_wants_repeated_is_repeated_under_a_new_seed(agent):
-    text = agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1)
-    (agent.path / "train.py").write_text(text)
-    agent.commit("three lines less")
-    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    agent.simplified()
     agent.worktree("w1").work()
     (item,) = agent.queue.items
     runs = [r["header"]["seed"] for r in agent.team.night.records if r["description"] == "three lines less"]
@@ -293,20 +289,62 @@ def test_a_claim_is_void_at_once_if_its_workers_lock_is_free_and_never_while_it_
     assert Board(second.repo, board.member).is_void(board.look().find(item.id))
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["one checkout", "over a remote"])
+def test_what_a_worker_that_is_gone_left_of_itself_is_removed_and_not_counted(agent, remote):
+    """The one was killed on this machine, the other on one that nobody can look into."""
+    trees = [agent.worktree("w1"), agent.worktree("w2")]
+    if remote:
+        agent.git("config", names.REMOTE, str(agent.hub()))
+    clock = [0.0]
+    board = Board(agent.repo, checks.member_of(agent.repo), clock=lambda: clock[0])
+    near, far = (tree.worker() for tree in trees)
+    far.identity["machine"] = "another"
+    with locks.hold(trees[0].path / ".lab" / "worker.lock"):
+        (trees[0].path / ".lab" / "worker.lock").write_text(near.member.name)
+        for worker, slot in (near, "baseline-45"), (far, "baseline-46"):
+            queue = worker.board.look()
+            worker.sign(queue)
+            assert worker.slot(queue, slot, "baseline", "baseline")
+
+        def seen():
+            queue = board.look(fresh=0)
+            return [[item.state["worker_branch"] for item in sorted(items)] for items in (queue.slots, queue.workers)]
+
+        assert board.alive(board.look(fresh=0)) == {near.member.name, far.member.name}
+        assert seen()[0] == ["w1", "w2"] and sorted(seen()[1]) == ["w1", "w2"]
+    assert seen() == [["w2"], ["w2"]], "its lock is free"
+    clock[0] = board.longest - 1
+    far.signed = float("-inf")
+    far.sign(far.board.look())
+    clock[0] = board.longest + 1
+    assert seen() == [["w2"], ["w2"]], "it has shown that it is there"
+    clock[0] = 2 * board.longest + 2
+    assert seen() == [[], []]
+    assert agent.queue.slots == agent.queue.workers == ()
+    far.signed = float("-inf")
+    far.sign(far.board.look())  # it was only asleep
+    assert seen() == [[], ["w2"]]
+
+
+def taken_over(worker, tree):
+    """While the worker trains, one in the other tree sees that its lock is free, and takes its claim."""
+    train = worker.train
+
+    def long(seed):
+        status = train(seed)
+        heir = tree.worker()
+        assert heir.claim(heir.free(heir.board.look())[0])
+        return status
+
+    worker.train = long
+
+
 def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent):
     agent.proposed("more A", **KEEP)
     first, second = agent.worktree("w1"), agent.worktree("w2")
     with inside(first):
         frozen = first.worker()
-        train = frozen.train
-
-        def long(seed):
-            status = train(seed)
-            heir = second.worker()
-            assert heir.claim(heir.free(heir.board.look())[0])  # it sees a free lock, and takes over
-            return status
-
-        frozen.train = long
+        taken_over(frozen, second)
         frozen.begin()
         frozen.step()
     assert "another worker has taken this proposal over: what was run is discarded" in frozen.said_all
@@ -319,10 +357,7 @@ def test_a_worker_that_was_taken_for_dead_and_returns_discards_its_result(agent)
 @pytest.mark.parametrize("how", ["taken for dead", pytest.param("stopped between the runs", marks=pytest.mark.slow)])
 def test_a_close_call_that_another_worker_decided_is_not_closed_by_the_first(agent, how):
     """It has recorded one of two runs; another worker takes the proposal over and decides it."""
-    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
-    (agent.path / "train.py").write_text(agent.read("train.py").replace("A = 0.0\n", "A = 0.0004\n"))
-    agent.commit("three lines less")
-    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    agent.simplified(A=0.0004)
     first, second = agent.worktree("w1"), agent.worktree("w2")
     with inside(first):
         worker = first.worker()
@@ -374,18 +409,17 @@ def test_a_record_that_was_killed_and_a_second_verdict_are_one(agent, returns, m
     assert (first.path / ".lab" / "journal.json").exists() and not first.records()
     with inside(second):
         heir = second.worker()
+        scores(heir, 1.2)
         train = heir.train
 
-        def contrary(seed):
+        def long(seed):
             status = train(seed)
-            log = second.path / "run.log"
-            log.write_text(re.sub(r"val_bpb: .*", "val_bpb:          1.200000", log.read_text()))
             if returns == "before":
                 with inside(first):
                     first.worker().begin()
             return status
 
-        heir.train = contrary
+        heir.train = long
         heir.begin()
         heir.step()
     said = "keep" if returns == "before" else "discard"
@@ -402,17 +436,9 @@ def test_a_record_that_was_killed_and_a_second_verdict_are_one(agent, returns, m
 @pytest.mark.slow
 def test_a_run_under_a_seed_that_another_worker_has_published_meanwhile_is_run_again(agent):
     """A worker records a close call, and is taken for dead before others see that; the next one runs the same seed."""
-    agent.edit(A=0.0004)
-    (agent.path / "train.py").write_text(agent.read("train.py").replace("#\n#\n#\n#\n", "#\n", 1))
-    agent.commit("three lines less")
-    assert agent.lab("propose", "three lines less", "--simpler").rc == 0
+    agent.simplified(A=0.0004)
     first, second = agent.worktree("w1"), agent.worktree("w2")
-    with inside(first):
-        worker = first.worker()
-        worker.recorded = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-        worker.begin()
-        with pytest.raises(KeyboardInterrupt):
-            worker.step()
+    first.killed("recorded")
     with inside(second):
         heir = second.worker()
         train, seeds = heir.train, []
@@ -431,17 +457,41 @@ def test_a_run_under_a_seed_that_another_worker_has_published_meanwhile_is_run_a
     assert [r["verdict"] for r in first.records()] == ["confirm"] and len(second.records()) == 1
 
 
+def test_a_repeat_of_the_best_under_a_seed_that_another_tree_has_published_is_run_again(agent):
+    """The worker has taken over the claim of one that was taken for dead, came back and published."""
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        queue, team = worker.board.look(), worker.team()
+        used = {r["header"]["seed"] for r in team.night.runs(team.best["code"])}
+        item = worker.slot(queue, "again-1-3", "again", "baseline: in doubt, again")
+        worker.run_slot(item, team.best["code"], "", max(used))
+    (record,) = tree.records()
+    assert len(used) == 3 and record["code"] == team.best["code"] and record["header"]["seed"] not in used
+    assert len(agent.team.night.runs(record["code"])) == 4 and not agent.queue.slots
+
+
+def test_a_verdict_that_another_tree_has_published_is_told_as_it_was_seen(agent):
+    """A moment later the refs may say something else: the other tree gives it up, or a fetch brings more."""
+    agent.proposed("more A", **KEEP)
+    tree, seen = agent.worktree("w1"), {**agent.team.best, "verdict": "discard"}
+    with inside(tree):
+        worker = tree.worker()
+        worker.recorded = lambda *args: (_ for _ in ()).throw(checks.DecidedElsewhere(seen))
+        worker.begin()
+        worker.step()
+    (item,) = agent.queue.items
+    assert item.state["verdict"] == "discard" and item.state["commit"] == seen["commit"]
+    assert "decided meanwhile (" in item.state["text"] and not (tree.path / "run.log").exists()
+
+
 @pytest.mark.slow
 def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
     """Killed after the record, before the verdict; the record itself may be unpublished, too."""
     agent.proposed("more A", **KEEP)
     tree = agent.worktree("w1")
-    with inside(tree):
-        worker = tree.worker()
-        worker.settle = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-        worker.begin()
-        with pytest.raises(KeyboardInterrupt):
-            worker.step()
+    tree.killed("settle")
     assert agent.kinds() == {"more A": "claimed"} and len(tree.records()) == 1
     again = tree.work()
     assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1 and again.done == 1
@@ -451,12 +501,7 @@ def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
 def test_a_run_that_was_complete_and_not_recorded_is_recorded_by_the_next_start(agent):
     agent.proposed("more A", **KEEP)
     tree = agent.worktree("w1")
-    with inside(tree):
-        worker = tree.worker()
-        worker.recorded = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-        worker.begin()
-        with pytest.raises(KeyboardInterrupt):
-            worker.step()
+    tree.killed("recorded")
     ran = json.loads(tree.read("run.log").splitlines()[0].removeprefix("run: "))["run_id"]
     tree.work()
     assert [r["run_id"] for r in tree.records()] == [ran]
@@ -589,6 +634,54 @@ def test_a_worker_of_another_device_says_so_and_puts_the_proposal_back(agent):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ideas", [False, True])
+def test_a_worker_that_starts_again_on_another_device_hands_back_no_proposals(agent, ideas):
+    """As a task of Slurm that was requeued, on another kind of node; or the frozen files of its tree are others."""
+    tree, options = agent.worktree("w1"), ["--no-sandbox", *["--ideas"] * ideas]
+    agent.proposed("more A", **KEEP)
+    tree.work(ideas=ideas)
+    agent.proposed("worse B", B=-0.02)
+    done = tree.lab("work", *options, timeout=PATIENCE, FAKE_DEVICE="another")
+    assert done.rc == 1 and "those of this branch (device another, not cpu (a fake)): start it in a new working tree" in done.err
+    assert agent.kinds() == {"more A": "keep", "worse B": "open"}
+    (tree.path / "prepare.py").write_text("# other rules\n")
+    tree.commit("other rules", "prepare.py")
+    done = tree.lab("work", *options, timeout=PATIENCE)
+    assert done.rc == 1 and "prepare.py changed since this branch's first run" in done.err
+    assert agent.kinds() == {"more A": "keep", "worse B": "open"} and "Traceback" not in done.err
+    (tree.path / "prepare.py").write_text("# frozen\n")
+    tree.commit("the rules of this branch", "prepare.py")
+    assert tree.work(ideas=ideas).done == 1 and agent.kinds()["worse B"] == "discard"
+
+
+def test_a_worker_of_another_device_that_was_taken_for_dead_says_that_it_is_of_another_device(agent):
+    agent.proposed("more A", **KEEP)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        os.environ["FAKE_DEVICE"] = "another"
+        worker = first.worker()
+        taken_over(worker, second)
+        worker.begin()
+        with pytest.raises(work.Hopeless, match="device another, not cpu"):
+            worker.step()
+    (item,) = agent.queue.items
+    assert item.kind == "claimed" and item.state["worker_branch"] == "w2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device, runs", [("another", 3), ("cpu (a fake)", 1)])
+def test_with_ideas_a_worker_measures_the_baseline_of_its_own_device_first(agent, device, runs, monkeypatch):
+    """Which one that is, only a run can say."""
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    monkeypatch.setenv("FAKE_DEVICE", device)
+    assert tree.work(ideas=True).done == 1 and agent.kinds() == {"more A": "keep"}
+    assert [r["description"] for r in tree.records()] == ["baseline"] * runs + ["more A"]
+    assert {r["header"]["device"] for r in tree.records()} == {device}
+    assert agent.best == ("more A" if runs == 1 else "baseline") and len(agent.team.ideas) == (0 if runs == 1 else 4)
+
+
+@pytest.mark.slow
 def test_sigterm_ends_a_worker_and_its_training_and_the_proposal_waits_again(agent):
     agent.proposed("slow", SECONDS=600, **KEEP)
     tree = agent.worktree("w1")
@@ -703,6 +796,15 @@ def test_a_remote_that_vanishes_during_a_run_costs_neither_the_run_nor_the_verdi
 
 
 # --- reading ------------------------------------------------------------------
+
+
+def test_a_state_that_git_could_not_read_is_read_again(agent, monkeypatch):
+    agent.proposed("more A", **KEEP)
+    with monkeypatch.context() as failing:
+        failing.setattr(queue_refs, "objects", lambda *args: {})  # as of a git that ended in the middle
+        queue = agent.queue
+        assert not queue.items and "1 entries of the queue are not what lab writes" in queue.notes[0]
+    assert agent.kinds() == {"more A": "open"} and not agent.queue.notes
 
 
 def test_a_state_that_lab_would_not_write_is_left_out(agent):

@@ -1,5 +1,5 @@
-"""The script of lab slurm on a real Slurm of one node, with the real train.py, record and night, and agents that follow
-program.md: preempted, requeued and cancelled, every experiment is recorded once.
+"""The script of lab slurm on a real Slurm of one node, with the real train.py, record, night and workers, and agents that
+follow program.md: preempted, requeued and cancelled, every experiment is recorded once, every proposal decided once.
 
 The cluster is Debian's packages, run by this test below a temporary folder and ended with it: slurmctld, slurmd and
 munged with a key and a socket of its own. The metric is staged as in test_night_scripted.py, to call up verdicts.
@@ -21,6 +21,10 @@ import pytest
 from conftest import kill_group, left_out, tiny_repo
 from scripted_agent import Agent
 from test_night_scripted import STAGE
+
+from lab.loop import checks
+from lab.share import exchange
+from lab.store.repository import Repo
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["slurmctld", "slurmd", "sbatch", "srun", "munged"]
@@ -149,6 +153,9 @@ def source(slurm, tmp_path_factory, prepared_stdlib):
     )  # fmt: skip
     repo.copy_cache(prepared_stdlib)
     shutil.copytree(ROOT / "deploy", repo.path / "deploy")
+    # A busy machine must neither ask for further runs nor let one overrun its second.
+    repo.edit("lab/analysis/history.py", r"^SLOWED = \S+", "SLOWED = 10.0")
+    repo.edit("prepare.py", r"^SLACK = .*", "SLACK = 20")
     repo.edit("prepare.py", r"\{self\.val_bpb:\.6f\}", "{staged_bpb(self):.6f}")
     with open(repo.path / "prepare.py", "a") as f:
         f.write("\nimport re\n" + STAGE)
@@ -218,7 +225,6 @@ def test_an_array_of_two_nights_is_preempted_requeued_and_cancelled(slurm, sourc
         ], log(task)  # fmt: skip
         runs = records(tree)
         assert len({r["run_id"] for r in runs}) == len(runs)
-        # A second of training may overrun on a busy machine: such a run has no score, and is run again.
         scored = [(r["code"], r["header"]["seed"]) for r in runs if r["summary"]]
         assert len(set(scored)) == len(scored) == 3 + 3, "three runs of the baseline, and one of each idea"
         assert agent.git("branch --show-current").strip() == f"autoresearch/nov21-{task}"
@@ -236,6 +242,78 @@ def test_an_array_of_two_nights_is_preempted_requeued_and_cancelled(slurm, sourc
     slurm.do("scancel", job)
     slurm.until(lambda: not slurm.state(job), 30, "a cancelled array came back")
     assert all(len(re.findall(r"task \d: start \d", log(task))) == 2 for task in (0, 1))
+
+
+def test_of_two_workers_one_is_requeued_in_a_run_and_every_proposal_has_one_verdict(slurm, source):
+    repo, _ = source
+    base = repo.path.parent
+    written = repo.run(
+        "-m", "lab", "slurm", "--tag", "pair", "--hours", "0.5", "--workers", "2", "--gres", "none", "--cpus", "1",
+        "--mem", "100M", "--submit",
+    )  # fmt: skip
+    assert written.rc == 0, written.err
+    job, folder = re.search(r"submitted: job (\d+)", written.out)[1], base / "a scratch" / "autoresearch" / "pair"
+    trees = [folder / str(task) / "tree" for task in (0, 1)]
+    subprocess.run(["git", "clone", "-q", repo.path, base / "feeder"], env=repo.env, check=True)
+    feeder = Agent(base / "feeder", repo.env)
+    feeder.shell(re.search(r"to feed them, in a clone: (.*)", written.out)[1])
+    feeder.git("switch -q -c autoresearch/feeder")
+    ideas = {"a gain": ("# effect: -0.03", "class GPT("), "a loss": ("# effect: 0.03", "def norm("), "more": ("# effect: -0.02", "def main(")}
+    for description, (effect, place) in ideas.items():  # far from each other, so that they do not conflict
+        train = feeder.tree / "train.py"
+        text = train.read_text()
+        assert text.count(f"\n{place}") == 1
+        train.write_text(text.replace(f"\n{place}", f"\n{effect}\n{place}"))
+        feeder.git(f'commit -q -m "{description}" -- train.py')
+        feeder.shell(f'uv run -m lab propose "{description}"')
+
+    def proposals():
+        """What the remote says of them."""
+        queue = "log --no-walk --format=%B '--glob=refs/autoresearch-team/pair/queue/*'"
+        listed = feeder.shell(f"git -C {shlex.quote(str(folder / 'team.git'))} {queue}", check=False)
+        states = [json.loads(line) for line in listed.splitlines() if line.startswith("{")]
+        return {state["description"]: state for state in states if state["task"] == "experiment"}
+
+    assert proposals().keys() == ideas.keys()
+
+    def in_a_run():
+        """The number of the task that trains what was proposed, or None."""
+        for state in proposals().values():
+            for task, tree in enumerate(trees):
+                if state["worker_branch"] == f"pair-{task}" and state["running"] and (tree / "run.log").exists():
+                    text = (tree / "run.log").read_text()
+                    if f'"{state["running"]}"' in text and "dtype: " in text and "---" not in text:
+                        return task
+        return None
+
+    def log(task):
+        return (folder / "logs" / f"{job}_{task}.log").read_text()
+
+    found = []
+    slurm.until(lambda: found.append(in_a_run()) or found[-1] is not None, 600, "no proposal runs")
+    slurm.do("scontrol", "requeue", f"{job}_{found[-1]}")  # what a preemption does
+    slurm.until(lambda: " start 2 on " in log(found[-1]), 300, "the task did not come back")
+    slurm.until(lambda: {state["kind"] for state in proposals().values()} <= {"decided", "returned"}, 600, "not decided")
+    slurm.do("scancel", job)
+    slurm.until(lambda: not slurm.state(job), 60, "the workers go on")
+
+    logs = "\n".join(map(log, (0, 1)))
+    wanted = {"a gain": "keep", "a loss": "discard", "more": "keep"}
+    assert {name: state["verdict"] for name, state in proposals().items()} == wanted, logs
+    told = re.findall(r"^(\w+): \S+ .*?(a gain|a loss|more) \[", feeder.shell("uv run -m lab wait"), re.MULTILINE)
+    assert sorted(told) == sorted((verdict, name) for name, verdict in wanted.items()), logs
+    tree = Repo.find(feeder.tree)
+    assert exchange.fetch(tree, checks.member_of(tree)) is None
+    team = checks.team_of(tree, checks.night_of(tree))
+    runs, rows = team.night.records, team.night.rows
+    assert len({r["run_id"] for r in runs}) == len(runs) and len({r["code"] for r in rows}) == len(rows), logs
+    for name, state in proposals().items():  # a late gain was tried again: its row is a second one, of another code
+        verdicts = [r["verdict"] for r in rows if r["description"] == name and not r.get("late")]
+        assert verdicts == [state["verdict"]] and state["commit"] in [r["commit"] for r in rows], logs
+    best = feeder.git(f"show {team.best['commit']}:train.py")  # it lacks "more" if that was kept first, and the gain beat it
+    assert "# effect: -0.03" in best and "# effect: 0.03" not in best
+    for tree in trees:
+        assert "error" not in Agent(tree, repo.env).git("fsck --strict")
 
 
 def test_a_training_under_srun_is_recorded_and_one_that_is_ended_is_not_a_result(slurm, source):

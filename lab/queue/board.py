@@ -4,6 +4,7 @@ Without a remote the refs of this checkout count. With one, the remote's do; a p
 looks at the queue from this checkout takes it to the remote.
 """
 
+import contextlib
 import secrets
 import time
 from datetime import datetime, timezone
@@ -12,6 +13,7 @@ from pathlib import Path
 from constants import GRACE, TIME_BUDGET
 from lab.base import git as base_git
 from lab.base import locks
+from lab.base.errors import Stop
 from lab.base.git import GitError
 from lab.share import exchange, queue_refs
 from lab.store import names
@@ -46,7 +48,7 @@ class Board:
     # --- looking ---
 
     def look(self, fresh=FETCH_AGE):
-        """The queue_refs.Queue after a fetch, and after proposals that are only here were taken to the remote."""
+        """The queue_refs.Queue after a fetch, after proposals that are only here were taken to the remote, and after bury()."""
         self.fetch(fresh)
         queue = queue_refs.read(self.repo, self.member, self.refs)
         if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
@@ -57,7 +59,7 @@ class Board:
             if late and self.publish(late) is None:
                 queue = queue_refs.read(self.repo, self.member)
         self.watch(queue)
-        return queue
+        return queue if self.note else self.bury(queue)
 
     def forget_copies(self):
         """Removes proposals here that the remote has, from a push whose answer was lost: one that is removed there later would
@@ -80,11 +82,13 @@ class Board:
         """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
         for item in items:
             try:
-                exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
+                done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)
             except GitError as error:
                 return f"the remote does not have the proposal yet: {exchange.reason(error)}"
-            # If it was refused, an earlier push had reached the remote, and a worker was quick.
-            base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
+            # If it was refused, an earlier push had reached the remote, and a worker was quick: forget_copies will see that.
+            # But a host may refuse for a reason of its own, and then the proposal is nowhere but here.
+            if done != "refused":
+                base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
         return None
 
     # --- changing ---
@@ -125,6 +129,17 @@ class Board:
         it for longer than a run can take."""
         commit, since = self.seen.get(item.ref, (None, 0.0))
         return lock_is_free(item.state) or commit == item.commit and self.clock() - since > self.longest
+
+    def bury(self, queue):
+        """The queue without what workers left that are certainly gone: the sign that they are there, which status counts, and
+        claims on runs that nobody proposed. Both are removed. A proposal is for another worker to claim."""
+        alive = {*self.alive(queue), self.member.name}
+        gone = [item for item in (*queue.workers, *queue.slots) if item.state["worker"] not in alive and not item.unpublished]
+        with contextlib.suppress(Stop, OSError):  # the next look tries again
+            if gone and self.swap([(item.ref, None, item.commit) for item in gone]):
+                left = [tuple(item for item in items if item not in gone) for items in (queue.slots, queue.workers)]
+                return queue._replace(slots=left[0], workers=left[1])
+        return queue
 
     def alive(self, queue):
         """Names of the members whose workers may be running."""

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from constants import GRACE, TIME_BUDGET
 from lab.analysis import verdict
-from lab.analysis.history import kind, label
+from lab.analysis.history import label
 from lab.base import locks
 from lab.base.errors import Again, Refused, Stop, os_reason
 from lab.base.processes import psutil
@@ -174,10 +174,13 @@ class Worker:
     # --- the queue ---
 
     def team(self, refs=None):
-        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own. refs: the
-        team's refs, if just read."""
+        """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own, and nothing
+        does before its first run has said which device it has. refs: the team's refs, if just read."""
         own = self.own_night()
-        return checks.team_of(self.repo, own) if self.ideas else team_night(self.repo, self.member, self.tag, own.records, refs=refs)
+        if not self.ideas:
+            return team_night(self.repo, self.member, self.tag, own.records, refs=refs)
+        team, log = checks.team_of(self.repo, own), run_log.read(self.repo.top / names.RUN_LOG)
+        return team if own.first or log and log.header else team.comparing(None)
 
     def own_night(self):
         """The Night of this branch, which only this worker continues."""
@@ -376,24 +379,33 @@ class Worker:
             raise self.fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
         return item, log
 
-    def fault(self, why):
-        """The Fault, once the log of the run is out of the way: the next attempt would take it for a result."""
+    def fault(self, why, exception=Fault):
+        """The exception, once the log of the run is out of the way: the next attempt would take it for a result."""
         with contextlib.suppress(OSError):
             os.replace(self.repo.top / names.RUN_LOG, self.repo.top / names.LAB / names.FAULT_LOG)
-        return Fault(why)
+        return exception(why)
 
     def check_kind(self, log, own):
-        """Raises Hopeless if the run does not compare with the team's. own: the Night of this branch."""
-        if self.ideas or not log.header or own.first:
+        """Raises Hopeless if the run does not compare with those of this branch, or of the team before it has any: each proposal
+        would be handed back. own: the Night of this branch."""
+        if not log.header or self.ideas and not own.first:
             return
-        team = team_night(self.repo, self.member, self.tag, own.records)
-        if team.header and kind(log.header) != kind(team.header):
-            keys = ("device", "dataset", "rules_sha256", "data_sha256")
-            differ = [f"{key} {log.header.get(key)}, not {team.header.get(key)}" for key in keys if log.header.get(key) != team.header.get(key)]
-            raise Hopeless(
-                f"this worker's runs do not compare with the team's ({one_line('; '.join(differ), 300)}): start it with --ideas "
-                "if they shall be ideas to the others"
-            )
+        keys = ["device", "dataset", "data_sha256"]
+        if own.first:  # this worker was started again elsewhere, or its frozen files were changed
+            try:
+                checks.check_rules(self.repo, own.first, log.header)
+            except Refused as refused:
+                raise self.fault(str(refused), Hopeless) from None
+            whose, first = "those of this branch", own.first["header"]
+            remedy = "start it in a new working tree, on a branch of its own (git worktree add)"
+        else:
+            keys.append("rules_sha256")
+            whose, first = "the team's", team_night(self.repo, self.member, self.tag, own.records).header
+            remedy = "start it with --ideas if they shall be ideas to the others"
+        differ = [f"{key} {log.header.get(key)}, not {first.get(key)}" for key in keys if first and log.header.get(key) != first.get(key)]
+        if differ:
+            why = f"this worker's runs do not compare with {whose} ({one_line('; '.join(differ), 300)}): {remedy}"
+            raise self.fault(why, Hopeless)
 
     def recorded(self, description, simpler=False, task="experiment"):
         """Records the run in run.log; what that prints. It is not pushed yet. Raises Refused, Again."""
@@ -435,8 +447,8 @@ class Worker:
             except Again:
                 continue
             except checks.SeedUsed:  # it was taken for dead, and its run is published
-                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 seed = self.seed_of(self.team().night, code)
+                (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
                 continue
             except checks.DecidedElsewhere as decided:  # by a worker that was taken for dead, and came back
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
