@@ -854,10 +854,30 @@ def test_changes_of_the_same_line_conflict_and_those_of_neighbours_do_not(ours, 
         assert [line.split(" = ")[1] for line in found.decode().splitlines()] == merged.split()
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    ("KNOB_2 = 20\nNEW = 1\n", "KNOB_2 = 2\nNEW = 1\n"),  # the best has this idea and another: the line would be there twice
+    ("KNOB_2 = 2\nNEW = 1\n", "KNOB_2 = 2\nOTHER = 1\n"),  # in which order?
+    ("NEW = 1\nKNOB_2 = 2\n", "KNOB_2 = 20\n"),
+    ("KNOB_2 = 20\n", ""),
+])
+def test_lines_that_were_added_or_removed_where_the_other_side_has_edits_conflict(ours, theirs):
+    sides = [BEFORE.replace("KNOB_2 = 2\n", new).encode() for new in (ours, theirs)]
+    for one, other in (sides, sides[::-1]):
+        assert merge(one, BEFORE.encode(), other, ["a", "b", "c"])[1]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_neighbours_are_merged_whatever_ends_a_line_and_the_file(end):
+    before = BEFORE.replace("\n", end).removesuffix(end).encode()
+    ours, theirs = before.replace(b"8 = 8", b"8 = 80"), before.replace(b"9 = 9", b"9 = 90")
+    merged, conflict = merge(ours, before, theirs, ["a", "b", "c"])
+    assert not conflict and merged.removesuffix(end.encode()) == ours.replace(b"9 = 9", b"9 = 90")
+
+
 def test_what_one_has_removed_and_the_other_changed_conflicts():
     without = BEFORE.replace("KNOB_2 = 2\nKNOB_3 = 3\n", "")
     found, conflict = merge(without.encode(), BEFORE.encode(), BEFORE.replace("3 = 3", "3 = 30").encode(), ["a", "b", "c"])
-    assert conflict and b"\x01" not in found
+    assert conflict and b"<<<<<<< a\n" in found
     found, conflict = merge(without.encode(), BEFORE.encode(), BEFORE.replace("5 = 5", "5 = 50").encode(), ["a", "b", "c"])
     assert not conflict and found.decode() == without.replace("5 = 5", "5 = 50")
 

@@ -376,7 +376,7 @@ def test_a_gap_that_widens_is_told_and_a_steady_one_is_not(tmp_path):
 def test_the_audits_table_has_the_gap_of_each_kept_commit():
     from lab.verify import audit
 
-    rows = [{"row": i, "commit": "abcd", "description": "x", "flags": [], "val_logged": v, "val_again": v, "holdout": h}
+    rows = [{"row": f"{i:04d}", "commit": "abcd", "description": "x", "flags": [], "val_logged": v, "val_again": v, "holdout": h}
             for i, (v, h) in enumerate([(1.0, 1.1), (0.9, 1.01), (0.8, 0.95)], 1)]  # fmt: skip
     audit.compare(rows, 0.5)
     assert [row.get("gap") for row in rows] == [None, pytest.approx(0.01), pytest.approx(0.05)]

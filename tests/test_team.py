@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faketeam import Teammate
@@ -102,6 +104,17 @@ def test_the_baselines_value_is_the_mean_of_all_its_runs_though_a_tree_closed_it
     trees.records["b"].pop()  # nobody has run it a third time: what the tree went on from counts
     night = trees.seen("a").night
     assert [(r["code"], r["mean"], r["n"]) for r in night.kept] == [("base", pytest.approx(1.002), 2), ("wide", 0.98, 1)]
+
+
+@pytest.mark.parametrize("slowed", [0, 1, 2])
+def test_a_baseline_one_of_whose_runs_the_machine_slowed_is_kept_after_three(slowed):
+    """As `lab record` counts them: otherwise the team would measure it for ever."""
+    trees = Trees("a", "b")
+    for i, value in enumerate((1.0, 1.004, 1.008)):
+        trees.add("a", "base", value, "confirm" if i < 2 else "keep", slowed=0.05 * (i == slowed), seed=42 + i)
+    for own in "ab":
+        (kept,) = trees.seen(own).night.kept
+        assert (kept["mean"], kept["n"]) == (pytest.approx(1.004), 3)
 
 
 def test_two_runs_under_one_seed_count_as_one():
@@ -746,18 +759,32 @@ def test_a_tree_that_feeds_workers_audits_what_they_have_archived(first):
     publish(first)
     other.adopted()
     other.experiment("wider still", 0.97)
-    history, left_out = audit.night_of(agent.repo)
-    assert [audit.named(r) for r in history.kept] == ["test/0001", "test/0002", "other/0001"] and not left_out
-    folders = [audit.folder_of(agent.path, r) for r in history.kept]
+    args = SimpleNamespace(best=False, numbers=[])
+
+    def chosen(**changed):
+        history, here = audit.night_of(agent.repo)
+        return audit.chosen(history, here, SimpleNamespace(**{**vars(args), **changed}))
+
+    assert [audit.named(r) for r in chosen()] == ["test/0001", "test/0002", "other/0001"]
+    assert [audit.named(r) for r in chosen(best=True)] == ["test/0001", "other/0001"]
+    folders = [audit.folder_of(agent.path, r) for r in chosen()]
     assert all((folder / "train.py").is_file() for folder in folders)
     assert [folder.parent.parent for folder in folders] == [first.path, first.path, other.path]
+    with pytest.raises(Refused, match="--tree"):
+        chosen(numbers=[2])
+    # Another night's archive of the same commit is not this one's run.
+    shutil.copytree(folders[0], other.path / "runs" / folders[0].name)
+    log = other.path / "runs" / folders[0].name / "run.log"
+    log.write_text(re.sub(r'"run_id": "\w+"', '"run_id": "another"', log.read_text()))
+    assert audit.folder_of(agent.path, chosen()[0]) == folders[0]
     shutil.rmtree(other.path / "runs")
-    history, left_out = audit.night_of(agent.repo)
-    assert [audit.named(r) for r in history.kept] == ["test/0001", "test/0002"] and left_out == 1
-    assert [audit.named(r) for r in audit.night_of(first.repo)[0].kept] == ["0001", "0002"]
+    assert [audit.named(r) for r in chosen()] == ["test/0001", "test/0002"]
+    with pytest.raises(Refused, match="the best .other/0001. is archived on another machine"):
+        chosen(best=True)
+    assert [audit.named(r) for r in audit.night_of(first.repo)[1]] == ["0001", "0002"]
     shutil.rmtree(first.path / "runs")
     with pytest.raises(Refused, match="in no working tree of this checkout"):
-        audit.night_of(agent.repo)
+        chosen()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from lab.store.repository import Repo
 
 FREE_PER_SLOT = 1e9  # bytes: the first few checkpoints of a night, of 0.2 GB each with the default model
 AGENT_FOLDERS = (".claude", ".codex", ".agents")  # an agent's settings and skills: git does not carry them to a slot
+OTHER_TREES = shutil.ignore_patterns("worktrees")  # Claude Code's own working trees, below .claude
 NO_COMMIT = "0" * 40  # as git update-ref writes "the ref must not exist yet"
 
 
@@ -121,7 +122,7 @@ def make(repo, state, slot):
             os.symlink(state["python"], link, target_is_directory=True)
         for name in AGENT_FOLDERS:
             if (repo.top / name).is_dir():  # copied: Codex follows no symbolic link
-                shutil.copytree(repo.top / name, folder / name, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(repo.top / name, folder / name, symlinks=True, dirs_exist_ok=True, ignore=OTHER_TREES)
     except Refused:
         raise
     except Stop as stop:

@@ -89,34 +89,34 @@ def cost(night):
 # One record
 
 
-def base_of(record, history):
-    """The record of what the experiment was made from; None if it is not known."""
-    return next((r for r in history.rows if r["commit"] == record["parent"]), None) if record["parent"] else None
+def codes_of(history):
+    """{commit: its train.py's hash}, to find what experiments were made from."""
+    return {r["commit"]: r["code"] for r in history.records}
 
 
-def slower(record, history):
+def slower(record, codes, history):
     """How much slower than its base's its steps went, if both have the same size and batch, so that it may have been the
-    machine: 0.2 is a fifth. 0.0 if less than UNEXPLAINED, or if it is not known."""
-    base = base_of(record, history)
-    runs, before = history.runs(record["code"]), history.runs(base["code"]) if base else []
+    machine: 0.2 is a fifth. 0.0 if less than UNEXPLAINED, or if it is not known. codes: codes_of(history)."""
+    runs, before = history.runs(record["code"]), history.runs(codes.get(record["parent"], ""))
     if not runs or not before or any(runs[0]["summary"].get(k) != before[0]["summary"].get(k) for k in SAME_COST):
         return 0.0
-    own, others = speed(runs), speed(before)
-    if not own or not others or abs(tokens_a_step(runs[0]) / tokens_a_step(before[0]) - 1) > SAME_BATCH:
+    own, others, batches = speed(runs), speed(before), [tokens_a_step(run) for run in (runs[0], before[0])]
+    if not own or not others or not all(batches) or abs(batches[0] / batches[1] - 1) > SAME_BATCH:
         return 0.0
     return 1 - own / others if 1 - own / others > UNEXPLAINED else 0.0
 
 
 def tokens_a_step(run):
+    """Tokens of one optimizer step; 0.0 if they are not known."""
     return (run.get("tokens") or run["summary"]["total_tokens_M"] * 1e6) / max(run["summary"]["num_steps"], 1)
 
 
 def speeds(record, history):
     """Tokens a second compared with the best's, and how far something other than the code slowed the run."""
     said, runs, own = [], history.runs(record["code"]), speed([record])
-    best, base = history.best_record, base_of(record, history)
-    reference, whose = (base, "its base's") if base and best and base["code"] != best["code"] else (best, "the best's")
-    other = reference and reference["code"] != record["code"] and speed(history.runs(reference["code"]))
+    best, base = history.best_record, codes_of(history).get(record["parent"])
+    reference, whose = (base, "its base's") if base and best and base != best["code"] else (best and best["code"], "the best's")
+    other = reference and reference != record["code"] and speed(history.runs(reference))
     if own:
         against = f", {own / other - 1:+.1%} against {whose}" if other else ""
         said.append(f"speed: {own:,.0f} tokens/s{against}")
@@ -154,7 +154,7 @@ def lines(case, record, history, changed, team=None):
         gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
         said += [*speeds(record, history), *same_results(record, history)]
-        if record["verdict"] == "discard" and (share := slower(record, history)):
+        if record["verdict"] == "discard" and (share := slower(record, codes_of(history), history)):
             said.append(
                 f"note: as many parameters and tokens a step as what it is based on, and {share:.0%} slower: if the change does not "
                 "explain that, the machine was busy, and the verdict says little"
@@ -162,7 +162,7 @@ def lines(case, record, history, changed, team=None):
         base = case.anchor if team and case.edits else None
         if base and record["row"] and not record.get("late") and history.tip and history.tip["code"] not in (base["code"], record["code"]):
             value = f" ({base['mean']:.6f})" if base["mean"] is not None else ""
-            said.append(f"based on: {label(base)} {base['short']}{value}; the best was found while it ran")
+            said.append(f"based on: {label(base)} {base['short']}{value}; the best is another by now")
     for other in changed:
         if not other["row"]:
             said.append(f"left: {other['short']}: {other['why']}")

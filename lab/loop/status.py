@@ -62,10 +62,10 @@ def gather(path, fetch=False):
     history = team.night if team else own
     queue, step = queue_refs.read(repo, member) if team else None, next_step(repo)
     best, waiting, search = history.best_record, checks.waiting(own, team), history.search
-    slower = {r["run_id"]: report.slower(r, history) for r in history.rows if r["verdict"] == "discard"}
     is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
     rows = own.rows or history.rows  # who feeds workers has no rows of its own, and wants to see theirs
-    dead_ends = [r for r in history.rows if r["verdict"] != "keep" and not near(r)]
+    dead_ends, codes = [r for r in history.rows if r["verdict"] != "keep" and not near(r)], report.codes_of(history)
+    dead_ends = team_status.once(dead_ends, history.records) if team else dead_ends
     return {
         **known,
         "team": team and team_status.gather(repo, team),
@@ -81,7 +81,7 @@ def gather(path, fetch=False):
         "counts": Counter(r["verdict"] for r in rows),
         "runs": len(own.records), "runs_an_hour": own.runs_per_hour,
         "rows": [row(r) for r in rows],
-        "dead_ends": [row(r) | {"slower": slower.get(r["run_id"], 0.0)} for r in (team_status.once(dead_ends, history.records) if team else dead_ends)],
+        "dead_ends": [row(r) | {"slower": report.slower(r, codes, history)} for r in dead_ends],
         "near_misses": [row(r) for r in history.rows if near(r) and not is_tried(r) and not tried_again(r, history.rows)],
         "waiting": waiting and waiting["short"],
         "notes": [note for note in [*notes, *(queue.notes if queue else ())] if note],

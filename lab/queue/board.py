@@ -87,7 +87,11 @@ class Board:
                 return f"the remote does not have the proposal yet: {exchange.reason(error)}"
             # If it was refused, an earlier push had reached the remote, and a worker was quick: forget_copies will see that.
             # But a host may refuse for a reason of its own, and then the proposal is nowhere but here.
-            if done != "refused":
+            if done == "refused":
+                self.fetch()
+                if names.mirror_of(item.ref) not in self.refs:
+                    return "the remote refuses the proposal, so that no worker elsewhere sees it"
+            else:
                 base_git.change_refs(self.repo.top, [(item.ref, None, item.commit)])
         return None
 

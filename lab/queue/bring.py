@@ -17,7 +17,7 @@ from lab.store import names
 
 SHOWN_LINES = 60  # of the conflicts that go back to the proposer
 START, END = "<<<<<<<", ">>>>>>>"
-BETWEEN = b"\x01"  # a line that no program has
+MARK = 40  # characters of a conflict's marker: no line of a program begins with as many of one
 
 
 class Brought(NamedTuple):
@@ -58,17 +58,37 @@ def bring(repo, state, best):
 
 
 def merge(ours, before, theirs, labels):
-    """(the merged bytes, whether there are conflicts). Lines that one side has changed and the other has not are no conflict,
-    though they are neighbours: the knobs of train.py are, and in a real night of a team every conflict was of two of them.
-    git takes the lines for separate where a line between them is the same, so a second try puts one between any two."""
+    """(the merged bytes, whether there are conflicts), by git's three-way merge of a file. Where both sides have changed single
+    lines that are neighbours, but not the same line, both changes are taken: the knobs of train.py are neighbours, and in two
+    real nights of a team every conflict was of two of them."""
     merged, conflicts = merged_by_git(ours, before, theirs, labels)
-    if conflicts and not any(BETWEEN in side for side in (ours, before, theirs)):
-        apart = [side.replace(b"\n", b"\n" + BETWEEN + b"\n") for side in (ours, before, theirs)]
-        again, still = merged_by_git(*apart, labels)
-        again = again.replace(b"\n" + BETWEEN + b"\n", b"\n")
-        if not still and is_python(again):
-            return again, False
+    if conflicts:
+        taken = side_by_side(merged_by_git(ours, before, theirs, labels, "--diff3", f"--marker-size={MARK}")[0])
+        if taken is not None and is_python(taken):
+            return taken, False
     return merged, conflicts
+
+
+def side_by_side(shown):
+    """What `git merge-file --diff3` shows, with each conflict resolved line by line; None if one has a line that both sides
+    have changed, added or removed."""
+    out, parts = [], None
+    for line in shown.split(b"\n"):
+        if line.startswith(b"<" * MARK):
+            parts = [[]]
+        elif parts is not None and line.startswith((b"|" * MARK, b"=" * MARK)):
+            parts.append([])
+        elif parts is not None and line.startswith(b">" * MARK):
+            if len({len(part) for part in parts}) > 1 or len(parts) != 3:
+                return None
+            for ours, before, theirs in zip(*parts, strict=True):
+                if before not in (ours, theirs) and ours != theirs:
+                    return None
+                out.append(theirs if ours == before else ours)
+            parts = None
+        else:
+            (out if parts is None else parts[-1]).append(line)
+    return b"\n".join(out)
 
 
 def is_python(content):
@@ -79,7 +99,7 @@ def is_python(content):
     return True
 
 
-def merged_by_git(ours, before, theirs, labels):
+def merged_by_git(ours, before, theirs, labels, *more):
     """(the merged bytes, whether there are conflicts), by git's three-way merge of a file."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
@@ -87,7 +107,7 @@ def merged_by_git(ours, before, theirs, labels):
             paths.append(Path(folder, name))
             paths[-1].write_bytes(content)
         options = [part for label in labels for part in ("-L", label)]
-        done = subprocess.run(["git", "merge-file", "-p", *options, *map(str, paths)], capture_output=True, cwd=folder)
+        done = subprocess.run(["git", "merge-file", "-p", *more, *options, *map(str, paths)], capture_output=True, cwd=folder)
     if done.returncode < 0 or done.returncode > 127:
         raise Refused(f"git merge-file: {' '.join(done.stderr.decode(errors='replace').split())}")
     return done.stdout, done.returncode > 0

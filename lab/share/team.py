@@ -224,7 +224,8 @@ def one_line_of(records):
     late: kept by its tree and not by the team. same_seed: another run of the code had the seed, so it measured nothing
     new. lost: its worker was given up before it could say so, and another one decides. given_up: somebody ran the keep again, and its gain does not hold."""
     whole, seeds, row, decided = Replay([r for r, _ in records]), {}, 0, {}
-    base = {r["header"]["seed"]: r["summary"]["val_bpb"] for r, _ in records if r["baseline"] and r["summary"] and r["header"]}
+    baselines = [r for r, _ in records if r["baseline"] and r["summary"] and r["header"]]
+    base = {r["header"]["seed"]: r["summary"]["val_bpb"] for r in baselines if r["code"] == baselines[0]["code"]}
     is_complete = len(verdict.distinct(list(base.values()))) >= verdict.BASELINE_RUNS
     kept_at = {r["code"]: i for i, (r, _) in enumerate(records) if r["row"] and r["verdict"] == "keep" and not r.get("lost")}
     for i, (r, is_own) in enumerate(records):
@@ -283,7 +284,7 @@ def again(whole, r):
 def settle_baseline(whole, r, is_complete):
     """A run of the baseline, which is kept after BASELINE_RUNS runs of the whole team. is_complete: there are as many, though
     a tree may have closed its own as a keep before it saw the last."""
-    values = whole.counted(r) if is_measurement(r) else [o["summary"]["val_bpb"] for o in whole.runs.get(r["code"], [])]
+    values = [o["summary"]["val_bpb"] for o in [*whole.runs.get(r["code"], []), *[r] * is_measurement(r)]]  # slowed ones, too
     if is_measurement(r) and (len(verdict.distinct(values)) >= verdict.BASELINE_RUNS or r["verdict"] == "keep" and r["row"] and not is_complete):
         r.update(verdict="keep", row=r["row"] or 1, mean=verdict.mean(values), n=len(values))
     else:

@@ -146,12 +146,17 @@ def table(rows):
     return "\n".join(aligned(shown))
 
 
-def chosen(history, args):
-    """The records to audit, the baseline's first."""
-    kept = sorted(history.kept, key=lambda r: r["row"])
+def chosen(history, kept, args):
+    """The records to audit, the baseline's first if it is among them. kept: those whose archive is here."""
+    kept = sorted(kept, key=lambda r: r["row"])
     if not kept:
         raise Refused("nothing was kept on this branch yet: `lab record` archives what it keeps")
+    if args.numbers and "folder" in kept[0]:
+        raise Refused("the rows of a team are those of its trees: name the tree, too (--tree PATH)")
     if args.best:
+        best = history.best_record
+        if best and best["run_id"] not in {r["run_id"] for r in kept}:
+            raise Refused(f"the best ({label(best)}) is archived on another machine: audit it there")
         return [kept[0]] + [r for r in [history.best_record] if r is not kept[0]]
     unknown = sorted(set(args.numbers) - {r["row"] for r in kept})
     if unknown:
@@ -170,31 +175,32 @@ def folder_of(top, record):
 
 
 def night_of(repo):
-    """(Night, number of kept runs left out). That of the branch or, for a tree that only feeds workers, what the team's
-    trees in this checkout have kept."""
+    """(Night, its kept runs that can be audited, the baseline's first). Those of the branch or, for a tree that only feeds
+    workers, what the team has kept and a working tree of this checkout has archived: their "folder" says where."""
     history = Night(records=archive.records_of(repo.top, repo.tag()))
     team = None if history.kept else team_of(repo)
     if not team or not team.night.kept:
-        return history, 0
+        return history, list(history.kept)
     history, folders = team.night, {}
     for path in base_git.worktrees(repo.top):
-        for log in sorted(path.glob(f"{names.RUNS}/*/{names.RUN_LOG}")):  # of a baseline only one tree has the run
-            folders.setdefault(log.parent.name.partition("-")[2], log.parent)
-    here = [r for r in history.kept if r["short"] in folders]
-    for r in here:
-        r["folder"] = folders[r["short"]]
+        for found in path.glob(f"{names.RUNS}/*/{names.RUN_LOG}"):
+            log = run_log.read(found)
+            if log and log.header:
+                folders[log.header["run_id"]] = found.parent
+    for r in history.kept:  # of the baseline, which ran in several trees, any run will do
+        r["folder"] = next((folders[run["run_id"]] for run in history.runs(r["code"])[::-1] if run["run_id"] in folders), None)
+    here = [r for r in history.kept if r["folder"]]
     if not here:
         raise Refused("what the team has kept is archived in no working tree of this checkout: audit it where the workers ran")
-    left_out, history.kept = len(history.kept) - len(here), here
-    return history, left_out
+    return history, here
 
 
 def run(args):
     repo = Repo.find(args.tree)
     top = repo.top
-    history, left_out = night_of(repo)
-    records = chosen(history, args)
-    if locks.run_in_progress(top):
+    history, here = night_of(repo)
+    records, left_out = chosen(history, here, args), len(history.kept) - len(here)
+    if any(locks.run_in_progress(tree) for tree in {top, *(folder_of(top, r).parent.parent for r in records)}):
         raise Refused("a run is in progress in this tree, and each would slow the other down: wait for its end")
     (top / names.LAB).mkdir(exist_ok=True)
     try:
@@ -209,12 +215,14 @@ def run(args):
     if sys.stdout.isatty():
         print(f"\r{'':30}\r", end="")
     sigma = history.sigma
-    compare(rows, sigma)
+    has_base = records[0]["code"] == min(history.kept, key=lambda r: r["row"])["code"]
+    if has_base:
+        compare(rows, sigma)
     print(table(rows))
     flagged = [row for row in rows if row["flags"]]
     known_sigma = "σ is not known, so gains on val alone are not checked" if sigma is None else f"σ {sigma:.6f}"
-    if "holdout" not in rows[0] and len(rows) > 1:
-        known_sigma = f"the baseline has no scores, so there are no gains; {known_sigma}"
+    if ("holdout" not in rows[0] or not has_base) and len(rows) > 1:
+        known_sigma = f"the baseline has no scores{'' if has_base else ' here'}, so there are no gains; {known_sigma}"
     print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
     if left_out:
         print(f"{left_out} more kept runs are archived on other machines: audit them there")
