@@ -647,7 +647,8 @@ def test_a_read_only_machine_with_a_small_tmp_gets_lines_and_no_trace(tiny):
     wrap = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     if not shutil.which("bwrap") or subprocess.run([*wrap, "true"], capture_output=True).returncode:
         left_out("bubblewrap does not run here")
-    tree = ["--ro-bind", str(tiny.path), str(tiny.path)]
+    shown = [tiny.path, sys.prefix, sys.base_prefix]  # any of them may be below /tmp
+    tree = [part for path in shown for part in ("--ro-bind", str(path), str(path))]
     result = tiny.run("-m", "lab", "doctor", "--seconds", "1", wrap=[*wrap, "--tmpfs", "/tmp", *tree], timeout=280)
     assert result.rc == 1 and not result.err, result.out + result.err
     assert "\nFAIL  folder       files cannot be created here" in result.out
