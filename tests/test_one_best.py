@@ -80,7 +80,7 @@ def everybody(night):
     read, history = read_night(night.path), Night(records=archive.records_of(night.path, "test"))
     tree = many_trees.read(night.path)
     by_commit = {r["commit"]: r["row"] for r in night.records() if r["row"]}
-    chosen = audit.chosen(history, argparse.Namespace(best=True, numbers=[]))
+    chosen = audit.chosen(history, history.kept, argparse.Namespace(best=True, numbers=[]))
     value = {f"{e.val_bpb:.4f}": e.number for e in read.standing}
     return {
         "status": named_by(night.lab("status").out, r"best: [\d.]+ \(mean of \d\), row (\d{4})"),
