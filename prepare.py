@@ -402,7 +402,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
 def main():
     make_output_safe()
     parser = argparse.ArgumentParser(description="Download and prepare the data of AUTORESEARCH_DATASET, once.")
-    parser.add_argument("--num-shards", type=int, help="climbmix: training shards, -1 for all (default: 10)")
+    parser.add_argument("--num-shards", type=int, help="climbmix: training shards, -1 for all (default: those prepared before, or 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="files downloaded at once (default: 8)")
     args = parser.parse_args()
     from corpus import build

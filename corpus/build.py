@@ -215,25 +215,29 @@ def complete_manifest(root, num_shards):
     return None
 
 
-def chosen_shards(num_shards):
-    """The number of training shards that --num-shards means; SystemExit if it makes no sense for the data set."""
+def chosen_shards(num_shards, root):
+    """The number of training shards that --num-shards means; SystemExit if it makes no sense for the data set. Without
+    the option those that are prepared stay as they are: more would be other data in the middle of a night."""
     if num_shards is not None and DATASET != "climbmix":
         raise SystemExit(f"--num-shards is for climbmix: {DATASET} has no shards to choose from, leave it out")
     if num_shards is not None and num_shards != -1 and not 1 <= num_shards <= CLIMBMIX_HOLDOUT:
         raise SystemExit(f"--num-shards {num_shards}: choose 1 to {CLIMBMIX_HOLDOUT}, or -1 for all")
     if num_shards == -1:
         return CLIMBMIX_HOLDOUT
+    if num_shards is None and (manifest := read_manifest(root / "manifest.json")):
+        return manifest["train_shards"]
     return num_shards or (DEFAULT_SHARDS if DATASET == "climbmix" else 1)
 
 
 def prepare(num_shards=None, workers=8):
     """Makes all files that a run reads; returns within a second if they exist already.
 
-    num_shards: climbmix's training shards, -1 for all. workers: simultaneous downloads. SystemExit on any failure."""
-    num_shards = chosen_shards(num_shards)
+    num_shards: climbmix's training shards, -1 for all; None for those that are prepared, or else DEFAULT_SHARDS.
+    workers: simultaneous downloads. SystemExit on any failure."""
+    root, raw = data_dir(), raw_dir()
+    num_shards = chosen_shards(num_shards, root)
     if workers < 1:
         raise SystemExit(f"--download-workers {workers}: use at least 1")
-    root, raw = data_dir(), raw_dir()
     try:
         if not complete_manifest(root, num_shards):
             root.mkdir(parents=True, exist_ok=True)

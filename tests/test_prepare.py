@@ -222,6 +222,16 @@ def test_everything_is_written_below_the_cache(make_repo, hub, tmp_path):
     assert [p.name for p in (tmp_path / "home").iterdir()] == [".cache"]
 
 
+def test_without_the_option_what_is_prepared_stays(make_repo, hub):
+    """program.md calls prepare.py without options: more shards would be other data than a human chose."""
+    repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)
+    assert repo.run("prepare.py", "--num-shards", "1").rc == 0
+    before = manifest_digests(repo.cache)
+    result = repo.run("prepare.py")
+    assert result.rc == 0, result.err
+    assert manifest_digests(repo.cache) == before
+
+
 def test_other_rules_are_prepared_beside_and_not_over_the_first(make_repo, hub, prepared_climbmix):
     repo = make_repo("climbmix", HF_ENDPOINT=hub.endpoint)
     repo.copy_cache(prepared_climbmix)

@@ -156,6 +156,14 @@ def test_the_options_of_an_array(cluster):
     assert script.read_text().splitlines()[1].startswith("#SBATCH"), "a comment or command before them ends the options"
 
 
+def test_the_program_of_an_agent_that_feeds_workers_is_no_night(cluster):
+    result = cluster.lab("--programs", "program.md", "programs/team.md")
+    assert result.rc == 0 and "programs/team.md is left out" in result.out, result
+    assert sbatch_options(cluster.folder / "array.sbatch")["--array"] == "0-0"
+    alone = cluster.lab("--programs", "programs/team.md")
+    assert alone.rc == 1 and "--workers N" in alone.err
+
+
 def test_options_of_ones_own(cluster):
     script = cluster.write(
         "--partition", "gpu", "--account", "a b", "--gpus", "h100:1", "--cpus", "3", "--mem", "9G", "--limit", "2",

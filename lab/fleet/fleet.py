@@ -40,7 +40,6 @@ clean    moves every slot's results to runs/TAG-gpuK of this checkout, then remo
 
 Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command resumes."""
 FOLDER = Path(names.LAB, names.FLEET)
-TEAM_PROGRAM = Path("programs", "team.md")  # of an agent that feeds workers
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # for an agent that trains nothing
 START_LIMIT = 60  # seconds that a keeper may take to lock its tree: `uv run` and imports on a busy machine
 
@@ -112,7 +111,7 @@ def plan(repo, args):
     feeders = [f"agent{i}" for i in range(agents)] if works else []
     folders = {name: beside / f"{folder}-{name}" for name in [*slots, *feeders]}
     worktrees.check_free(repo, args.tag, folders)
-    programs_given = args.programs or ([str(top / TEAM_PROGRAM)] if works and feeders else [None])
+    programs_given = args.programs or ([str(top / names.TEAM_PROGRAM)] if works and feeders else [None])
     given = worktrees.programs_of(None if programs_given == [None] else programs_given, len(feeders) if works else args.slots)
     programs = [*[None] * args.slots, *given] if works else given
     worktrees.check_room(beside, args.slots)

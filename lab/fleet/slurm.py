@@ -84,8 +84,10 @@ def add_arguments(parser):
 
 
 def tasks_of(args):
-    """The program.md of each task."""
-    return args.programs if args.workers is None else [names.PROGRAM] * args.workers
+    """The program.md of each task. Without the one of an agent that feeds workers, which programs/*.md names too."""
+    if args.workers is not None:
+        return [names.PROGRAM] * args.workers
+    return [p for p in args.programs if Path(p).name != Path(names.TEAM_PROGRAM).name]
 
 
 def existing(path, what, test):
@@ -105,6 +107,8 @@ def check(args):
             raise Refused(f"--{name} {value} must be a number of hours above 0")
     if args.workers is not None and (args.workers < 1 or args.programs != [names.PROGRAM]):
         raise Refused("--workers must be at least 1, and workers have no --programs: their agent has")
+    if not tasks_of(args):
+        raise Refused(f"{names.TEAM_PROGRAM} is for an agent that feeds workers and trains nothing: add --workers N instead")
     if args.cpus < 1:
         raise Refused(f"--cpus {args.cpus} must be at least 1")
     for name, value in vars(args).items():
@@ -257,6 +261,8 @@ def run(args):
     print(f"{path}: {len(tasks_of(args))} {kind} on {PREFIX}{args.tag}-0 and so on, logs in {folder / 'logs'}")
     if again:
         print(f"note: {again} of these nights have started before and continue with their own program and code")
+    if args.workers is None and len(tasks_of(args)) < len(args.programs):
+        print(f"note: {names.TEAM_PROGRAM} is left out: its agent feeds workers (--workers) and trains nothing")
     job = submit(path) if args.submit else None
     print(f"submitted: job {job}; scancel {job} ends it" if job else f"next: sbatch {shlex.quote(str(path))}")
     if args.workers is not None:

@@ -12,6 +12,7 @@ What was fetched is in refs/autoresearch-mirror/TEAM/..., so that it never repla
 import hashlib
 
 TRAIN, CONSTANTS, PROGRAM = "train.py", "constants.py", "program.md"
+TEAM_PROGRAM = "programs/team.md"  # of an agent that feeds workers
 RUN_LOG, CHECKPOINT = "run.log", "checkpoint.pt"
 RUNS_JSONL, RESULTS_TSV = "runs.jsonl", "results.tsv"
 RUNS, BEST, SAMPLE = "runs", "best", "sample_output.txt"
