@@ -6,13 +6,14 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakenight import FakeNight
 from starlette.testclient import TestClient
 
 from lab.analysis import curves
-from lab.analysis.history import Night, read_night
+from lab.analysis.history import Experiment, Night, read_night
 from lab.charts import figures, plotly_charts, view
 from lab.store import run_log, runs_jsonl
 from lab.web import app, working_trees
@@ -100,6 +101,35 @@ def test_curves_that_differ_by_noise_alone_seldom_part():
     assert sum(x is not None for x in parted) < 10
     assert curves.parting(falling(), falling()) is None, "a curve does not part from itself"
     assert curves.parting(falling(1.0)[:4], falling()) is None, "four points are not enough to tell"
+
+
+def a_run(curve, complete=True, slowed=0.0, commit="a" * 40, **more):
+    """As much of a record as the curve of an experiment depends on."""
+    return {"commit": commit, "parent": None, "row": None, "summary": {"val_bpb": 1.0} if complete else None, "slowed": slowed, "curve": curve} | more
+
+
+def an_experiment(*runs, number=1):
+    return Experiment(number, runs[0]["commit"][:7], 1.0, None, "keep", "an idea", runs, None)
+
+
+def test_the_curve_of_an_experiment_is_that_of_its_last_fair_measurement():
+    whole, crashed, slow, twin = falling(seed=1), falling(seed=2)[:12], falling(seed=3), falling(seed=4)
+    first = a_run(whole)
+    assert curves.of(an_experiment(first, a_run(crashed, complete=False))) == whole, "a repeat that crashed says less"
+    assert curves.of(an_experiment(first, a_run(slow, slowed=0.2))) == whole
+    assert curves.of(an_experiment(first, a_run(twin, same_seed=True))) == whole
+    assert curves.of(an_experiment(first, a_run(twin), a_run([]))) == twin
+    assert curves.of(an_experiment(a_run(slow, slowed=0.2), a_run(crashed, complete=False))) == slow
+    assert curves.of(an_experiment(a_run(crashed, complete=False), a_run(crashed[:1]))) == crashed
+    assert curves.of(an_experiment(a_run([]))) == []
+
+
+def test_curves_that_part_at_the_very_beginning_part():
+    best, other = ([[i / 10, y, 1e6] for i in range(11)] for y in (2.0, 2.5))
+    both = [an_experiment(a_run(best)), an_experiment(a_run(other, commit="b" * 40), number=2)]
+    night = SimpleNamespace(best=both[0], experiments=both)
+    assert curves.parting(other, best) == 0.0
+    assert curves.sentences(night, both[1]) == ("parts from the best (row 1) at 0%; at 100% the training loss is 0.500 above it",)
 
 
 # --- recorded, and shown ------------------------------------------------------------
