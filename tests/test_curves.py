@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from lab.analysis import curves
 from lab.analysis.history import Experiment, Night, read_night
 from lab.charts import figures, plotly_charts, view
+from lab.loop import status
 from lab.store import run_log, runs_jsonl
 from lab.web import app, working_trees
 
@@ -188,6 +189,24 @@ def test_status_compares_a_run_in_progress_with_the_best(night, tmp_path):
     assert data["beside_the_best"] == "at 40 %: 0.250 behind the best at 40 %"
     assert f"\n  {data['beside_the_best']}\n" in text.partition("run in progress: ")[2]
     assert json.loads(twin.lab("status", "--json").out)["beside_the_best"] is None, "the run is over"
+
+
+def test_a_run_is_not_compared_with_a_best_of_another_kind_nor_once_it_is_over(night, tmp_path):
+    twin, known = night.copy(tmp_path / "twin"), read_night(night.path)
+    twin.change_train()
+    progress = lines(night.records()[3]["curve"][:13])
+
+    def told(**run):
+        twin.run(**({"tail": "", "progress": progress} | run))
+        return status.beside_the_best(twin.path, known)
+
+    assert told() == "at 40 %: 0.000 ahead of the best at 40 %"
+    assert told(device="cuda (a fake)") is None and told(rules_sha256="c" * 64) is None and told(dataset="other") is None
+    assert told(val_bpb=1.0, tail=None, progress=lines(night.records()[3]["curve"])) is None, "the log of a finished run"
+    assert told(val_bpb=1.0, tail=None, seconds=-1.0) is None, "one that contradicts itself"
+    assert status.beside_the_best(night.path, known) is None, "the log of the last recorded run, which crashed"
+    (twin.path / "run.log").write_text(progress)
+    assert status.beside_the_best(twin.path, known) is None, "a log without a header"
 
 
 def test_the_page_shows_the_curve_over_the_best_and_the_parent(night):
