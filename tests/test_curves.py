@@ -66,6 +66,21 @@ def test_lines_that_say_nothing_about_the_loss_are_left_out():
     assert run_log.curve_of(told(text)) == [[0.01, 5.0, 10.0], [0.04, 3.9, None]]
 
 
+@pytest.mark.parametrize(("cut", "end"), [(29, "loss 3.1"), (60, "318 ms | 1,6")])
+def test_a_line_cut_where_a_long_log_is_not_read_is_no_point(tmp_path, cut, end):
+    """The first part that is read ends within this line's loss, or within its number of tokens/s."""
+    line = "step 00002 (50.0%) | loss 3.141593 | lrm 1.00 | 318 ms | 1,648,000 tok/s\n"
+    first = "step 00001 (10.0%) | loss 5.000000 | 10 tok/s\n"
+    noise = "x" * (run_log.PART - len(first) - cut - 1) + "\n"
+    text = first + noise + line + "y\n" * run_log.PART + "step 00003 (90.0%) | loss 2.000000 | 10 tok/s\n"
+    assert (first + noise + line)[: run_log.PART].endswith(end)
+    (tmp_path / "run.log").write_text(text)
+    log = run_log.read(tmp_path / "run.log")
+    assert log.curve == [[0.1, 5.0, 10.0], [0.9, 2.0, 10.0]]
+    (tmp_path / "run.log").write_text(text.replace("y\n", ""))
+    assert [point[:2] for point in run_log.read(tmp_path / "run.log").curve] == [[0.1, 5.0], [0.5, 3.141593], [0.9, 2.0]]
+
+
 @pytest.mark.parametrize(
     "value", [5, {}, [1], [[0.1, 2.0]], [[0.1, None, 1.0]], [[0.1, math.nan, 1.0]], [[0.2, 1, 1], [0.1, 1, 1]],
               [[i / 100, 1.0, 1.0] for i in range(51)], [[0.1, "2", 1.0]], [[True, 2.0, 1.0]]],
