@@ -140,6 +140,38 @@ def test_the_curve_of_an_experiment_is_that_of_its_last_fair_measurement():
     assert curves.of(an_experiment(a_run([]))) == []
 
 
+def test_an_experiment_is_compared_with_the_best_and_the_parent_of_its_team():
+    """The team's night has the experiment too, as another object; its names are the trees' and the rows there."""
+    def labelled(letter, number, tree, shift, **more):
+        run = a_run(falling(shift), commit=letter * 40, row=number, label=f"{tree}/0001", **more)
+        return an_experiment(run, number=number)
+
+    parent, best = labelled("a", 1, "one", 0.3), labelled("b", 2, "t<b>", 0.1)
+    own = an_experiment(a_run(falling(0.2), commit="c" * 40, row=1, parent="a" * 40))
+    team = SimpleNamespace(best=best, experiments=[parent, best, labelled("c", 3, "mine", 0.2)])
+    assert curves.compared_with(team, own) == [("best", best), ("parent", parent)]
+    assert ["(t<b>/0001)" in curves.sentences(team, own)[0], "(one/0001)" in curves.sentences(team, own)[1]] == [True, True]
+    shown = plotly_charts.loss_curves(team, own)["data"]
+    assert [trace["name"] for trace in shown] == ["best (t&lt;b&gt;/0001)", "parent (one/0001)", "row 1"]
+    team.best = team.experiments[2]
+    assert curves.compared_with(team, own) == [("parent", parent)], "it is the team's best itself"
+
+
+def test_a_run_that_diverged_does_not_flatten_the_others():
+    diverged = [[i / 10, 3.0 + 40 * i / 10, 1e6] for i in range(11)]
+    best, other = an_experiment(a_run(falling())), an_experiment(a_run(diverged, commit="b" * 40), number=2)
+    night = SimpleNamespace(best=best, experiments=[best, other])
+    low, high = plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"]
+    bottom, top = view.loss_range([curves.of(best)])
+    height = top - bottom
+    assert bottom - 0.3 * height < low < bottom + 0.1 * height and top + 1.9 * height < high < top + 2.3 * height
+    night.best = None
+    assert plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"][1] > 40, "alone it is shown as a whole"
+    night.best, other = best, an_experiment(a_run(falling(0.5), commit="b" * 40), number=2)
+    within = plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"]
+    assert within == list(view.loss_range([curves.of(best), curves.of(other)])), "an ordinary one is seen as a whole"
+
+
 def test_curves_that_part_at_the_very_beginning_part():
     best, other = ([[i / 10, y, 1e6] for i in range(11)] for y in (2.0, 2.5))
     both = [an_experiment(a_run(best)), an_experiment(a_run(other, commit="b" * 40), number=2)]
