@@ -2,11 +2,14 @@
 
 A curve is what a record has as "curve" (lab.store.run_log.curve_of): points [progress, smoothed training loss in nats,
 tokens/s], at most 50. Older records have none. All runs of a night have one budget, so their losses are compared at the
-same progress. That says nothing if an edit changes what the training loss is (label smoothing, an auxiliary loss).
+same progress. That says nothing if an edit changes what the training loss is: label smoothing, an auxiliary loss, or a
+schedule of the row length, as tokens with less context before them have a higher loss.
 """
 
 from math import sqrt
 from statistics import median
+
+from lab.analysis.history import is_measurement, label, measured
 
 NOISES = 2.0  # two curves have parted where their difference exceeds this many standard deviations of its own noise
 LEAST = 3  # points from there to the end: fewer may exceed that by chance
@@ -52,8 +55,11 @@ def parting(curve, other):
 
 
 def of(experiment):
-    """The curve of its last run that has one, of two points or more; [] if no run has one."""
-    return next((r["curve"] for r in reversed(experiment.runs) if len(r.get("curve") or ()) > 1), [])
+    """The curve of its last run that counts as a measurement, else of its last run: of those with a curve of two points or
+    more; [] if no run has one. A repeat that crashed would hide where the complete runs ended."""
+    runs = [r for r in experiment.runs if len(r.get("curve") or ()) > 1]
+    counted = measured([r for r in runs if is_measurement(r)]) or runs
+    return counted[-1]["curve"] if counted else []
 
 
 def parent_of(night, experiment):
@@ -62,11 +68,18 @@ def parent_of(night, experiment):
     return next((e for e in night.experiments if parent and any(r["commit"] == parent for r in e.runs)), None)
 
 
+def name_of(experiment):
+    """What to call it: "row 7", or of a team's Night the tree and the row there."""
+    return next((label(r) for r in experiment.runs if "label" in r and r["row"] == experiment.number), f"row {experiment.number}")
+
+
 def compared_with(night, experiment):
-    """[(name, Experiment)] that its curve is shown with: the night's best and its parent, those that have a curve."""
+    """[(name, Experiment)] that its curve is shown with: the night's best and its parent, those that have a curve. The night
+    may be that of the experiment's team, which has the experiment as another object."""
+    own = {r["commit"] for r in experiment.runs}
     best, parent = night.best, parent_of(night, experiment)
     found = [("best and parent", best)] if best is parent else [("best", best), ("parent", parent)]
-    return [(name, e) for name, e in found if e and e is not experiment and of(e)]
+    return [(name, e) for name, e in found if e and own.isdisjoint(r["commit"] for r in e.runs) and of(e)]
 
 
 def sentences(night, experiment):
@@ -77,7 +90,8 @@ def sentences(night, experiment):
         if last is None:
             continue
         x = parting(curve, of(other))
-        parts = f"parts from the {name} (row {other.number}) at {x:.0%}" if x else f"does not part from the {name} (row {other.number})"
+        called = f"{name} ({name_of(other)})"
+        parts = f"parts from the {called} at {x:.0%}" if x is not None else f"does not part from the {called}"
         side = "above" if last[1] > 0 else "below"
         made.append(f"{parts}; at {last[0]:.0%} the training loss is {abs(last[1]):.3f} {side} it")
     return tuple(made)

@@ -120,8 +120,10 @@ def read(path):
         raise
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + head + tail).hexdigest()[:16]
     encoding = encoding_of(head)
-    gap = "\n" if start > len(head) else ""
-    text = without_colours(head.decode(encoding, "replace") + gap + tail.decode(encoding, "replace")).lstrip("\ufeff")
+    beginning = head.decode(encoding, "replace")
+    if start > len(head):  # the line before the gap may be cut within a number
+        beginning = beginning[: max(map(beginning.rfind, "\r\n")) + 1]
+    text = without_colours(beginning + tail.decode(encoding, "replace")).lstrip("\ufeff")
     text = printable(re.sub(r"\r\n?", "\n", text), keep="\n\t")
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text
