@@ -128,6 +128,23 @@ def an_experiment(*runs, number=1):
     return Experiment(number, runs[0]["commit"][:7], 1.0, None, "keep", "an idea", runs, None)
 
 
+def higher(curve, by):
+    return [[x, y + by, speed] for x, y, speed in curve]
+
+
+def test_what_the_seed_alone_does_is_no_parting():
+    """Two seeds differ by an offset that lasts; only the repeats of a night tell how large it is."""
+    repeats = [a_run(falling(seed=1)), a_run(higher(falling(seed=2), 0.1)), a_run(higher(falling(seed=3), 0.03))]
+    night = SimpleNamespace(experiments=[an_experiment(*repeats), an_experiment(a_run(falling(seed=4)))])
+    floor = curves.spread(night)
+    assert 0.1 < floor < 0.4
+    assert curves.parting(repeats[1]["curve"], repeats[0]["curve"]) is not None, "the offset is many times the noise"
+    assert curves.parting(repeats[1]["curve"], repeats[0]["curve"], floor) is None
+    assert curves.parting(higher(falling(seed=5), 0.6), repeats[0]["curve"], floor) is not None
+    crashed = an_experiment(repeats[0], a_run(higher(falling(seed=2), 9.0), complete=False))
+    assert curves.spread(SimpleNamespace(experiments=[crashed, an_experiment(a_run([]))])) == 0.0
+
+
 def test_the_curve_of_an_experiment_is_that_of_its_last_fair_measurement():
     whole, crashed, slow, twin = falling(seed=1), falling(seed=2)[:12], falling(seed=3), falling(seed=4)
     first = a_run(whole)

@@ -6,6 +6,7 @@ same progress. That says nothing if an edit changes what the training loss is: l
 schedule of the row length, as tokens with less context before them have a higher loss.
 """
 
+from itertools import pairwise
 from math import sqrt
 from statistics import median
 
@@ -33,16 +34,19 @@ def behind(curve, other):
     return next(reversed(differences(curve, other)), None)
 
 
-def parting(curve, other):
-    """The progress from which on the curve stays above the other, or stays below it; None if they do not part.
+def parting(curve, other, floor=0.0):
+    """The progress from which on the curve stays above the other, or stays below it, by more than noise; None if they do not
+    part. floor: what two runs of one code differ by (spread), in nats.
 
-    The noise of the difference is estimated from its second differences, which a slow drift does not change."""
+    The noise of the difference is estimated from its second differences, which a slow drift does not change. Two seeds, or
+    two speeds of the machine, differ by a drift: only repeats tell how large it is."""
     found = differences(curve, other)
     if len(found) < LEAST + 2:
         return None
     values = [d for _, d in found]
     bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
-    limit = NOISES * 1.4826 * median(bends) / sqrt(6)  # of normal noise: median to σ, and σ of a second difference to σ
+    noise = 1.4826 * median(bends) / sqrt(6)  # of normal noise: median to σ, and σ of a second difference to σ
+    limit = max(NOISES * noise, floor)
     sign = 1 if values[-1] > 0 else -1
     first = len(values)
     while first and sign * values[first - 1] > limit:
@@ -60,6 +64,17 @@ def of(experiment):
     runs = [r for r in experiment.runs if len(r.get("curve") or ()) > 1]
     counted = measured([r for r in runs if is_measurement(r)]) or runs
     return counted[-1]["curve"] if counted else []
+
+
+def spread(night):
+    """NOISES standard deviations of what the training losses of two runs of the same code differ by, in nats, from the night's
+    repeats, after the first tenth of a run; 0.0 without repeats that have curves."""
+    pairs = []
+    for experiment in night.experiments:
+        made = [r["curve"] for r in measured([r for r in experiment.runs if is_measurement(r)]) if len(r.get("curve") or ()) > 1]
+        pairs += pairwise(made)
+    found = [abs(d) for curve, other in pairs for x, d in differences(curve, other) if x >= 0.1]
+    return NOISES * 1.4826 * median(found) if found else 0.0
 
 
 def parent_of(night, experiment):
@@ -89,7 +104,7 @@ def sentences(night, experiment):
         last = behind(curve, of(other))
         if last is None:
             continue
-        x = parting(curve, of(other))
+        x = parting(curve, of(other), spread(night))
         called = f"{name} ({name_of(other)})"
         parts = f"parts from the {called} at {x:.0%}" if x is not None else f"does not part from the {called}"
         side = "above" if last[1] > 0 else "below"

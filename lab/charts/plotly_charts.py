@@ -179,7 +179,7 @@ def loss_curves(night, experiment):
     made["hovermode"] = "x unified"
     made["shapes"], made["annotations"] = [], []
     for level, (name, e) in enumerate(others):
-        if (x := curves.parting(own, curves.of(e))) is not None:
+        if (x := curves.parting(own, curves.of(e), curves.spread(night))) is not None:
             made["shapes"].append({"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1,
                                    "line": {"color": MISSING, "width": 1, "dash": DASHES[name]}})  # fmt: skip
             made["annotations"].append({"x": x, "yref": "paper", "y": 0.98 - 0.08 * level, "showarrow": False,
