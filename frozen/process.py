@@ -60,8 +60,10 @@ class Watchdog:
 
 def _end(number, _frame):
     word, code = {signal.SIGTERM: ("preempted", 75), signal.SIGINT: ("interrupted", 130)}[number]
-    os.write(1, f"\n{word}\n".encode())
-    os._exit(code)
+    try:
+        os.write(1, f"\n{word}\n".encode())
+    finally:  # on a full disk or a closed pipe too: an error would end the run like a crash
+        os._exit(code)
 
 
 def end_on_signals():
