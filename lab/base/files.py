@@ -21,3 +21,13 @@ def write(path, content):
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush(path):
+    """Returns once the file is on the disk, where a power cut leaves it whole. Raises OSError."""
+    how = os.O_RDWR | os.O_BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes only what may be written
+    fd = os.open(path, how)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
