@@ -68,7 +68,10 @@ def _end(number, _frame):
 
 def end_on_signals():
     """SIGTERM (the machine is needed for something else) and Ctrl-C end the run at once, with one word in the log: it
-    is neither a result nor a crash and is simply run again."""
+    is neither a result nor a crash and is simply run again. A segmentation fault and its like print their stacks, so that
+    the log does not look like that of a run that was killed; the exit status stays the signal's."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=sys.__stderr__)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
         signal.signal(signal.SIGINT, _end)

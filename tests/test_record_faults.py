@@ -13,7 +13,7 @@ import unicodedata
 import zipfile
 
 import pytest
-from fakenight import ROOT, FakeNight
+from fakenight import PROGRESS, ROOT, FakeNight
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -212,6 +212,22 @@ def test_one_log_holds_one_run(night):
     night.run(tail="")
     (night.path / "run.log").write_text(first + night.read("run.log"))
     assert "killed" in night.refused("idea", rc=75)
+
+
+def test_a_segmentation_fault_is_a_crash_with_its_stack(night):
+    """Not a run that somebody killed, which would be run again."""
+    ready(night)
+    code = (
+        f"import ctypes, sys; sys.path.insert(0, {str(ROOT)!r}); from frozen import process; process.end_on_signals()\n"
+        f"print('run: ' + {json.dumps(night.header())!r}); print({PROGRESS!r}, flush=True)\n"
+        "def into_nothing():\n    ctypes.string_at(0)\ninto_nothing()\n"
+    )
+    with open(night.path / "run.log", "wb") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, cwd=night.path)
+    assert done.returncode == -signal.SIGSEGV
+    result = night.recorded("idea")
+    assert result.verdict == "crash" and "Fatal Python error: Segmentation fault" in result.out and "in into_nothing" in result.out
+    night.check()
 
 
 def test_a_checkpoint_of_another_run_is_not_archived_and_left_alone(night):
