@@ -185,7 +185,6 @@ def one_line(error, limit=200):
 
 # ------------------------------------------------------------------------------------------------
 # Model
-
 def build_config(vocab_size, dtype):
     n_head = -(-MODEL_DIM // HEAD_DIM)
     assert n_head % QUERIES_PER_KV == 0, f"QUERIES_PER_KV {QUERIES_PER_KV} does not divide {n_head} heads: change one"
@@ -425,7 +424,6 @@ def build_optimizer(model, dtype):
 
 # ------------------------------------------------------------------------------------------------
 # Warm-up: find out what works on this machine before the clock starts, then restore the initial state
-
 def choose_dtype(device):
     if DTYPE is not None:
         return DTYPE, "set by DTYPE"
@@ -561,11 +559,13 @@ def warm_up(model, optimizer, device):
 
 # ------------------------------------------------------------------------------------------------
 # The run
-
 def save_checkpoint(path, model, run_id):
     temporary = Path(f"{path}.tmp")
-    torch.save({"model": model.state_dict(), "config": vars(model.config), "run_id": run_id}, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save({"model": model.state_dict(), "config": vars(model.config), "run_id": run_id}, temporary)
+        os.replace(temporary, path)
+    finally:  # if the disk is full, half a file
+        temporary.unlink(missing_ok=True)
 
 
 def load_model(path, device, dtype=None):

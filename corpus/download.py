@@ -7,8 +7,8 @@ import os
 import random
 import re
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -24,6 +24,10 @@ ATTEMPTS_WITHOUT_PROGRESS = 5  # broken connections in a row that brought no byt
 # Free disk space that a download needs, in multiples of its size: the parquet files themselves, and tokens as uint16,
 # which need about 1.3 times the size of the zstd-compressed parquet. The rest is reserve.
 SPACE_RATIO = 2.5
+
+
+class Stopped(Exception):
+    """Another download failed, or Ctrl-C was pressed."""
 
 
 def hub_session():
@@ -69,8 +73,10 @@ def check_parquet(path):
         raise SystemExit(f"{path.name}: has no column 'text' of strings ({columns}): is HF_ENDPOINT right?")
 
 
-def download(session, repo, name, target, bar):
-    """Downloads one file to `target`, continuing an earlier attempt with a Range request; checked before it is renamed."""
+def download(session, repo, name, target, bar, stop):
+    """Downloads one file to `target`, continuing an earlier attempt with a Range request; checked before it is renamed.
+
+    stop: a threading.Event that ends it early; what has arrived stays for the next attempt."""
     part = target.with_name(name + ".part")
     fruitless = 0
     while True:
@@ -91,6 +97,8 @@ def download(session, repo, name, target, bar):
                         while block := response.raw.read1(BLOCK_BYTES):  # read() would lose the last, incomplete block
                             f.write(block)
                             bar.update(len(block))
+                            if stop.is_set():
+                                raise Stopped
                     except urllib3.exceptions.HTTPError as e:
                         error = one_line(e)
                 if size in (-1, part.stat().st_size):
@@ -98,7 +106,8 @@ def download(session, repo, name, target, bar):
                 fruitless = 0 if part.stat().st_size > have else fruitless + 1
                 if fruitless == ATTEMPTS_WITHOUT_PROGRESS:
                     raise SystemExit(f"{name}: the connection broke at {have:,} of {size:,} bytes ({error}): run again")
-                time.sleep(min(0.2 * 2**fruitless, 5) * random.uniform(0.5, 1))
+                if stop.wait(min(0.2 * 2**fruitless, 5) * random.uniform(0.5, 1)):
+                    raise Stopped
     try:
         check_parquet(part)
     except SystemExit:
@@ -124,10 +133,12 @@ def download_all(repo, names, raw, workers):
             )
         print(f"downloading {len(missing)} files, {sum(sizes) / 1e6:,.0f} MB, to {raw}")
         with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="download", disable=None) as bar:
-            jobs = [pool.submit(download, session, repo, name, raw / name, bar) for name in missing]
+            stop = threading.Event()
+            jobs = [pool.submit(download, session, repo, name, raw / name, bar, stop) for name in missing]
             try:
-                for job in jobs:
+                for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
                     job.result()
-            except BaseException:
+            except BaseException:  # a failure or Ctrl-C: downloads in progress would take minutes more
+                stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -20,7 +20,10 @@ def checked_logits(model, x):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SystemExit(f"model(x) returned {got}: evaluation needs logits of shape (B, T, V) = {expected}")
     if not torch.isfinite(logits.sum(dtype=torch.float32)):
-        raise SystemExit("model(x) returned logits that are not finite (NaN or infinity): the training diverged")
+        raise SystemExit(
+            "model(x) returned logits that are not finite (NaN or infinity): the training diverged, or the model masks "
+            "tokens with -inf (mask them with a finite value such as -1e4)"
+        )
     return logits.detach()
 
 

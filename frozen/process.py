@@ -60,13 +60,18 @@ class Watchdog:
 
 def _end(number, _frame):
     word, code = {signal.SIGTERM: ("preempted", 75), signal.SIGINT: ("interrupted", 130)}[number]
-    os.write(1, f"\n{word}\n".encode())
-    os._exit(code)
+    try:
+        os.write(1, f"\n{word}\n".encode())
+    finally:  # on a full disk or a closed pipe too: an error would end the run like a crash
+        os._exit(code)
 
 
 def end_on_signals():
     """SIGTERM (the machine is needed for something else) and Ctrl-C end the run at once, with one word in the log: it
-    is neither a result nor a crash and is simply run again."""
+    is neither a result nor a crash and is simply run again. A segmentation fault and its like print their stacks, so that
+    the log does not look like that of a run that was killed; the exit status stays the signal's."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=sys.__stderr__)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
         signal.signal(signal.SIGINT, _end)

@@ -31,7 +31,7 @@ COMMANDS = {  # command -> room; the module in the room is named like the comman
 }
 EPILOG = """\
 exit status: 0 done; 1 refused or failed, nothing was changed; 2 wrong usage; 3 stopped half-way (disk full and
-the like): nothing is lost, the same command completes it; 75 the run was killed or preempted: run it again.
+the like): nothing is lost, the same command completes it; 75 this machine ended the run: run it again.
 Some commands have others: see `uv run -m lab COMMAND --help`."""
 
 

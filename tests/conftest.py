@@ -204,7 +204,7 @@ class Repo:
             r"total=\d+, backoff_factor=[\d.]+, backoff_jitter=[\d.]+",
             "total=3, backoff_factor=0.01",
         )
-        self.edit("corpus/download.py", r"time\.sleep\(min\(0\.2 \*", "time.sleep(0.01 * min(0.2 *")
+        self.edit("corpus/download.py", r"stop\.wait\(min\(0\.2 \*", "stop.wait(0.01 * min(0.2 *")
 
     def copy_cache(self, source):
         shutil.copytree(source, self.cache, dirs_exist_ok=True)

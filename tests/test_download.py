@@ -3,8 +3,10 @@
 Most of it calls corpus.download as prepare.py does; the last part runs prepare.py from end to end.
 """
 
+import concurrent.futures
 import importlib
 import json
+import time
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -166,6 +168,39 @@ def test_one_failure_upon_another_leaves_nothing_behind(fetch, hub, climbmix_fil
     hub.faults.clear()
     fetch()
     assert_whole(fetch.raw, climbmix_files)
+
+
+@pytest.mark.parametrize("why", ["failure", "Ctrl-C"])
+def test_what_is_in_progress_ends_at_once_when_all_is_lost_and_is_resumed(fetch, hub, climbmix_files, monkeypatch, why):
+    """A large file that arrives slowly does not hold up the failure of another one. If it were waited for, its part would
+    be gone: what arrives is no parquet file."""
+    slow, size = FILES[0], 8 * 10**6
+    hub.files[slow] = bytes(size)
+    hub.faults[slow] = Fault(chunk_seconds=0.05)  # 24 s in all
+    part = fetch.raw / f"{slow}.part"
+
+    def until_it_arrives(*args, **kwargs):
+        deadline = time.monotonic() + 100
+        while not (part.exists() and part.stat().st_size):
+            assert time.monotonic() < deadline, "nothing arrives"
+            time.sleep(0.01)
+        if why == "failure":
+            return concurrent.futures.wait(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("corpus.download"), "wait", until_it_arrives)
+    if why == "failure":
+        hub.faults[SHARD] = Fault(body=b"garbage")
+    with pytest.raises(SystemExit if why == "failure" else KeyboardInterrupt):
+        fetch()
+    assert 0 < part.stat().st_size < size and not (fetch.raw / slow).exists()
+    hub.files[slow] = climbmix_files[slow]
+    part.write_bytes(climbmix_files[slow].read_bytes()[:1000])
+    hub.faults.clear()
+    monkeypatch.setattr(importlib.import_module("corpus.download"), "wait", concurrent.futures.wait)
+    fetch()
+    assert_whole(fetch.raw, climbmix_files)
+    assert "bytes=1000-" in [r.range for r in hub.requests("cdn", slow, "GET")]
 
 
 @pytest.mark.parametrize("short_of", [1, 0])

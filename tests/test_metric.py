@@ -443,8 +443,16 @@ def test_logits_that_are_not_finite_are_refused(run, value, call):
     run.evaluate(Answers(spoil))
     spoil.at = {1: 1, -1: len(calls)}[call]
     calls.clear()
-    with pytest.raises(SystemExit, match="logits that are not finite"):
+    with pytest.raises(SystemExit, match="logits that are not finite.* diverged, or the model masks tokens with -inf"):
         run.evaluate(Answers(spoil))
+
+
+def test_a_mask_of_the_value_that_the_refusal_names_is_scored(run):
+    def mask(logits):
+        logits[..., -4:] = -1e4  # the special tokens: fewer tokens share the probability, so the value is lower
+        return logits
+
+    assert 0 < run.evaluate(Answers(mask)) < run.evaluate(Uniform())
 
 
 def test_a_refusal_leaves_no_score(run):

@@ -784,7 +784,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match="No space"):
         train.save_checkpoint(path, tiny_model(), "abc123")
-    assert path.read_bytes() == b"an older one"
+    assert path.read_bytes() == b"an older one" and not path.with_name("checkpoint.pt.tmp").exists()
 
 
 # --- What replaces plain formulas, because it is faster ------------------------

@@ -225,6 +225,16 @@ def test_a_preempted_training_is_run_again(night):
     assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
 
 
+def test_a_training_that_the_machine_ended_is_run_again_and_no_crash(night):
+    flag = night.path.parent / "once"
+    extra = f"if not os.path.exists({str(flag)!r}): open({str(flag)!r}, 'w'); raise OSError(28, 'No space left on device')"
+    a = night.commit(1.0, extra)
+    with pytest.raises(Again, match="this machine ended the training of .* \\(No space left on device\\): mend that"):
+        night.prove(a)
+    assert night.prove(a) == 0
+    assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
+
+
 def test_seeds_are_new_to_every_tree(night):
     record = {"run_id": "x", "tag": "test", "commit": "0" * 40, "verdict": "keep", "code": "c", "summary": None}
     (night.path / "runs.jsonl").write_text(json.dumps(record | {"header": {"seed": 1004}}) + "\n")

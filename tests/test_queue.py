@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from fakequeue import Proposer, inside, scores
 
+from lab.base import files, locks
 from lab.base import git as base_git
-from lab.base import locks
 from lab.loop import checks, record
 from lab.queue import wait, work
 from lab.queue.board import Board, machine
@@ -528,6 +528,37 @@ def test_a_preempted_run_runs_again_and_one_that_is_always_killed_goes_back(agen
     (item,) = agent.queue.of("returned")
     assert item.state["text"].count("w1: ") == work.ATTEMPTS and "killed" in item.state["text"]
     assert tree.git("status", "--porcelain", "--untracked-files=no") == "" and not worker.step()
+
+
+@pytest.mark.slow
+def test_a_run_that_overruns_is_run_again_twice_and_then_a_crash(agent):
+    """A stall of the machine does that, or the edit: then it is no fault of the worker, which goes on."""
+    agent.proposed("too long", END="overran", A=0.01)
+    tree = agent.worktree("w1")
+    tree.work()
+    assert agent.kinds() == {"too long": "crash"} and len(tree.records()) == 1
+    assert tree.read("night.log").count("the run overran its time: it is run again") == 2
+    assert "failed because of this machine" not in tree.read("night.log")
+    assert "nor in those of the 2 runs before it (training overran its 300 s" in tree.records()[0]["why"]
+
+
+def test_a_disk_that_fills_up_between_a_crash_and_its_record_is_a_fault_of_the_machine(agent, monkeypatch):
+    """And not a record that is tried again without a pause."""
+    agent.proposed("crash", END="crash", A=0.01)
+    tree, asked = agent.worktree("w1"), []
+
+    def is_full(folder):  # asked after the run, and by the record
+        asked.append(folder)
+        assert len(asked) < 4, "it is tried again and again"
+        return len(asked) > 1
+
+    monkeypatch.setattr(files, "disk_is_full", is_full)
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        with pytest.raises(work.Fault, match="the disk is full"):
+            worker.step()
+    assert agent.kinds() == {"crash": "open"} and not tree.records() and not (tree.path / "run.log").exists()
 
 
 @pytest.mark.slow

@@ -1,11 +1,16 @@
 """lab record: what it writes, what it undoes, what it refuses. Real git, made-up runs."""
 
+import errno
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
 from fakenight import CLOSE, PROGRESS, ROOT, TRAIN, FakeNight
+
+from lab.store import archive
+from lab.store.repository import Repo
 
 
 @pytest.fixture
@@ -79,6 +84,32 @@ def test_a_keep_advances_the_branch_and_is_archived_whole(begun):
     assert os.readlink(begun.path / "runs" / "best") == folder.name
     assert not (begun.path / "checkpoint.pt").exists()  # moved: the next run writes its own
     begun.check()
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_every_file_of_an_archive_is_on_the_disk_before_the_folder_is_moved_in(begun, monkeypatch, other_disk):
+    """Or a power cut may leave an archive with an empty checkpoint, which no later record makes again."""
+    commit, _ = begun.experiment("wider", 0.99)
+    record, folder = begun.records()[-1], begun.path / "runs" / f"0002-{commit[:7]}"
+    os.replace(folder / "checkpoint.pt", begun.path / "checkpoint.pt")
+    shutil.rmtree(folder)
+    flushed, fsync, replace, seen = set(), os.fsync, os.replace, []
+
+    def note(fd):
+        fsync(fd)
+        flushed.add(os.fstat(fd).st_ino)
+
+    def look(source, target):
+        if target == folder:
+            seen.extend((path.name, path.stat().st_ino in flushed) for path in source.iterdir())
+        if other_disk and source == begun.path / "checkpoint.pt":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", look)
+    assert archive.make(Repo.find(begun.path), record, "a table\n") is None
+    assert len(seen) == 6 and all(whole for _, whole in seen), seen
 
 
 def test_a_discard_undoes_the_commit_and_keeps_it_to_be_looked_at(begun):

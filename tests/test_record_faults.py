@@ -13,7 +13,9 @@ import unicodedata
 import zipfile
 
 import pytest
-from fakenight import ROOT, FakeNight
+from fakenight import PROGRESS, ROOT, FakeNight
+
+from lab.store import run_log
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -212,6 +214,163 @@ def test_one_log_holds_one_run(night):
     night.run(tail="")
     (night.path / "run.log").write_text(first + night.read("run.log"))
     assert "killed" in night.refused("idea", rc=75)
+
+
+# --- runs that the machine ended -------------------------------------------------------
+
+OVERRAN = (
+    "training overran its 300 s by 4.2 s, 3.0 s are allowed: call progress() once a step, stop when it is 1, and take "
+    "shorter steps\n"
+)
+TRACE = 'Traceback (most recent call last):\n  File "train.py", line 648, in main\n    {code}\n{error}\n'
+ENDS = {  # what the log ends with: how the run ended, in which words
+    "OSError: [Errno 28] No space left on device: 'checkpoint.pt.tmp'": ("machine", "No space left on device"),
+    "RuntimeError: [enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0": ("machine", "unexpected pos 64 vs 0"),
+    "OSError: [Errno 5] Input/output error": ("machine", "Input/output error"),
+    "RuntimeError: No CUDA GPUs are available": ("machine", "No CUDA GPUs are available"),
+    "AcceleratorError: CUDA error: uncorrectable ECC error encountered (train.py, line 9, in train): if nvidia-smi shows":
+        ("machine", "ECC error"),
+    "AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable (train.py, line 9): if":
+        ("machine", "CUDA-capable device"),
+    "RuntimeError: NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp": ("machine", "NVML"),
+    OVERRAN.strip(): ("overran", "training overran its 300 s by 4.2 s, 3.0 s are allowed"),
+    "AcceleratorError: CUDA error: unspecified launch failure (train.py, line 9, in train): if nvidia-smi": ("crash", None),
+    "RuntimeError: CUDA driver error: out of memory (train.py, line 9): see nvidia-smi": ("crash", None),
+    "ValueError: size": ("crash", None),
+    "UserWarning: Can't initialize NVML\n" + TRACE.format(code='assert x == 1, "No space left on device"', error="AssertionError"):
+        ("crash", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_errors_of_the_machine_are_told_from_those_of_train_py(night, end, traced):
+    how, words = ENDS[end]
+    trace = TRACE.format(code="save_checkpoint(path, model, clock.run_id)", error=end)
+    night.run(tail=trace if traced and how != "overran" else f"{end}\n")
+    log = run_log.read(night.path / "run.log")
+    assert (log.ended, log.fault) == (how, words)
+
+
+SAVES = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch.nn import Linear
+import train
+from types import SimpleNamespace
+model = Linear(600, 600)
+model.config = SimpleNamespace()
+train.save_checkpoint("checkpoint.pt", model, "abc")
+"""
+
+
+@pytest.mark.slow
+def test_what_torch_says_on_a_full_disk_is_the_machines_and_half_a_file_does_not_stay(night, own_mounts):
+    """torch.save names neither the disk nor the reason."""
+    night.run(tail="")
+    (night.path / "save.py").write_text(SAVES.format(root=str(ROOT)))
+    script = f"mkdir small && mount -t tmpfs -o size=1m none small && cd small && {sys.executable} ../save.py >> ../run.log 2>&1; ls -A"
+    done = subprocess.run([*own_mounts, "sh", "-c", script], cwd=night.path, env=night.env, capture_output=True, text=True)
+    log = run_log.read(night.path / "run.log")
+    assert (log.ended, done.stdout) == ("machine", ""), night.read("run.log") + done.stderr
+
+
+def next_of(night):
+    return night.lab("status").out.rpartition("next: ")[2].strip()
+
+
+FULL_DISK = TRACE.format(code="torch.save(weights, temporary)", error="OSError: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize("end, says", [
+    (FULL_DISK, "this machine ended the last run (No space left on device), it is no result; mend that first"),
+    (OVERRAN, "a stall of this machine, or the edit, made the last run too long (training overran its 300 s by 4.2 s, "
+     "3.0 s are allowed), it is no result"),
+    ("", "the last run was killed, it is no result"),
+])  # fmt: skip
+def test_what_the_machine_did_is_run_again_twice_and_then_it_is_a_crash(night, end, says):
+    commit = ready(night, tail=end)
+    for _ in range(2):
+        for _ in range(2):  # the same run counts once
+            refusal = night.refused("idea", rc=75)
+            assert f"{says}. Run it again: uv run train.py > run.log 2>&1; " in refusal
+            assert refusal.endswith("; 3 such runs in a row are a crash\n")
+        assert next_of(night) == f"{says}: uv run train.py > run.log 2>&1"
+        assert night.head() == commit
+        night.run(tail=end)
+    assert "is over and not recorded: uv run -m lab record" in next_of(night)
+    result = night.recorded("idea")
+    assert result.verdict == "crash" and "nor in those of the 2 runs before it" in result.out and night.head() != commit
+    night.check()
+    ready(night, tail=end)  # another idea has its own three
+    assert says in night.refused("another", rc=75)
+
+
+def test_a_result_in_between_or_other_code_begins_the_count_anew(night):
+    commit = ready(night, tail="")
+    night.refused("idea", rc=75)
+    night.run(tail=FULL_DISK)
+    night.refused("idea", rc=75)
+    night.git("reset", "-q", "--hard", "HEAD^")
+    ready(night, tail="")
+    night.refused("another", rc=75)
+    night.git("reset", "-q", "--hard", commit)
+    for _ in range(2):
+        night.run(tail="")
+        night.refused("idea", rc=75)
+    night.run(1.02)
+    assert night.recorded("idea").verdict == "discard"
+    assert not (night.path / ".lab" / "ends.json").exists()
+    night.check()
+
+
+def test_a_preempted_run_is_run_again_however_often_that_happens(night):
+    ready(night, tail="\npreempted\n")
+    for _ in range(4):
+        assert "the last run was preempted, it is no result" in night.refused("idea", rc=75)
+        night.run(tail="\npreempted\n")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"code": 7}', "cut sho", "\x00" * 9])
+def test_a_damaged_count_is_none(night, content):
+    ready(night, tail="")
+    (night.path / ".lab" / "ends.json").write_text(content)
+    assert "the last run was killed" in night.refused("idea", rc=75)
+
+
+def test_the_agent_may_give_up_what_the_machine_ended(night):
+    ready(night, tail=FULL_DISK)
+    result = night.recorded("idea", "--discard")
+    assert result.verdict == "crash" and "(No space left on device)" in result.out and "the runs before" not in result.out
+    night.check()
+
+
+def test_on_a_full_disk_no_log_is_believed_and_nothing_is_counted(night, own_mounts):
+    """The log may be cut off anywhere, here after a line that says nothing."""
+    commit = ready(night, tail="attent")
+    record = f"{sys.executable} -m lab record idea"
+    script = f"mount -t tmpfs -o size=64k none .lab; head -c 1000000 /dev/zero > .lab/filler 2> /dev/null; {record}; {record}; {record}"
+    done = subprocess.run([*own_mounts, "sh", "-c", script], cwd=night.path, env=night.env, capture_output=True, text=True)
+    assert done.returncode == 75 and done.stderr.count("this machine ended the last run (the disk is full)") == 3, done.stderr
+    assert night.head() == commit and len(night.rows()) == 3
+    assert night.recorded("idea").verdict == "crash"  # now it is what the log says
+
+
+def test_a_segmentation_fault_is_a_crash_with_its_stack(night):
+    """Not a run that somebody killed, which would be run again."""
+    ready(night)
+    code = (
+        f"import ctypes, sys; sys.path.insert(0, {str(ROOT)!r}); from frozen import process; process.end_on_signals()\n"
+        f"print('run: ' + {json.dumps(night.header())!r}); print({PROGRESS!r}, flush=True)\n"
+        "def into_nothing():\n    ctypes.string_at(0)\ninto_nothing()\n"
+    )
+    with open(night.path / "run.log", "wb") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, cwd=night.path)
+    assert done.returncode == -signal.SIGSEGV
+    result = night.recorded("idea")
+    assert result.verdict == "crash" and "Fatal Python error: Segmentation fault" in result.out and "in into_nothing" in result.out
+    night.check()
 
 
 def test_a_checkpoint_of_another_run_is_not_archived_and_left_alone(night):

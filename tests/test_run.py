@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from conftest import Result, assert_refused, clean_environment, kill_group, left_out
+from conftest import ROOT, Result, assert_refused, clean_environment, kill_group, left_out
 
 from lab.store import run_log
 
@@ -754,6 +754,27 @@ def test_a_signal_ends_the_run_with_a_word(make_training, python, number, status
     assert (result.rc, result.err) == (status, "")
     assert result.out.endswith(f"\n{word}\n") and "val_bpb" not in result.out
     assert (repo.path / "checkpoint.pt").read_bytes() == b"an older one" and left_in(repo) == {"checkpoint.pt"}
+
+
+def own_process(code, **kwargs):
+    """The code in a process of its own, with frozen.process at hand and without torch."""
+    start = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom frozen import process\n"
+    return subprocess.run([sys.executable, "-c", start + code], stderr=subprocess.PIPE, text=True, timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["full disk", "closed pipe"])
+def test_a_signal_ends_the_run_with_its_status_where_the_word_cannot_be_written(number, status, where):
+    if where == "full disk" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    if where == "full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other, out = os.pipe()
+        os.close(other)
+    done = own_process(f"process.end_on_signals()\nos.kill(os.getpid(), {int(number)})\nsignal.pause()", stdout=out)
+    os.close(out)
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 def test_a_second_training_in_the_folder_is_refused_and_the_first_goes_on(make_training, python):

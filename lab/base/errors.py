@@ -1,8 +1,8 @@
 """How a command of lab fails: one sentence on stderr that says what to do, and an exit status.
 
 0 done; 1 refused, nothing was changed; 2 wrong usage (argparse); 3 stopped half-way by the machine (disk full, a folder
-that cannot be written): nothing is lost, the same command completes it; 75 the run was killed or preempted and is not a
-result: run it again.
+that cannot be written): nothing is lost, the same command completes it; 75 the run was killed, preempted or ended by a
+failure of the machine, and is not a result: run it again.
 """
 
 import errno

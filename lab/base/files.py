@@ -1,7 +1,11 @@
 """Writing a file whole or not at all."""
 
+import errno
 import os
+import tempfile
 from pathlib import Path
+
+ROOM = 1 << 16  # bytes: with less than that free the disk is full
 
 
 def write(path, content):
@@ -21,3 +25,22 @@ def write(path, content):
     except BaseException:  # an interrupt too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def disk_is_full(folder):
+    """Whether no more than a few lines can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as f:
+            return f.write(bytes(ROOM)) < ROOM
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def flush(path):
+    """Returns once the file is on the disk, where a power cut leaves it whole. Raises OSError."""
+    how = os.O_RDWR | os.O_BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes only what may be written
+    fd = os.open(path, how)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -7,11 +7,11 @@ import shlex
 from typing import NamedTuple
 
 from lab.analysis.history import Night, label
-from lab.base import locks, text
+from lab.base import files, locks, text
 from lab.base.errors import Again, Refused
 from lab.share.membership import membership
 from lab.share.team import Team, team_night
-from lab.store import archive, names, records_in_git, results_tsv, rules, run_log
+from lab.store import archive, ends, names, records_in_git, results_tsv, rules, run_log
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
@@ -52,11 +52,17 @@ class DecidedElsewhere(Refused):
 
 
 class NotAResult(Again):
-    """The machine ended the run. why: a clause; command: what runs it again."""
+    """The machine ended the run. why: a clause; command: what runs it again; counted: (code, run id) if the run is one of
+    those that are not repeated without end (lab.store.ends)."""
 
-    def __init__(self, ended, command):
-        self.why, self.command = f"the last run was {ended}, it is no result", command
-        super().__init__(f"{self.why}. Run it again: {command}; to give the idea up: record it with --discard")
+    def __init__(self, ended, command, fault=None, counted=None):
+        self.why, self.command, self.counted = f"the last run was {ended}, it is no result", command, counted
+        if ended == "machine":
+            self.why = f"this machine ended the last run ({fault}), it is no result; mend that first"
+        elif ended == "overran":
+            self.why = f"a stall of this machine, or the edit, made the last run too long ({fault}), it is no result"
+        limit = f"; {ends.REPEATS + 1} such runs in a row are a crash" if counted else ""
+        super().__init__(f"{self.why}. Run it again: {command}; to give the idea up: record it with --discard{limit}")
 
 
 class Place(NamedTuple):
@@ -163,7 +169,7 @@ def examine(repo, description, discard=False, simpler=False, proposed=False):
     if proposed and team and (r := team.decided(code)) and team.who(r) != "this tree":
         raise DecidedElsewhere(r)
     check_identity(repo, history, rule, log, head, code)
-    check_end(log, discard, next_run(repo.top, rule, code))
+    check_end(repo, log, code, discard, next_run(repo.top, rule, code))
     found = place(repo, history, team)
     earlier = history.latest(code) or rule.latest(code)
     description = text.one_line(description or "", results_tsv.LONG_DESCRIPTION)
@@ -255,8 +261,9 @@ def check_rules(repo, first, header):
     )
 
 
-def check_end(log, discard, again):
-    """The run ended with a result or a crash. With --discard any end is given up as a crash."""
+def check_end(repo, log, code, discard, again):
+    """The run ended with a result or a crash. With --discard any end is given up as a crash, and so is the third in a row
+    that may be the machine's doing."""
     last = log.lines[-1][:300] if log.lines else ""
     if log.summary and (wrong := run_log.not_finite(log.summary)) and not discard:
         raise Refused(
@@ -264,9 +271,15 @@ def check_end(log, discard, again):
         )
     if log.ended == "contradictory" and not discard:
         raise Refused(f"run.log {log.wrong}. Fix train.py and run it again: {again}")
-    if discard or log.ended in ("complete", "crash"):
+    if discard or log.ended == "complete":
         return
-    if log.ended in ("preempted", "interrupted", "killed"):
+    if files.disk_is_full(repo.top / names.LAB):  # the log may be cut off, so it says nothing
+        raise NotAResult("machine", again, "the disk is full")
+    if log.ended == "crash" or log.ended in ends.COUNTED and ends.before(repo.top, code, log.run_id) >= ends.REPEATS:
+        return
+    if log.ended in ends.COUNTED:
+        raise NotAResult(log.ended, again, log.fault, counted=(code, log.run_id))
+    if log.ended in ("preempted", "interrupted"):
         raise NotAResult(log.ended, again)
     if log.ended == "incomplete":
         raise Refused(f"the summary in run.log is not complete. Run it again: {again}")
@@ -300,8 +313,8 @@ def place(repo, history, team=None):
     mine, base = [edit.commit for edit in edits[:depth]], repo.short(edit.commit)
     if not mine:
         return Place(anchor["commit"], blob, anchor, [], not (history.kept or team and team.night.kept), base)
-    for commit, files in repo.files(mine).items():
-        if others := [name for name in files if name != names.TRAIN]:
+    for commit, touched in repo.files(mine).items():
+        if others := [name for name in touched if name != names.TRAIN]:
             short = repo.short(commit)
             raise Refused(
                 f"{short} touches {', '.join(others[:TOUCHED])}, and an experiment may change train.py alone: "

@@ -18,7 +18,7 @@ from lab.base.errors import Refused, Stop, Unfinished, os_reason
 from lab.loop import checks, report
 from lab.loop.next_step import next_step
 from lab.share import exchange
-from lab.store import archive, journal, names, records_in_git, results_tsv, run_log, runs_jsonl
+from lab.store import archive, ends, journal, names, records_in_git, results_tsv, run_log, runs_jsonl
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
 
@@ -38,7 +38,8 @@ The first code recorded on a branch is its baseline, and runs three times under 
 repeat needs is printed. What was recorded stays: `git show refs/autoresearch/TAG/NNNN`.
 
 Exit status: 0 recorded; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command
-completes it; 75 the run was killed or preempted, and is run again rather than recorded."""
+completes it; 75 this machine ended the run (killed, preempted, a full disk, a lost GPU, a stall), which is run again rather
+than recorded. The third run of one train.py in a row that ends like this, preemption aside, is a crash."""
 
 # val_bpb that a lost fraction of the steps costs, as a fraction of val_bpb: in published logs of an H100 1 % of the speed
 # is worth 0.0005 to 0.001 at a val_bpb of 1.0. On a CPU it may be worth more; then fewer runs are repeated than could be.
@@ -89,7 +90,10 @@ def judge(case, history, record):
     if record["summary"] and run_log.not_finite(record["summary"]):
         record["summary"] = None  # given up by --discard, or it would have been refused
     if record["summary"] is None:
-        how = "" if case.log.ended == "crash" else f" ({case.log.ended})"
+        log, before = case.log, ends.before(case.repo.top, case.code, case.log.run_id)
+        how = "" if log.ended == "crash" else f" ({log.fault or log.ended})"
+        if log.ended in ends.COUNTED and before >= ends.REPEATS:
+            how = f", nor in those of the {before} runs before it{how}"
         record.update(verdict="crash", why=f"no summary in run.log{how}")
         return
     runs = [*history.runs(case.code), record]
@@ -361,9 +365,15 @@ def recorded(repo, args, for_queue=False):
                 first = [f"first, an interrupted record was completed: {plan['say'][0]}"]
                 finished = None
         if not finished:
-            case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
+            try:
+                case = checks.examine(repo, args.description, args.discard, args.simpler, args.worker == "experiment")
+            except checks.NotAResult as refused:
+                if refused.counted:
+                    ends.note(repo.top, *refused.counted)
+                raise
             plan = make_plan(case, args)
             lines = complete(repo, plan, for_queue)
+            ends.forget(repo.top)
     return plan, [*first, *lines]
 
 

@@ -13,7 +13,6 @@ git, and the next start in this tree, or another worker, finds both.
 import argparse
 import contextlib
 import ctypes
-import errno
 import os
 import random
 import re
@@ -21,7 +20,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +27,7 @@ from pathlib import Path
 from constants import GRACE, TIME_BUDGET
 from lab.analysis import verdict
 from lab.analysis.history import label
-from lab.base import locks
+from lab.base import files, locks
 from lab.base.errors import Again, Refused, Stop, os_reason
 from lab.base.processes import psutil
 from lab.base.text import one_line
@@ -41,7 +39,7 @@ from lab.queue.propose import member_of
 from lab.share import exchange
 from lab.share.queue_refs import Item
 from lab.share.team import team_night
-from lab.store import journal, names, rules, run_log
+from lab.store import ends, journal, names, rules, run_log
 from lab.store.repository import Repo
 
 HELP = "run the team's proposals on this GPU, one after the other (a worker)"
@@ -68,18 +66,11 @@ ROUNDS = 3  # times that an experiment is brought onto a newer best: a late gain
 POLL, REMOTE_POLL = 1.0, 15.0  # seconds between two looks at an empty queue; a remote may have to serve many workers
 SIGN_OF_LIFE = LONGEST / 4  # seconds between two of them while there is nothing to run
 BACKOFF, LONGEST_BACKOFF = 5, 60  # seconds before the next attempt after an error, doubled each time
-ROOM = 1 << 16  # bytes: with less than that free the disk is full
 RECORD_SECONDS = 120  # that recording a run may take: part of LONGEST
 CLAIM_SECONDS = 30  # between a claim and its run, else it is renewed
 KILL_WAIT = 20  # seconds between SIGTERM and SIGKILL for a training
 OWN_TREE = ("next:", "then:", "closed:", "left:", "note:", "best:", "noise:", "keep below", "time:")  # lines of record that are the worker's affair
 RUN_LIMIT = TIME_BUDGET + 2 * GRACE + 60  # seconds; the run's own watchdog ends it sooner
-# What a crash looks like that the machine caused: the next proposal would crash just the same.
-MACHINE = re.compile(
-    r"No space left on device|Disk quota exceeded|Input/output error|Read-only file system|Stale file handle|Bus error|"
-    r"No CUDA GPUs are available|CUDA driver|CUDA-capable device|cudaErrorDevicesUnavailable|ECC error|NVML|"
-    r"is not prepared|Cannot allocate memory"
-)
 
 
 def add_arguments(parser):
@@ -364,17 +355,19 @@ class Worker:
             log = run_log.read(self.repo.top / names.RUN_LOG)
             ended = log.ended if log else "nothing"
             last = log.lines[-1][:200] if log and log.lines else "it printed nothing"
-            if ended != "complete" and disk_is_full(self.repo.top / names.LAB):  # the log may be cut off, so it says nothing
+            if ended != "complete" and files.disk_is_full(self.repo.top / names.LAB):  # the log may be cut off, so it says nothing
                 raise self.fault("the disk is full")
-            if ended in ("complete", "contradictory"):
+            if ended in ("complete", "contradictory", "crash"):
                 break
-            if ended == "crash":
-                if found := MACHINE.search("\n".join(log.lines)):
-                    raise self.fault(f"the run crashed because of this machine ({found[0]})")
-                break
+            if ended == "machine":  # the next proposal would end like this, too
+                raise self.fault(f"the run crashed because of this machine ({log.fault})")
+            if ended == "overran":  # by a stall of the machine, or by the edit, which then always does it
+                if ends.before(self.repo.top, code, log.run_id) >= ends.REPEATS:
+                    break
+                ends.note(self.repo.top, code, log.run_id)
             if ended in ("refused", "nothing", "incomplete"):
                 raise self.fault(f"the run did not begin or did not end (exit status {status}): {last}")
-            self.say(f"the run was {ended}: it is run again")
+            self.say(f"the run {'overran its time' if ended == 'overran' else f'was {ended}'}: it is run again")
         else:
             raise self.fault(f"{1 + RERUNS} runs in a row were ended from outside ({ended}): {last}")
         return item, log
@@ -444,8 +437,8 @@ class Worker:
                 self.board.fetch()
             try:
                 said = self.recorded(description, item.state["simpler"] and not again, item.state["task"])
-            except Again:
-                continue
+            except Again as again:  # the disk filled up after the run had ended
+                raise self.fault(str(again)) from None
             except checks.SeedUsed:  # it was taken for dead, and its run is published
                 seed = self.seed_of(self.team().night, code)
                 (self.repo.top / names.RUN_LOG).unlink(missing_ok=True)
@@ -776,15 +769,6 @@ def kill(process, number):
             os.killpg(process.pid, number)
         elif process.returncode is None:
             os.kill(process.pid, number)
-
-
-def disk_is_full(folder):
-    """Whether no more than a few lines can be written there."""
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as f:
-            return f.write(bytes(ROOM)) < ROOM
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def end_with_parent():

@@ -20,14 +20,14 @@ LONG_LOG = 16 * 2**20  # bytes; of a longer run.log the beginning and the end ar
 
 def make(repo, record, table):
     """Archives the record's run and returns a note for the reader, or None. Safe to repeat: the folder is built beside
-    its place and moved in."""
+    its place, and moved in once all of it is on the disk, so that a power cut leaves no archive with empty files."""
     runs = repo.top / names.RUNS
     place, building = runs / names.archive(record), runs / f".{names.archive(record)}.partial"
     if place.exists():
         return None
     building.mkdir(parents=True, exist_ok=True)
     missing = move_checkpoint(repo.top / names.CHECKPOINT, building / names.CHECKPOINT, record["run_id"])
-    (building / names.TRAIN).write_bytes(repo.git("show", f"{record['commit']}:train.py", raw=True))
+    files.write(building / names.TRAIN, repo.git("show", f"{record['commit']}:train.py", raw=True))
     log = run_log.read(repo.top / names.RUN_LOG)
     if log and log.identity == record["log"]:
         copy_log(repo.top / names.RUN_LOG, building / names.RUN_LOG)
@@ -52,11 +52,13 @@ def move_checkpoint(source, target, run_id):
         return f"checkpoint.pt cannot be read ({error}): not archived"
     if not any(run_id.encode() in data for data in pickled):
         return "checkpoint.pt is another run's: not archived"
+    files.flush(source)
     try:
         os.replace(source, target)
     except OSError:  # runs/ is on another file system
         partial = target.with_name(f"{names.CHECKPOINT}.tmp")
         shutil.copyfile(source, partial)
+        files.flush(partial)
         os.replace(partial, target)
         source.unlink()
     return None
@@ -65,13 +67,12 @@ def move_checkpoint(source, target, run_id):
 def copy_log(source, target):
     with open(source, "rb") as f, open(target, "wb") as out:
         size = os.fstat(f.fileno()).st_size
-        if size <= LONG_LOG:
-            shutil.copyfileobj(f, out)
-            return
-        out.write(f.read(LONG_LOG // 2))
-        out.write(f"\n... {size - LONG_LOG} bytes are left out here ...\n".encode())
-        f.seek(size - LONG_LOG // 2)
+        if size > LONG_LOG:
+            out.write(f.read(LONG_LOG // 2))
+            out.write(f"\n... {size - LONG_LOG} bytes are left out here ...\n".encode())
+            f.seek(size - LONG_LOG // 2)
         shutil.copyfileobj(f, out)
+    files.flush(target)
 
 
 def model_info(record):

@@ -20,6 +20,7 @@ NIGHT_LOG, AUDIT_TSV, PROOF = "night.log", "audit.tsv", "proof.txt"
 
 LAB = ".lab"  # ignored by git; everything below is in it
 JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", "index", "lock"
+ENDS = "ends.json"  # of runs without a result
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 WORKER_LOCK, WAITED, FAULT_LOG = "worker.lock", "waited.json", "fault.log"
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"

@@ -49,11 +49,21 @@ ENDED_BY_ITSELF = re.compile(
     r"terminate called|[A-Za-z_][\w.]*(Error|Exception|Warning as error|ExceptionGroup)\b.*)",
     re.MULTILINE,
 )
+# What an error looks like that the machine caused, not train.py: any other train.py would have ended like this. The second
+# line is what torch.save says on a full disk.
+MACHINE = re.compile(
+    r"No space left on device|Disk quota exceeded|Input/output error|Read-only file system|Stale file handle|"
+    r"iostream error|unexpected pos \d+ vs \d+|PytorchStreamWriter failed|"
+    r"Transport endpoint is not connected|Bus error|Cannot allocate memory|is not prepared|"
+    r"No CUDA GPUs are available|CUDA driver|cuda driver combination|(CUDA|ROCm)-capable device|cudaErrorDevicesUnavailable|"
+    r"(CUDA|HIP) error: unknown error|ECC error|NVLink error|NVML|[Ff]allen off the bus|GPU is lost"
+)
+OVERRAN = re.compile(r"^training overran its .*?(?=:)", re.MULTILINE)  # in prepare.py; a stall of the machine may cause it
 NOT_STARTED = re.compile(r"^(error: |bash: |sh: |zsh: |uv: |.*command not found)", re.MULTILINE)
 
 
 class RunLog(NamedTuple):
-    ended: str  # complete, contradictory, incomplete, crash, preempted, interrupted, killed, refused, nothing
+    ended: str  # complete, contradictory, incomplete, crash, machine, overran, preempted, interrupted, killed, refused, nothing
     header: dict | None  # None: the run ended before it printed its header
     summary: dict | None  # the nine numbers of a complete run
     identity: str  # of this very file: its size, time and contents
@@ -61,6 +71,7 @@ class RunLog(NamedTuple):
     lines: list  # the last lines that are not progress, oldest first
     wrong: str | None = None  # what the log contradicts, itself or the rules, if `ended` is "contradictory"
     told: tuple = ()  # its progress lines, as progress_of() reads them
+    fault: str | None = None  # if `ended` is "machine" or "overran": what happened, in the log's words
 
     @property
     def slowed(self):
@@ -132,12 +143,12 @@ def read(path):
     summary = summary if header else None  # without a header it belongs to no known run
     lines = [line.rstrip() for line in after.split("\n")]
     lines = [line for line in lines if line and not PROGRESS.match(line)]
-    ended = how_it_ended(after, header, block, summary)
+    ended, fault = how_it_ended(after, header, block, summary)
     told = tuple(found for line in after.split("\n") if (found := progress_of(line)))
     wrong = contradiction(text, after, header, summary, time_budget(path), told) if ended == "complete" else None
     ended, summary = ("contradictory", None) if wrong else (ended, summary)
     end = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="seconds")
-    return RunLog(ended, header, summary, digest, end, lines[-200:], wrong, told)
+    return RunLog(ended, header, summary, digest, end, lines[-200:], wrong, told, fault)
 
 
 def last_header(text):
@@ -188,23 +199,36 @@ def last_summary(text):
 
 
 def how_it_ended(text, header, block, summary):
+    """(RunLog.ended, RunLog.fault) of what follows the last header."""
     if header and summary:
-        return "complete"
+        return "complete", None
     last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
     if not last:
-        return "nothing"
+        return "nothing", None
     if last in ("preempted", "interrupted"):
-        return last
+        return last, None
     if re.search(r"^KeyboardInterrupt\b", last):
-        return "interrupted"
+        return "interrupted", None
     steps = list(re.finditer(r"^step \d+ \(.*$", text, re.MULTILINE))
-    if ENDED_BY_ITSELF.search(text, steps[-1].end() if steps else 0):
-        return "crash" if header or not NOT_STARTED.search(last) else "refused"
+    if error := ENDED_BY_ITSELF.search(text, steps[-1].end() if steps else 0):
+        return why_it_crashed(text[error.start() :]) if header or not NOT_STARTED.search(last) else ("refused", None)
     if block:
-        return "incomplete"
+        return "incomplete", None
     if not header:  # one sentence of a set-up that refused, or no log of train.py at all
-        return "refused"
-    return "killed" if HEALTHY.match(last) else "crash"  # a sentence: evaluation refused, a shape was wrong
+        return "refused", None
+    return ("killed", None) if HEALTHY.match(last) else why_it_crashed(last)  # a sentence: a shape was wrong
+
+
+def why_it_crashed(error):
+    """(crash, machine or overran; what happened in the log's words, or None) of the error that ended a run. Lines of code in
+    its trace, which are indented, may contain anything. A run lives on after a warning, and what ran out of memory asked for
+    too much."""
+    if overran := OVERRAN.search(error):
+        return "overran", overran[0]
+    for line in error.split("\n"):
+        if line[:1].strip() and not re.search("Warning:|out of memory", line) and (found := MACHINE.search(line)):
+            return "machine", found[0]
+    return "crash", None
 
 
 def not_finite(summary):

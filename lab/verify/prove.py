@@ -116,6 +116,8 @@ class Proof:
         run = {"code": arm.code, "commit": arm.short, "seed": seed, "val": None, "holdout": None, "end": log.end}
         if log.ended == "refused":
             raise Refused(f"{arm.short} was not trained: {log.trace(300)}")
+        if log.ended == "machine":
+            raise Again(f"this machine ended the training of {arm.short} ({log.fault}): mend that, then the same command repeats it")
         if log.ended in ("killed", "preempted", "interrupted", "nothing"):
             raise Again(f"the training of {arm.short} was {log.ended}: the same command repeats it")
         if log.ended != "complete":
