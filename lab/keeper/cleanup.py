@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lab.base.errors import Stop
 from lab.base.git import remove_stale
-from lab.base.processes import end, marked
+from lab.base.processes import end, marked, named
 from lab.store.repository import Repo
 
 MARK = "AUTORESEARCH_NIGHT"  # environment variable of every process that a night starts; its value is the tree
@@ -48,7 +48,8 @@ def clear(root, say):
     say(sentence) for what it found."""
     if left := orphans(root):
         say(f"ended {len(left)} processes that outlived the night that started them")
-        end(lambda: orphans(root))
+        if alive := end(lambda: orphans(root)).left:
+            say(f"{named(alive)} of an earlier night cannot be ended and may slow the trainings down")
     for lock in git_locks(root):
         if remove_stale(root, lock, patience=1.0) and not lock.exists():
             say(f"removed {lock.name}, which a killed git had left")

@@ -20,7 +20,7 @@ from pathlib import Path
 from constants import GRACE, TIME_BUDGET
 from lab.base.errors import Refused
 from lab.base.locks import hold, run_in_progress
-from lab.base.processes import adopt_orphans, descendants, end, end_descendants, psutil, reap, send
+from lab.base.processes import adopt_orphans, descendants, end, end_descendants, named, psutil, reap, send
 from lab.keeper import cleanup
 from lab.store import names
 
@@ -169,8 +169,11 @@ class Keeper:
         return wait
 
     def end_agent(self):
-        if killed := end_descendants():
-            self.say(f"{killed} processes did not end by SIGTERM and were killed")
+        ended = end_descendants()
+        if ended.killed:
+            self.say(f"{ended.killed} processes did not end by SIGTERM and were killed")
+        if ended.left:
+            self.say(f"{named(ended.left)} cannot be ended and may slow the trainings down")
 
     # --- the night ---
 
@@ -243,6 +246,8 @@ def run(args, now=time.monotonic, sleep=time.sleep):
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # not SIG_IGN, which the agent would inherit
         try:
             return keeper.watch()
-        finally:  # whatever happened: an agent without a keeper would run without an end
-            end_descendants()
+        except BaseException:  # whatever happened: an agent without a keeper would run without an end
+            keeper.end_agent()
+            raise
+        finally:
             end(lambda: cleanup.orphans(root))  # on macOS an orphan is not among the descendants
