@@ -271,7 +271,22 @@ def test_an_agents_git_is_told_to_be_sure_and_keeps_what_else_it_was_told(monkey
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     env = os.environ | cleanup.environment(tmp_path)
-    for key, value in [("user.name", "Some One"), ("core.fsync", "all")]:
+    for key, value in [("user.name", "Some One"), *cleanup.GIT_SETTINGS.items()]:
         shown = subprocess.run(["git", "config", key], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert shown.stdout.strip() == value
     assert env["AUTORESEARCH_NIGHT"] == os.path.realpath(tmp_path)
+
+
+def test_neither_a_signature_nor_an_editor_stops_an_agent(night):
+    """A person's settings, under which a commit by hand fails, or waits."""
+    for key, value in [("commit.gpgsign", "true"), ("tag.gpgsign", "true"), ("gpg.program", "false"), ("core.editor", "false")]:
+        night.git("config", key, value)
+    by_hand = night.env | {"GIT_EDITOR": "false"}
+    of_an_agent = by_hand | cleanup.environment(night.path)
+    night.change_train(night.read("train.py") + "# wider\n")
+    for words in (["commit", "-qm", "wider", "train.py"], ["commit", "--amend"], ["revert", "HEAD"], ["tag", "-a", "-m", "x", "night"]):
+        command = ["git", *night.who, *words]
+        assert subprocess.run(command, cwd=night.path, env=by_hand, capture_output=True).returncode, f"{words} works by hand too"
+        subprocess.run(["git", "revert", "--abort"], cwd=night.path, env=by_hand, capture_output=True)
+        done = subprocess.run(command, cwd=night.path, env=of_an_agent, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stderr}"

@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from fakenight import CLOSE, PROGRESS, ROOT, TRAIN, FakeNight
 
+from lab.store.repository import Repo
+
 
 @pytest.fixture
 def night(tmp_path):
@@ -313,6 +315,24 @@ def test_a_humans_commits_survive_a_discard(begun, when):
     assert begun.read("train.py") == TRAIN.format(0) and begun.git("status", "--porcelain") == ""
     assert begun.git("merge-base", base, "HEAD") == base
     begun.check()
+
+
+def test_where_git_signs_commits_and_has_no_key_every_commit_of_lab_is_made_unsigned(night):
+    night.who += ["-c", "commit.gpgsign=false"]  # this test's own
+    for key, value in [("commit.gpgsign", "true"), ("gpg.program", "false")]:
+        night.git("config", key, value)
+    night.baseline()
+    night.change_train()
+    night.commit("worse")
+    night.human_commits("on top of it")
+    night.run(1.05)
+    assert night.recorded("worse").verdict == "discard"
+    assert night.chain() == ["human: on top of it", "start"]
+    repo = Repo(night.path)
+    old, new = night.git("rev-parse", "HEAD:train.py"), night.git("hash-object", "-w", "--stdin", stdin="LR = 1\n")
+    assert repo.restore(old, new, "a step back, or what another tree kept")
+    assert night.read("train.py") == "LR = 1\n" and night.chain()[0] == "a step back, or what another tree kept"
+    night.check()
 
 
 def test_uncommitted_and_staged_work_survives_a_discard(begun):
