@@ -310,6 +310,36 @@ def test_a_closed_terminal_does_not_end_the_night(tree):
     assert night.returncode == 143 and "the night ended by SIGTERM" in tree.log()
 
 
+# --- several GPUs -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "visible, gpus, seen, said",
+    [
+        (None, 4, "0", "4 GPUs (nvidia-smi): trainings use CUDA_VISIBLE_DEVICES=0;"),
+        (None, 1, "unset", ""),
+        ("2,3", 4, "2,3", ""),
+        ("", 4, "", ""),
+    ],
+)
+def test_on_a_machine_with_several_gpus_the_agent_gets_one(tree, tmp_path, monkeypatch, visible, gpus, seen, said):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    lines = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})\n" for i in range(gpus))
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{lines}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    night = tree.night("echo ${CUDA_VISIBLE_DEVICES-unset} > seen; sleep 900", speed=1)
+    tree.until(lambda: tree.read("seen"))
+    assert tree.read("seen") == f"{seen}\n"
+    assert said in tree.log() and ("trainings use" in tree.log()) == bool(said)
+    night.terminate()
+    night.communicate(timeout=60)
+
+
 # --- one night a tree ---------------------------------------------------------
 
 

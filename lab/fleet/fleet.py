@@ -19,9 +19,10 @@ from lab.base import locks
 from lab.base.errors import Refused, Unfinished
 from lab.base.files import write
 from lab.base.processes import named
-from lab.fleet import bring_home, devices, slot_processes, tmux, worktrees
+from lab.fleet import bring_home, slot_processes, tmux, worktrees
 from lab.keeper import cleanup
 from lab.loop import many_trees
+from lab.machine import devices
 from lab.store import names
 from lab.store.repository import Repo
 

@@ -22,6 +22,7 @@ from lab.base.errors import Refused, os_reason
 from lab.base.locks import Kept, run_in_progress
 from lab.base.processes import adopt_orphans, descendants, end, end_descendants, named, psutil, reap, send
 from lab.keeper import cleanup
+from lab.machine import devices
 from lab.store import names
 
 HELP = "keep an agent running for some hours: start it, restart it, end it in the morning"
@@ -29,6 +30,7 @@ DESCRIPTION = """\
 Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
 for --stall-minutes: then the agent and all that it started are ended, after a training in progress has
 finished. If an agent ends while its training is running, the next start waits for that training.
+On a machine with several GPUs, the trainings use the first, unless CUDA_VISIBLE_DEVICES is set.
 
 When the hours are over, a training in progress may finish, and the agent has a few minutes to record it.
 Then the agent and all that it started are ended. Ctrl-C or `kill` ends everything at once: the training
@@ -98,6 +100,7 @@ class Keeper:
         self.end = now() + hours * 3600
         self.stall, self.restarts = stall_minutes * 60, restarts
         self.stopped_by = None  # the signal that ends the night early
+        self.gpu = {}  # what selects one of several GPUs for the agent's trainings
         self.ousted = False  # another night has this tree's lock
         self.starts, self.not_found, self.failures = 0, 0, 0
         self.fruitless, self.in_a_row = deque(), 0  # times of starts without result; how many of them in a row
@@ -147,7 +150,7 @@ class Keeper:
             ends = {names.NIGHT_ENDS: f"{time.time() + self.end - self.now():.0f}"}
             self.process = subprocess.Popen(
                 self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                start_new_session=True, env=os.environ | cleanup.environment(self.root) | ends,
+                start_new_session=True, env=os.environ | cleanup.environment(self.root) | ends | self.gpu,
             )  # fmt: skip
         self.say(f"start {self.starts} of the agent, process {self.process.pid}")
 
@@ -231,6 +234,9 @@ class Keeper:
         """Runs the night from start to end. Returns its exit status. Raises OSError if one start after another fails."""
         self.say(f"night of {(self.end - self.now()) / 3600:.2f} hours, stop it with `kill {os.getpid()}`")
         self.say(f"agent: {self.command}")
+        self.gpu, sentence = devices.one_of_several()
+        if sentence:
+            self.say(sentence)
         at_first = recorded(self.root)
         while not self.over():
             try:
