@@ -83,6 +83,19 @@ def test_a_keep_advances_the_branch_and_is_archived_whole(begun):
     begun.check()
 
 
+def test_a_checkpoint_that_a_killed_sandbox_has_hidden_is_archived(begun):
+    begun.change_train()
+    begun.commit("wider")
+    begun.run(0.99)
+    (begun.path / ".lab" / "aside").mkdir(parents=True)
+    hidden = begun.path / ".lab" / "aside" / "checkpoint.pt"
+    weights = (begun.path / "checkpoint.pt").read_bytes()
+    os.replace(begun.path / "checkpoint.pt", hidden)
+    result = begun.recorded("wider")
+    assert result.verdict == "keep" and "no checkpoint.pt" not in result.out
+    assert (begun.path / "runs" / "best" / "checkpoint.pt").read_bytes() == weights and not hidden.exists()
+
+
 def test_a_discard_undoes_the_commit_and_keeps_it_to_be_looked_at(begun):
     before = begun.head()
     commit, result = begun.experiment("worse", 1.01)
