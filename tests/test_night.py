@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import kill_group
 
+from lab.base.processes import is_alive
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The command as `python -m lab night` runs it, with a clock that goes SPEED times as fast (argument 1), but a
@@ -380,14 +382,14 @@ def test_of_two_nights_the_one_that_lost_its_lock_ends_and_leaves_the_others_age
     tree.until(lambda: "of the agent, process" in tree.log())
     first.send_signal(signal.SIGSTOP)
     (tree.path / ".lab" / "night.lock").unlink()
-    second = tree.night("echo x > second; sleep 900", speed=1)
+    second = tree.night("echo $$ > second; exec sleep 900", speed=1)
     tree.until(lambda: tree.read("second"))
     first.send_signal(signal.SIGCONT)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 2, err
     assert "another night has begun in this tree: this one ends" in tree.log()
     assert tree.read(".lab/night.lock") == str(second.pid) and second.poll() is None
-    tree.until(lambda: sum(command.startswith("sleep 900") for command in tree.processes()) == 1)
+    assert is_alive(int(tree.read("second"))) and sum(command.startswith("sleep 900") for command in tree.processes()) == 1
 
 
 def test_a_file_that_vanishes_between_two_looks_is_no_record(tmp_path):

@@ -140,7 +140,6 @@ class Keeper:
         cleanup.clear(self.root, self.say)
         self.starts += 1
         self.state = recorded(self.root)
-        self.agent_log.parent.mkdir(exist_ok=True)  # an agent's `git clean -fdx` removes it
         if self.agent_log.exists() and self.agent_log.stat().st_size > LARGEST_AGENT_LOG:
             os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
         with open(self.agent_log, "ab", buffering=0) as f:
