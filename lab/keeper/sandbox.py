@@ -163,9 +163,10 @@ def compile_cache(cache):
 
 def blank(tree, path):
     """A file as long as the one at `path`, without its content: prepare.py compares the lengths of all prepared files."""
-    made = tree / names.LAB / names.BLANK
-    with open(made, "wb") as f:
-        f.truncate(path.stat().st_size)
+    made, size = tree / names.LAB / names.BLANK, path.stat().st_size
+    if not made.exists() or made.stat().st_size != size:  # or a run in progress would find it empty for a moment
+        with open(made, "wb") as f:
+            f.truncate(size)
     return made
 
 
