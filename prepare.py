@@ -4,7 +4,8 @@
     uv run prepare.py --num-shards 4                   a smaller ClimbMix; -1 for all of it
     AUTORESEARCH_DATASET=stdlib uv run prepare.py      no download: Python's own standard library
 
-Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE replaces it). A tour, in the order in which a run calls:
+Writes only below ~/.cache/autoresearch (AUTORESEARCH_CACHE replaces it) and, with a Hopper GPU, an attention kernel into
+the Hugging Face cache. A tour, in the order in which a run calls:
 
     clock = begin_run(__file__)      watchdog on, folder locked, header printed          "The run"
     warmup_batch(B, T)               random tokens: compile and tune on these            "Data"

@@ -73,6 +73,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 MOST_WORKERS = 8  # each holds torch, and its own copy of what tests build once in a module
 QUIET_FILES = {"test_night.py", "test_preemption.py", "test_slurm.py"}
+# Groups and files with slow tests that take minutes: they begin first, so that no worker is left alone with one at the end.
+LONGEST = [
+    "quiet", "test_night_scripted.py", "test_containers.py", "test_slurm_cluster.py", "test_damaged.py", "test_prove.py",
+    "test_queue_real.py", "test_queue_kill.py", "test_zoo.py", "test_doctor.py", "test_run.py",
+]  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -94,13 +99,23 @@ def pytest_xdist_auto_num_workers(config):
 
 class Together(LoadScopeScheduling):
     """Which tests run in the same worker: those of a module that has fixtures of its own, and all that are quiet. The
-    others go one by one to whichever worker is free. Large groups come first."""
+    others go one by one to whichever worker is free. The longest come first, then large groups."""
 
     def _split_scope(self, nodeid):
         file = nodeid.partition("::")[0]
         if os.path.basename(file) in QUIET_FILES:
             return "quiet"
         return file if 'scope="module"' in (ROOT / file).read_text(encoding="utf-8") else nodeid
+
+    def _assign_work_unit(self, node):
+        if not any(self.assigned_work.values()):  # the first of all
+            self.workqueue = type(self.workqueue)(sorted(self.workqueue.items(), key=lambda unit: place_in_line(unit[0])))
+        super()._assign_work_unit(node)
+
+
+def place_in_line(scope):
+    name = os.path.basename(scope.partition("::")[0])
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,14 +6,16 @@ import math
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakenight import FakeNight
 from starlette.testclient import TestClient
 
 from lab.analysis import curves
-from lab.analysis.history import Night, read_night
+from lab.analysis.history import Experiment, Night, read_night
 from lab.charts import figures, plotly_charts, view
+from lab.loop import status
 from lab.store import run_log, runs_jsonl
 from lab.web import app, working_trees
 
@@ -64,6 +66,21 @@ def test_lines_that_say_nothing_about_the_loss_are_left_out():
     assert run_log.curve_of(told(text)) == [[0.01, 5.0, 10.0], [0.04, 3.9, None]]
 
 
+@pytest.mark.parametrize(("cut", "end"), [(29, "loss 3.1"), (60, "318 ms | 1,6")])
+def test_a_line_cut_where_a_long_log_is_not_read_is_no_point(tmp_path, cut, end):
+    """The first part that is read ends within this line's loss, or within its number of tokens/s."""
+    line = "step 00002 (50.0%) | loss 3.141593 | lrm 1.00 | 318 ms | 1,648,000 tok/s\n"
+    first = "step 00001 (10.0%) | loss 5.000000 | 10 tok/s\n"
+    noise = "x" * (run_log.PART - len(first) - cut - 1) + "\n"
+    text = first + noise + line + "y\n" * run_log.PART + "step 00003 (90.0%) | loss 2.000000 | 10 tok/s\n"
+    assert (first + noise + line)[: run_log.PART].endswith(end)
+    (tmp_path / "run.log").write_text(text)
+    log = run_log.read(tmp_path / "run.log")
+    assert log.curve == [[0.1, 5.0, 10.0], [0.9, 2.0, 10.0]]
+    (tmp_path / "run.log").write_text(text.replace("y\n", ""))
+    assert [point[:2] for point in run_log.read(tmp_path / "run.log").curve] == [[0.1, 5.0], [0.5, 3.141593], [0.9, 2.0]]
+
+
 @pytest.mark.parametrize(
     "value", [5, {}, [1], [[0.1, 2.0]], [[0.1, None, 1.0]], [[0.1, math.nan, 1.0]], [[0.2, 1, 1], [0.1, 1, 1]],
               [[i / 100, 1.0, 1.0] for i in range(51)], [[0.1, "2", 1.0]], [[True, 2.0, 1.0]]],
@@ -100,6 +117,84 @@ def test_curves_that_differ_by_noise_alone_seldom_part():
     assert sum(x is not None for x in parted) < 10
     assert curves.parting(falling(), falling()) is None, "a curve does not part from itself"
     assert curves.parting(falling(1.0)[:4], falling()) is None, "four points are not enough to tell"
+
+
+def a_run(curve, complete=True, slowed=0.0, commit="a" * 40, **more):
+    """As much of a record as the curve of an experiment depends on."""
+    return {"commit": commit, "parent": None, "row": None, "summary": {"val_bpb": 1.0} if complete else None, "slowed": slowed, "curve": curve} | more
+
+
+def an_experiment(*runs, number=1):
+    return Experiment(number, runs[0]["commit"][:7], 1.0, None, "keep", "an idea", runs, None)
+
+
+def higher(curve, by):
+    return [[x, y + by, speed] for x, y, speed in curve]
+
+
+def test_what_the_seed_alone_does_is_no_parting():
+    """Two seeds differ by an offset that lasts; only the repeats of a night tell how large it is."""
+    repeats = [a_run(falling(seed=1)), a_run(higher(falling(seed=2), 0.1)), a_run(higher(falling(seed=3), 0.03))]
+    night = SimpleNamespace(experiments=[an_experiment(*repeats), an_experiment(a_run(falling(seed=4)))])
+    floor = curves.spread(night)
+    assert 0.1 < floor < 0.4
+    assert curves.parting(repeats[1]["curve"], repeats[0]["curve"]) is not None, "the offset is many times the noise"
+    assert curves.parting(repeats[1]["curve"], repeats[0]["curve"], floor) is None
+    assert curves.parting(higher(falling(seed=5), 0.6), repeats[0]["curve"], floor) is not None
+    crashed = an_experiment(repeats[0], a_run(higher(falling(seed=2), 9.0), complete=False))
+    assert curves.spread(SimpleNamespace(experiments=[crashed, an_experiment(a_run([]))])) == 0.0
+
+
+def test_the_curve_of_an_experiment_is_that_of_its_last_fair_measurement():
+    whole, crashed, slow, twin = falling(seed=1), falling(seed=2)[:12], falling(seed=3), falling(seed=4)
+    first = a_run(whole)
+    assert curves.of(an_experiment(first, a_run(crashed, complete=False))) == whole, "a repeat that crashed says less"
+    assert curves.of(an_experiment(first, a_run(slow, slowed=0.2))) == whole
+    assert curves.of(an_experiment(first, a_run(twin, same_seed=True))) == whole
+    assert curves.of(an_experiment(first, a_run(twin), a_run([]))) == twin
+    assert curves.of(an_experiment(a_run(slow, slowed=0.2), a_run(crashed, complete=False))) == slow
+    assert curves.of(an_experiment(a_run(crashed, complete=False), a_run(crashed[:1]))) == crashed
+    assert curves.of(an_experiment(a_run([]))) == []
+
+
+def test_an_experiment_is_compared_with_the_best_and_the_parent_of_its_team():
+    """The team's night has the experiment too, as another object; its names are the trees' and the rows there."""
+    def labelled(letter, number, tree, shift, **more):
+        run = a_run(falling(shift), commit=letter * 40, row=number, label=f"{tree}/0001", **more)
+        return an_experiment(run, number=number)
+
+    parent, best = labelled("a", 1, "one", 0.3), labelled("b", 2, "t<b>", 0.1)
+    own = an_experiment(a_run(falling(0.2), commit="c" * 40, row=1, parent="a" * 40))
+    team = SimpleNamespace(best=best, experiments=[parent, best, labelled("c", 3, "mine", 0.2)])
+    assert curves.compared_with(team, own) == [("best", best), ("parent", parent)]
+    assert ["(t<b>/0001)" in curves.sentences(team, own)[0], "(one/0001)" in curves.sentences(team, own)[1]] == [True, True]
+    shown = plotly_charts.loss_curves(team, own)["data"]
+    assert [trace["name"] for trace in shown] == ["best (t&lt;b&gt;/0001)", "parent (one/0001)", "row 1"]
+    team.best = team.experiments[2]
+    assert curves.compared_with(team, own) == [("parent", parent)], "it is the team's best itself"
+
+
+def test_a_run_that_diverged_does_not_flatten_the_others():
+    diverged = [[i / 10, 3.0 + 40 * i / 10, 1e6] for i in range(11)]
+    best, other = an_experiment(a_run(falling())), an_experiment(a_run(diverged, commit="b" * 40), number=2)
+    night = SimpleNamespace(best=best, experiments=[best, other])
+    low, high = plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"]
+    bottom, top = view.loss_range([curves.of(best)])
+    height = top - bottom
+    assert bottom - 0.3 * height < low < bottom + 0.1 * height and top + 1.9 * height < high < top + 2.3 * height
+    night.best = None
+    assert plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"][1] > 40, "alone it is shown as a whole"
+    night.best, other = best, an_experiment(a_run(falling(0.5), commit="b" * 40), number=2)
+    within = plotly_charts.loss_curves(night, other)["layout"]["yaxis"]["range"]
+    assert within == list(view.loss_range([curves.of(best), curves.of(other)])), "an ordinary one is seen as a whole"
+
+
+def test_curves_that_part_at_the_very_beginning_part():
+    best, other = ([[i / 10, y, 1e6] for i in range(11)] for y in (2.0, 2.5))
+    both = [an_experiment(a_run(best)), an_experiment(a_run(other, commit="b" * 40), number=2)]
+    night = SimpleNamespace(best=both[0], experiments=both)
+    assert curves.parting(other, best) == 0.0
+    assert curves.sentences(night, both[1]) == ("parts from the best (row 1) at 0%; at 100% the training loss is 0.500 above it",)
 
 
 # --- recorded, and shown ------------------------------------------------------------
@@ -158,6 +253,24 @@ def test_status_compares_a_run_in_progress_with_the_best(night, tmp_path):
     assert data["beside_the_best"] == "at 40 %: 0.250 behind the best at 40 %"
     assert f"\n  {data['beside_the_best']}\n" in text.partition("run in progress: ")[2]
     assert json.loads(twin.lab("status", "--json").out)["beside_the_best"] is None, "the run is over"
+
+
+def test_a_run_is_not_compared_with_a_best_of_another_kind_nor_once_it_is_over(night, tmp_path):
+    twin, known = night.copy(tmp_path / "twin"), read_night(night.path)
+    twin.change_train()
+    progress = lines(night.records()[3]["curve"][:13])
+
+    def told(**run):
+        twin.run(**({"tail": "", "progress": progress} | run))
+        return status.beside_the_best(twin.path, known)
+
+    assert told() == "at 40 %: 0.000 ahead of the best at 40 %"
+    assert told(device="cuda (a fake)") is None and told(rules_sha256="c" * 64) is None and told(dataset="other") is None
+    assert told(val_bpb=1.0, tail=None, progress=lines(night.records()[3]["curve"])) is None, "the log of a finished run"
+    assert told(val_bpb=1.0, tail=None, seconds=-1.0) is None, "one that contradicts itself"
+    assert status.beside_the_best(night.path, known) is None, "the log of the last recorded run, which crashed"
+    (twin.path / "run.log").write_text(progress)
+    assert status.beside_the_best(twin.path, known) is None, "a log without a header"
 
 
 def test_the_page_shows_the_curve_over_the_best_and_the_parent(night):

@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT, Repo, clean_environment
 
 from lab.base.errors import Refused
+from lab.fleet import fleet
 from lab.machine import profile, profiled_run
+from lab.store import names
 
 TINY = {"DEPTH": "2", "MODEL_DIM": "32", "HEAD_DIM": "16", "DEVICE_BATCH_SIZE": "4", "TOTAL_BATCH_SIZE": "8 * MAX_SEQ_LEN",
         "DTYPE": "torch.float32", "COMPILE": "False"}  # fmt: skip
@@ -36,7 +38,7 @@ def found(**changes):
     """A measurement as lab.machine.profiled_run writes it, on a CPU."""
     return {
         "device": "cpu (a fake, 2 cores)",
-        "steps": {"seconds": 0.1, "median": 0.125, "n": 20, "tokens": 2048.0, "mfu_percent": None, "minor_faults": 1234.4,
+        "steps": {"seconds": 0.1, "median": 0.125, "n": 20, "per_block": 1, "tokens": 2048.0, "mfu_percent": None, "minor_faults": 1234.4,
                   "major_faults": 0.0, "system_share": 0.21},
         "split": {"seconds": 0.11, "parts": {"data": 0.0011, "forward": 0.033, "backward": 0.055, "optimizer": 0.0165}},
         "profile": {"operators": [["aten::mm", 0.04, 81.0], ["aten::mul\x1b[31m", 0.01, 2.5]], "operators_total": 0.08,
@@ -53,7 +55,7 @@ def on_gpu():
         profile={"operators": [[f"aten::op{i}", 0.004, 10.0] for i in range(10)], "operators_total": 0.08,
                  "kernels": [[name, 0.008, 123456.0] for name in names], "kernels_total": 0.09, "wall": 0.1, "n": 3},
         graphs={"graphs": 5, "in_training": 2, "breaks": 1, "reasons": ["a call of something\nthat dynamo cannot trace " * 9]},
-        steps=found()["steps"] | {"mfu_percent": 39.84, "major_faults": 1.5},
+        steps=found()["steps"] | {"mfu_percent": 39.84, "major_faults": 1.5, "n": 120, "per_block": 4},
     )  # fmt: skip
 
 
@@ -82,6 +84,7 @@ def test_kernels_stand_beside_operators_and_all_fits_on_a_screen():
     assert re.search(r"^  void at::native::vectorized_\S*… +8\.9% +8\.00 +123,456$", text.replace(", ", ","), re.MULTILINE), text
     assert text.count("void at") == 10
     assert "the device is busy for 90% of a profiled step" in lines and "mfu 39.8%" in text and "1.5 from disk" in text
+    assert any("ms, best of 30 blocks of 4 steps (median 125.0);" in line for line in lines)
     assert "graphs: 5 compiled, 2 of them after the clock had started; 1 graph breaks" in lines
 
 
@@ -243,6 +246,24 @@ def test_it_refuses_while_a_run_is_in_progress_and_where_there_is_no_train_py(tm
     assert len(done.err.splitlines()) == 1
 
 
+def test_it_refuses_where_a_fleet_has_an_agent_without_a_gpu(tmp_path, monkeypatch):
+    """Such an agent feeds workers. A person who hides the GPUs of a machine is not refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit\n")
+
+    def measured(tree):
+        raise Refused("measured")
+
+    monkeypatch.setattr(profile, "measured", measured)
+    for name, value in fleet.NO_GPU.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match="^the agent of this fleet has no GPU: .*; profile on a GPU that no worker uses$"):
+        profile.run(None)
+    monkeypatch.delenv(names.FEEDER)
+    with pytest.raises(Refused, match="^measured$"):
+        profile.run(None)
+
+
 # --- the parts ----------------------------------------------------------------------
 
 
@@ -260,6 +281,66 @@ def test_a_part_inside_another_counts_once_and_only_while_on(monkeypatch):
     with pytest.raises(StopIteration), parts.timed("data"):
         raise StopIteration
     assert parts.seconds == {"backward": 1, "data": 2} and parts.open is None
+
+
+def clock_of(monkeypatch, tmp_path, kind="cpu", fails_at=None, events=()):
+    """(a MeasuringClock on a made-up device, a function that returns what one of its generators does if train.py's steps
+    take these seconds). torch.profiler takes 100 s to start, and raises at `fails_at`."""
+    now = [0.0]
+
+    def call(name, seconds):
+        def called(*args, **kwargs):
+            now[0] += seconds
+            if name == fails_at:
+                raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+            return SimpleNamespace(start=call("start", 100.0), stop=call("stop", 50.0), key_averages=lambda: list(events))
+
+        return called
+
+    torch = SimpleNamespace(
+        profiler=SimpleNamespace(profile=call("profile", 10.0)), cuda=SimpleNamespace(reset_peak_memory_stats=lambda: None),
+        autograd=SimpleNamespace(DeviceType=SimpleNamespace(CPU="cpu")),
+    )  # fmt: skip
+    prepare = Prepare()
+    prepare.pick_device = lambda: (SimpleNamespace(type=kind), "fake")
+    monkeypatch.setattr(profiled_run.time, "perf_counter", lambda: now[0])
+    clock = profiled_run.MeasuringClock(prepare, torch, tmp_path / "answer.json")
+
+    def through(steps, seconds):
+        taken = iter(seconds)
+        try:
+            while True:
+                next(steps)
+                now[0] += next(taken)
+        except StopIteration as stop:
+            return stop.value
+
+    return clock, through
+
+
+def test_the_start_of_the_profiler_is_no_time_of_a_step(monkeypatch, tmp_path):
+    """Nor is that of its first step, which is slow; the operators of all four steps count."""
+    kernel = SimpleNamespace(key="a_kernel", device_type="cuda", self_device_time_total=2e6, self_cpu_time_total=0, count=8)
+    clock, through = clock_of(monkeypatch, tmp_path, "cuda", events=[kernel])
+    found = through(clock.profiled_steps(), [7.0, 1.0, 1.0, 0.5])
+    assert found["wall"] == pytest.approx(2.5 / 3) and found["n"] == 4, "the start used up the limit of seconds"
+    assert found["kernels"] == [["a_kernel", 0.5, 2.0]] and found["kernels_total"] == 0.5
+    assert "the device is busy for 60% of a profiled step" in profile.of_operators(found)
+
+
+@pytest.mark.parametrize("fails_at", ["profile", "start", "stop"])
+def test_a_profiler_that_fails_is_not_blamed_on_train_py(monkeypatch, tmp_path, fails_at):
+    clock, through = clock_of(monkeypatch, tmp_path, "cuda", fails_at)
+    sentence = r"^could not be measured: torch.profiler fails with RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES$"
+    with pytest.raises(profiled_run.Failed, match=sentence):
+        through(clock.profiled_steps(), [1.0] * 9)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("cpu", 1), ("cuda", 4)])
+def test_the_best_of_a_gpu_is_a_mean_over_a_block_of_steps(monkeypatch, tmp_path, kind, size):
+    clock, through = clock_of(monkeypatch, tmp_path, kind)
+    found = through(clock.whole_steps(), [1.0, 0.2, 0.3, 0.5] * 30)
+    assert found["per_block"] == size and found["seconds"] == pytest.approx({1: 0.2, 4: 0.5}[size]) and found["n"] % size == 0
 
 
 def test_random_documents_are_ordinary_tokens_of_natural_lengths():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab.__main__ import COMMANDS
+from lab.keeper import sandbox
 from lab.loop import checks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,8 @@ HARM = [
     "git diff --output=prepare.py", "git log --output prepare.py", "git -c core.pager=sh log", "git config a.b c",
     "uv add numpy", "uv sync", "uv pip install x", "pip install x", "uv run python -c pass", "uv run prepare.py --num-shards 3",
     "uv run -m lab night --agent x", "uv run -m lab work", "uv run -m lab work --hours 8", "uv run -m lab wait > prepare.py", "uv run -m lab sample --output prepare.py", "uv run -m lab sandbox -- sh -c true",
+    "uv run -m lab sandbox -- uv run -m lab record x", "uv run -m lab sandbox -- uv run python -c pass",
+    "uv run -m lab sandbox -- uv run -m lab profile > prepare.py", "uv run -m lab sandbox -- uv run -m lab profile; touch y",
     "AUTORESEARCH_SEED=43 sh -c true uv run train.py", "AUTORESEARCH_SEED=x uv run train.py > run.log 2>&1",
     "AUTORESEARCH_DATASET=stdlib uv run train.py > run.log 2>&1", "uv run train.py > prepare.py 2>&1",
     'uv run -m lab record "x" > results.tsv', 'uv run -m lab record "$(touch x)"', "uv run -m lab record `touch x`",
@@ -363,3 +366,15 @@ def test_the_commands_of_the_instructions_exist(tmp_path):
     for name in re.findall(r"(?:cp -r |`)(agents/[\w./]+|skills/[\w./]+|rules/[\w./]+)", text):
         assert any((base / name).exists() for base in (ROOT, ROOT / "agents", ROOT / "agents" / "codex")), name
     assert SANDBOXED in text
+
+
+def test_agents_may_call_the_sandboxed_profile_that_the_instructions_name():
+    text = (ROOT / "agents" / "README.md").read_text()
+    named = set(re.findall(r"`(uv run -m lab sandbox -- [^`]+)`", text))
+    assert named == {"uv run -m lab sandbox -- uv run -m lab profile"}
+    for command in named:
+        assert claude_allows(command) and codex_decides(command) == "allow"
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        sandbox.add_arguments(parser)
+        inner = parser.parse_args(shlex.split(command)[5:]).command
+        assert sandbox.resolve(inner[1:] if inner[:1] == ["--"] else inner) == [sys.executable, "-m", "lab", "profile"]

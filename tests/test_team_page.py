@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fakenight import PROGRESS
 from faketeam import Teammate
 from starlette.testclient import TestClient
 
@@ -23,6 +24,7 @@ from lab.web import app, working_trees
 
 NASTY = "<script>alert(1)</script> & <b>bold</b> {{ 7 * 7 }}"
 LOCAL = "http://127.0.0.1:8000"
+FALLING = "".join(PROGRESS.replace("41.0", f"{9 * i}").replace("3.14", f"{9 - 0.5 * i}") for i in range(12))
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +32,15 @@ def first(tmp_path_factory):
     """autoresearch/test: baseline 1.0, "wider" 0.99. autoresearch/b: a keep with a nasty description, a
     crash. autoresearch/c: a late gain. main: the checkout that a human looks from."""
     first = Teammate(tmp_path_factory.mktemp("team") / "a")
-    first.baseline()
+    for i, value in enumerate((1.0, 1.002, 0.998)):
+        first.run(value, seed=42 + i, progress=FALLING)
+        first.recorded("baseline")
     third = first.worktree("c")
-    first.experiment("wider", 0.99)
+    first.experiment("wider", 0.99, progress=FALLING)
     second = first.worktree("b")
-    second.experiment(NASTY, 0.97)
+    second.experiment(NASTY, 0.97, progress=FALLING)
     second.experiment("broken", None, tail="Traceback (most recent call last):\nRuntimeError: a shape\n")
-    third.experiment("longer", 0.995)
+    third.experiment("longer", 0.995, progress=FALLING)
     first.git("worktree", "add", "-q", str(first.path.parent / "main"), "main")
     return first
 
@@ -106,6 +110,21 @@ def test_the_page_holds_every_row_and_nothing_of_it_is_markup(client):
     assert [link.partition("tree=")[2] for link in links] == ["test", "test", "b", "b", "c"]
     assert {client.get(link).status_code for link in links} == {200}
     assert '<a href="/team?tree=b">gpus</a>' in client.get("/?tree=b").text
+
+
+def test_the_page_of_an_experiment_has_the_curves_of_the_teams_best_and_of_another_trees_parent(client):
+    """b/0001 is the team's best, c/0001 is worse, and the parent of both is the baseline, which test/0001 ran."""
+    found = {}
+    for e in client.get("/api/team").json()["experiments"]:
+        shown = client.get(f"/api/curves/{e['commit']}", params={"tree": e["found_by"]}).json()["data"]
+        found[e["description"]] = [trace["name"] for trace in shown]
+    assert found == {
+        "baseline": ["best (b/0001)", "row 1"], "wider": ["best (b/0001)", "parent (test/0001)", "row 2"],
+        NASTY: ["parent (test/0001)", "row 1"], "longer": ["best (b/0001)", "parent (test/0001)", "row 1"], "broken": [],
+    }  # fmt: skip
+    commit = client.get("/api/experiments", params={"tree": "c"}).json()["experiments"][0]["commit"]
+    text = client.get(f"/experiment/{commit}?tree=c").text
+    assert "from the best (b/0001)" in text and "from the parent (test/0001)" in text
 
 
 def test_a_tree_in_no_team_says_so(tmp_path):

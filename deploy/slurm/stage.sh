@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Step 1, on the login node, once: everything that needs a network. Run it in a clone that compute nodes see.
+# Step 1, on the login node, once: everything that needs a network (FlashAttention-3 only if this node has a Hopper GPU). Run it in a clone that compute nodes see.
 #
-#   deploy/slurm/stage.sh [options of prepare.py, such as --num-shards 4]
+#   deploy/slurm/stage.sh [options of prepare.py, such as --num-shards 20]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=deploy/slurm/site.sh

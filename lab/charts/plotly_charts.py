@@ -19,6 +19,7 @@ DASHES = {"best": "dash", "parent": "dot", "best and parent": "dash"}
 SMALL, LARGE = 5, 7  # pixels: size of a disc in a chart with more than MANY points, and with fewer
 LEGEND = 16  # trees of a team: a legend of more would leave no room for the chart
 KEPT_LARGER = 4  # pixels: how much larger a kept one is
+BEYOND = 2  # heights of the other loss curves: shown above and below them, at most
 
 
 def escaped(text):
@@ -165,15 +166,20 @@ def loss_curves(night, experiment):
     with a vertical line where it parts from each. Without a curve there are no traces."""
     own = curves.of(experiment)
     others = curves.compared_with(night, experiment) if own else []
-    lines = [(f"{name} (row {e.number})", curves.of(e), {"color": OTHER, "width": 2, "dash": DASHES[name]}) for name, e in others]
+    lines = [(f"{name} ({escaped(printable(curves.name_of(e)))})", curves.of(e), {"color": OTHER, "width": 2, "dash": DASHES[name]}) for name, e in others]
     lines += [(f"row {experiment.number}", own, {"color": KEPT, "width": 3})] if own else []
-    low, high = loss_range([curve for _, curve, _ in lines]) or (0, 1)
+    drawn = [curve for _, curve, _ in lines]
+    if shown := loss_range([curves.of(e) for _, e in others]):  # a run that diverged would flatten the others
+        room = BEYOND * (shown[1] - shown[0])
+        least, most = shown[0] - room, shown[1] + room
+        drawn = [[(x, min(max(y, least), most), speed) for x, y, speed in curve] for curve in drawn]
+    low, high = loss_range(drawn) or (0, 1)
     made = frame("progress", "training loss, smoothed (nats)", [low, high])
     made["xaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
     made["hovermode"] = "x unified"
     made["shapes"], made["annotations"] = [], []
     for level, (name, e) in enumerate(others):
-        if (x := curves.parting(own, curves.of(e))) is not None:
+        if (x := curves.parting(own, curves.of(e), curves.spread(night))) is not None:
             made["shapes"].append({"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1,
                                    "line": {"color": MISSING, "width": 1, "dash": DASHES[name]}})  # fmt: skip
             made["annotations"].append({"x": x, "yref": "paper", "y": 0.98 - 0.08 * level, "showarrow": False,

@@ -42,7 +42,7 @@ clean    moves every slot's results to runs/TAG-gpuK of this checkout, then remo
 
 Exit status: 0 done; 1 refused, nothing was changed; 2 wrong usage; 3 stopped half-way, the same command resumes."""
 FOLDER = Path(names.LAB, names.FLEET)
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # for an agent that trains nothing
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", names.FEEDER: "1"}  # for an agent that trains nothing
 START_LIMIT = 60  # seconds that a keeper may take to lock its tree: `uv run` and imports on a busy machine
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from lab.analysis import curves, verdict
-from lab.analysis.history import label
+from lab.analysis.history import kind, label
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.loop import checks, report, team_status
@@ -90,9 +90,13 @@ def gather(path, fetch=False):
 
 
 def beside_the_best(top, history):
-    """A sentence: how far the run in progress is behind the best at the same progress; None if that is not known."""
-    log = run_log.read(top / names.RUN_LOG)
-    return curves.in_progress(log.curve, curves.of(history.best)) if log and history.best else None
+    """A sentence: how far the run in progress is behind the best at the same progress; None if that is not known, if the
+    two do not compare (another device, budget or data set), or if run.log is of a run that is over."""
+    log, best = run_log.read(top / names.RUN_LOG), history.best_record
+    if not log or not log.header or not best or kind(log.header) != kind(best["header"]):
+        return None
+    is_over = log.summary or log.wrong or history.record_of(log)
+    return None if is_over else curves.in_progress(log.curve, curves.of(history.best))
 
 
 def row(r):

@@ -198,11 +198,11 @@ def torch_build(torch, gpus, header, nvidia, amd, hidden):
         return warn(
             "torch",
             f"{text}, which cannot use the AMD GPU of this machine",
-            "install PyTorch's ROCm build, see pytorch.org",
+            "install PyTorch's ROCm build, see pytorch.org; then export UV_NO_SYNC=1",
         )
     name = gpus[0]["name"] if gpus else "the NVIDIA GPU of this machine"
     if not torch["cuda"]:
-        return fail("torch", f"{text}, which cannot use {name}", "install PyTorch's CUDA build, see pytorch.org")
+        return fail("torch", f"{text}, which cannot use {name}", "install PyTorch's CUDA build, see pytorch.org; then export UV_NO_SYNC=1")
     if not gpus:
         remedy = "install NVIDIA's driver; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
         return fail("torch", f"{text} cannot use {name}: no driver answers", remedy)

@@ -31,7 +31,8 @@ and takes less than a minute, plus what torch.compile takes. It does not touch r
   faults      pages that the system had to map anew. Many, and much system time, mean that memory is freed and fetched
               again in each step
 
-Exit status: 0, or 1 with one sentence: a run is in progress, or train.py fails."""
+Exit status: 0, or 1 with one sentence: a run is in progress, train.py or the profiler fails, or this is the tree of an
+agent that feeds a fleet's workers and has no GPU."""
 
 TIME_LIMIT = 900  # seconds; a cold torch.compile of a large model takes minutes
 WIDTH = 100  # columns
@@ -93,7 +94,9 @@ def of_step(steps, split):
     """The lines of a step and its parts."""
     speed = f"{steps['tokens'] / steps['seconds']:,.0f} tokens/s" if steps["tokens"] else "tokens/s not known"
     mfu = "mfu not known" if steps["mfu_percent"] is None else f"mfu {steps['mfu_percent']:.1f}%"
-    lines = [f"step {ms(steps['seconds'])} ms, best of {steps['n']} steps (median {ms(steps['median'])}); {speed}, {mfu}"]
+    size = steps["per_block"]  # a time is the mean of a block
+    of = f"{steps['n']} steps" if size == 1 else f"{steps['n'] // size} blocks of {size} steps"
+    lines = [f"step {ms(steps['seconds'])} ms, best of {of} (median {ms(steps['median'])}); {speed}, {mfu}"]
     parts = {name: split["parts"].get(name) for name in PARTS}
     parts["gaps"] = split["seconds"] - sum(split["parts"].values())
     lines.append(f"its parts, in a step of {ms(split['seconds'])} ms that waits for each:")
@@ -151,6 +154,11 @@ def run(args):
     tree = Path.cwd()
     if not (tree / names.TRAIN).is_file():
         raise Refused(f"there is no {names.TRAIN} in {tree}: call it in the root of the checkout")
+    if os.environ.get(names.FEEDER):
+        raise Refused(
+            "the agent of this fleet has no GPU: this would measure the settings for a CPU, and take cores from the workers; "
+            "profile on a GPU that no worker uses"
+        )
     if locks.run_in_progress(tree):
         raise Refused("a run is in progress in this tree, and both would be slow: wait for its end (uv run -m lab status)")
     found, printed = measured(tree)

@@ -28,7 +28,7 @@ HALF = 0.5  # the progress that train.py reads: its schedules are those of the m
 WARM = 2  # steps before anything is measured
 WHOLE = 3, 30, 10.0  # blocks of steps timed as a whole: at least, at most, and seconds after which no more begin
 SPLIT = 2, 10, 5.0  # the same of the steps whose parts are timed
-PROFILED = 3, 3.0  # steps under torch.profiler: at most, and seconds
+PROFILED = 3, 3.0  # steps under torch.profiler after its first one: at most, and seconds
 PER_BLOCK = 4  # steps of a block on a GPU, which is waited for once a block
 TOP = 10  # operators and kernels
 DOCUMENTS = 600, 1.0  # median length in tokens of the random documents, and standard deviation of its logarithm
@@ -50,6 +50,15 @@ def random_documents(shards, state):
         lengths = np.clip(rng.lognormal(np.log(DOCUMENTS[0]), DOCUMENTS[1], 4096), 2, len(tokens) // 2).astype(int)
         starts = rng.integers(0, len(tokens) // 2, len(lengths))
         yield from ((length, tokens, start) for length, start in zip(lengths.tolist(), starts.tolist(), strict=True))
+
+
+@contextmanager
+def profiling():
+    """Around calls of torch.profiler: if one fails (a driver may forbid tracing), that is no fault of train.py."""
+    try:
+        yield
+    except Exception as error:
+        raise Failed(f"could not be measured: torch.profiler fails with {type(error).__name__}: {error}") from error
 
 
 class Parts:
@@ -203,7 +212,7 @@ class MeasuringClock:
         mfu = self.mfu_percent(flops(), tokens, min(times)) if callable(flops) and tokens else None
         user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
         return {
-            "seconds": min(times), "median": median(times), "n": n, "tokens": tokens, "mfu_percent": mfu or None,
+            "seconds": min(times), "median": median(times), "n": n, "per_block": per_block, "tokens": tokens, "mfu_percent": mfu or None,
             "minor_faults": (after.ru_minflt - before.ru_minflt) / n, "major_faults": (after.ru_majflt - before.ru_majflt) / n,
             "system_share": system / (user + system) if user + system > 0 else 0.0,
         }  # fmt: skip
@@ -234,17 +243,23 @@ class MeasuringClock:
 
     def profiled_steps(self):
         """Operators and kernels by their own time: [name, seconds a step, calls a step], and what they are shares of."""
-        torch, on_cpu = self.torch, self.device.type == "cpu"
-        profiler, n, begin = torch.profiler.profile(profile_memory=on_cpu), 0, time.perf_counter()
+        torch, on_cpu, n = self.torch, self.device.type == "cpu", 0
         self.settle()
-        profiler.start()
+        with profiling():
+            profiler = torch.profiler.profile(profile_memory=on_cpu)
+            profiler.start()  # takes seconds on a GPU
+        yield  # its operators count, its time does not: the tracer still sets itself up
+        self.settle()
+        begin = time.perf_counter()
         while n < 1 or (n < PROFILED[0] and time.perf_counter() - begin < PROFILED[1]):
             yield
             n += 1
         self.settle()
         wall = (time.perf_counter() - begin) / n
-        profiler.stop()
-        events = [e for e in profiler.key_averages() if not getattr(e, "is_user_annotation", False)]
+        with profiling():
+            profiler.stop()
+            events = [e for e in profiler.key_averages() if not getattr(e, "is_user_annotation", False)]
+        n += 1
         cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
         kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU]
         own = "self_device_time_total" if kernels else "self_cpu_time_total"

@@ -26,6 +26,7 @@ AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "
 ASIDE, ASIDE_LOCK, BLANK = "aside", "aside.lock", "blank"  # of the sandbox: checkpoints it hides; what it shows as the holdout
 
 NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
+FEEDER = "AUTORESEARCH_FEEDER"  # environment variable of an agent that feeds a fleet's workers and has no GPU
 
 PREFIX = "autoresearch/"  # of a night's branch
 LOG_REF = "log"  # beside the numbers of recorded commits

@@ -108,8 +108,9 @@ def read(path):
         with open(path, "rb") as f:
             stat = os.fstat(f.fileno())
             head = f.read(PART)
-            start = max(len(head), stat.st_size - PART)
-            start += start % 2  # in UTF-16 a character starts at an even byte
+            gap = stat.st_size - PART > len(head)
+            start = stat.st_size - PART if gap else len(head)
+            start += gap and start % 2  # in UTF-16 a character starts at an even byte
             f.seek(start)
             tail = f.read(PART + 4096)  # it may have grown
     except FileNotFoundError:
@@ -120,8 +121,10 @@ def read(path):
         raise
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + head + tail).hexdigest()[:16]
     encoding = encoding_of(head)
-    gap = "\n" if start > len(head) else ""
-    text = without_colours(head.decode(encoding, "replace") + gap + tail.decode(encoding, "replace")).lstrip("\ufeff")
+    beginning = head.decode(encoding, "replace")
+    if gap:  # the line before it may be cut within a number
+        beginning = beginning[: max(map(beginning.rfind, "\r\n")) + 1]
+    text = without_colours(beginning + tail.decode(encoding, "replace")).lstrip("\ufeff")
     text = printable(re.sub(r"\r\n?", "\n", text), keep="\n\t")
     header = last_header(text)
     after = text[text.rindex("\nrun: {") :] if header and "\nrun: {" in text else text

@@ -66,6 +66,15 @@ def create(trees, token=None, local_only=True):
             "tree": tree.name, "run_facts": facts, "diff": diff, "diff_of": diff_of, "log": log, "log_of": log_of,
         }  # fmt: skip
 
+    def comparing(tree, night, experiment):
+        """The Night with the best and the parent that the experiment's curve is shown over: the team's, if it is in that."""
+        try:
+            team, _ = tree.team()
+        except (Stop, OSError, ValueError):
+            return night
+        own = {r["commit"] for r in experiment.runs}
+        return team.night if team and any(r["commit"] in own for r in team.night.records) else night
+
     def whole(tree, night, problem):
         briefs = content.all_briefs(night)
         by_number = {b["number"]: b for b in briefs}
@@ -107,8 +116,9 @@ def create(trees, token=None, local_only=True):
         text, reason = content.sample(found[2])
         values = detail(*found)
         columns = dict.fromkeys(key for facts in values["run_facts"] for key in facts)
-        night, shown = found[1:]
-        told, has_curve = curves.sentences(night, shown), bool(curves.of(shown))
+        shown = found[2]
+        has_curve = bool(curves.of(shown))
+        told = curves.sentences(comparing(*found), shown) if has_curve else ()
         return page(
             "experiment.html", **values, columns=columns, sample=text, sample_reason=reason, told=told, has_curve=has_curve,
         )  # fmt: skip
@@ -136,8 +146,10 @@ def create(trees, token=None, local_only=True):
 
     @app.get("/api/curves/{commit}", responses=MISSING)
     def loss_curves(commit: Commit, tree: TreeName = None) -> dict:
-        """The experiment's training loss over the best's and its parent's, as plotly's data and layout."""
-        return plotly_charts.loss_curves(*experiment_of(tree, commit)[1:])
+        """The experiment's training loss over its parent's and the best's (in a team, the team's), as plotly's data and
+        layout."""
+        found = experiment_of(tree, commit)
+        return plotly_charts.loss_curves(comparing(*found), found[2])
 
     @app.get("/api/samples/{commit}", responses=MISSING)
     def sample(commit: Commit, tree: TreeName = None) -> models.Sample:
