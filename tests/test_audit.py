@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Result, assert_refused, tiny_repo
+from test_sandbox import needs_bubblewrap
 
 from lab.__main__ import main
 from lab.base.errors import Refused
@@ -163,6 +164,25 @@ def night(trained, tmp_path):
     repo = object.__new__(type(trained))
     repo.path, repo.env = tmp_path / "tree", trained.env
     return Night(repo)
+
+
+@needs_bubblewrap
+def test_in_the_sandbox_a_run_trains_without_the_last_ones_weights_and_an_audit_scores(night):
+    """The real train.py, to which read_by_a_child of the zoo's edits is added, and the command of docs/proof.md."""
+    repo, read = night.repo, 'subprocess.run(["cat", "checkpoint.pt", "runs/0001-0000001/checkpoint.pt"], capture_output=True).stdout'
+    night.keep()
+    shutil.copy(night.path / "one" / "checkpoint.pt", night.path)
+    repo.edit("train.py", r"^( +)clock = begin_run\(__file__\)", rf"\g<0>\n\1import subprocess\n\1print('the child read', len({read}), 'bytes')")
+    result = repo.run("-m", "lab", "sandbox", timeout=250)
+    assert result.rc == 0 and "the child read 0 bytes" in result.out and "\nval_bpb: " in result.out, result.out + result.err
+    run_id = json.loads(re.search(r"^run: (.*)$", result.out, re.MULTILINE)[1])["run_id"]
+    assert run_id in str(torch.load(night.path / "checkpoint.pt", weights_only=True))
+
+    (night.path / "audit.tsv").write_text("of yesterday\n")
+    result = repo.run("-m", "lab", "sandbox", "--archives", "--", "uv", "run", "-m", "lab", "audit", timeout=250)
+    assert result.rc == 0, result.err
+    assert "1 runs, 0 flagged; read-only here, not written: audit.tsv, .lab/audit.json" in result.out
+    assert (night.path / "audit.tsv").read_text() == "of yesterday\n" and not (night.path / ".lab" / "audit.json").exists()
 
 
 def learn_val(checkpoint_path, repo, rows_path, steps=30):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def test_processes_are_found_by_parent_and_zombies_are_not(tmp_path):
         assert {shell.pid, sleeping} <= set(below) and below.index(shell.pid) < below.index(sleeping)
         assert zombie.pid not in below and zombie.pid not in processes.children(os.getpid())
         assert processes.is_alive(shell.pid) and sleeping not in processes.children(os.getpid())
-        assert processes.end(lambda: processes.descendants(shell.pid), patience=5) == 0
+        assert processes.end(lambda: processes.descendants(shell.pid), patience=5) == (0, [])
         assert not processes.is_alive(sleeping)
     finally:
         zombie.wait()
@@ -92,7 +93,7 @@ def test_marked_processes_are_found_in_any_session_by_the_whole_value(tmp_path):
     try:
         (found,) = processes.marked("LAB_TEST_MARK", value)
         assert found not in (os.getpid(), other.pid)
-        assert processes.end(lambda: processes.marked("LAB_TEST_MARK", value), patience=5) == 0
+        assert processes.end(lambda: processes.marked("LAB_TEST_MARK", value), patience=5) == (0, [])
         assert other.poll() is None
     finally:
         other.kill()
@@ -115,6 +116,22 @@ def test_a_process_that_looks_for_marked_ones_finds_neither_itself_nor_its_paren
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_what_cannot_be_ended_is_given_up_and_named(monkeypatch):
+    """A process in an uninterruptible sleep survives SIGKILL, and root's, of a sudo, gets no signal at all."""
+    sent, root, stuck = [], 4_000_001, 4_000_002
+
+    def kill(pid, number):
+        if pid == root:
+            raise PermissionError(1, "Operation not permitted")
+        sent.append(number)
+
+    monkeypatch.setattr(processes.os, "kill", kill)
+    monkeypatch.setattr(processes, "AFTER_KILL", 0.2)
+    assert processes.end(lambda: [stuck, root], patience=0.2) == (0, [root, stuck])
+    assert sent[0] == signal.SIGTERM and set(sent[1:]) == {signal.SIGKILL}
+    assert processes.named([root, stuck]) == "processes 4000001, 4000002" and processes.named([7]) == "process 7"
 
 
 def test_without_psutil_a_night_is_refused_in_one_sentence_and_a_lock_of_git_is_kept(monkeypatch, tmp_path):

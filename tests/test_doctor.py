@@ -299,6 +299,18 @@ def test_a_gpu_that_torch_does_not_see_stops_a_night(prepared, change, needle):
     )
 
 
+def test_commits_that_are_signed_are_warned_of_for_agents_that_are_started_by_hand(prepared):
+    machine = Described()
+    command = ("git", "config", "--type=bool", "commit.gpgsign")
+    for answer in [(0, "false\n"), (1, "")]:
+        machine.answers = {command: answer}
+        assert "git signing" not in examine(machine)[1]
+    machine.answers = {command: (0, "true\n")}
+    found, lines = examine(machine)
+    assert found["can_run"] and lines["git signing"].startswith("warn")
+    assert "git config commit.gpgsign false" in lines["git signing"]
+
+
 def test_a_gpu_that_is_hidden_on_purpose_is_a_warning(prepared):
     machine = Described(torch_facts(available=False), CPU_TRAIN, smi=True)
     machine.gpus, machine.variables = [RTX4090], {"CUDA_VISIBLE_DEVICES": ""}

@@ -23,7 +23,8 @@ from killed import NEVER, TRAIN_PY, agent_command, kill_all, processes_in, tools
 
 from lab.base import locks, processes
 from lab.base.errors import Refused
-from lab.fleet import bring_home, devices, slot_processes, tmux
+from lab.fleet import bring_home, slot_processes, tmux
+from lab.machine import devices
 from lab.store.repository import Repo
 
 AGENT = 'claude -p "it\'s $HOME"'

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import kill_group
 
+from lab.base.processes import is_alive
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The command as `python -m lab night` runs it, with a clock that goes SPEED times as fast (argument 1), but a
@@ -310,6 +312,36 @@ def test_a_closed_terminal_does_not_end_the_night(tree):
     assert night.returncode == 143 and "the night ended by SIGTERM" in tree.log()
 
 
+# --- several GPUs -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "visible, gpus, seen, said",
+    [
+        (None, 4, "0", "4 GPUs (nvidia-smi): trainings use CUDA_VISIBLE_DEVICES=0;"),
+        (None, 1, "unset", ""),
+        ("2,3", 4, "2,3", ""),
+        ("", 4, "", ""),
+    ],
+)
+def test_on_a_machine_with_several_gpus_the_agent_gets_one(tree, tmp_path, monkeypatch, visible, gpus, seen, said):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    lines = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})\n" for i in range(gpus))
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{lines}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    night = tree.night("echo ${CUDA_VISIBLE_DEVICES-unset} > seen; sleep 900", speed=1)
+    tree.until(lambda: tree.read("seen"))
+    assert tree.read("seen") == f"{seen}\n"
+    assert said in tree.log() and ("trainings use" in tree.log()) == bool(said)
+    night.terminate()
+    night.communicate(timeout=60)
+
+
 # --- one night a tree ---------------------------------------------------------
 
 
@@ -326,6 +358,52 @@ def test_two_nights_in_one_tree_are_refused(tree):
     third = tree.night("echo x > third; sleep 900", speed=1)
     tree.until(lambda: tree.read("third"))
     assert tree.read(".lab/night.lock") == str(third.pid)
+
+
+CLEAN = "rm -rf .lab night.log"  # as `git clean -fdx` does
+
+
+def test_an_agent_that_cleans_the_tree_ends_no_night_and_frees_no_lock(tree):
+    first = tree.night(f"echo x >> starts; {RECORD}; [ $(wc -l < starts) = 3 ] && exec sleep 900; {CLEAN}; sleep 0.3")
+    tree.until(lambda: tree.count("starts") == 3 and tree.read(".lab/night.lock") == str(first.pid))
+    assert "what it printed cannot be read (No such file or directory" in tree.log()
+    second = tree.night("echo x > second", speed=1)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and not tree.read("second")
+    assert err == f"a night is already running in this tree: process {first.pid}\n"
+    first.terminate()
+    first.communicate(timeout=60)
+    assert first.returncode == 143 and not tree.processes()
+
+
+def test_of_two_nights_the_one_that_lost_its_lock_ends_and_leaves_the_others_agent_alone(tree):
+    """The lock was removed, and the second night came before the first one looked."""
+    first = tree.night("sleep 900", speed=1)
+    tree.until(lambda: "of the agent, process" in tree.log())
+    first.send_signal(signal.SIGSTOP)
+    (tree.path / ".lab" / "night.lock").unlink()
+    second = tree.night("echo $$ > second; exec sleep 900", speed=1)
+    tree.until(lambda: tree.read("second"))
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 2, err
+    assert "another night has begun in this tree: this one ends" in tree.log()
+    assert tree.read(".lab/night.lock") == str(second.pid) and second.poll() is None
+    assert is_alive(int(tree.read("second"))) and sum(command.startswith("sleep 900") for command in tree.processes()) == 1
+
+
+def test_a_file_that_vanishes_between_two_looks_is_no_record(tmp_path):
+    from lab.keeper import night
+
+    assert night.recorded(tmp_path) == [0, 0] and not night.unrecorded(tmp_path)
+    (tmp_path / "run.log").write_text("x")
+    assert night.unrecorded(tmp_path)
+
+    class Vanishing(type(tmp_path)):
+        def exists(self, **kwargs):  # it was there a moment ago
+            return True
+
+    assert night.recorded(Vanishing(tmp_path)) == [0, 0] and night.unrecorded(Vanishing(tmp_path))
 
 
 @pytest.mark.parametrize("options", [("--hours", "0"), ("--stall-minutes", "-1"), ("--restarts", "0")])

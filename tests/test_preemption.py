@@ -3,6 +3,7 @@ found. The interrupted commit is run again first."""
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -211,20 +212,58 @@ def test_a_full_disk_ends_no_keeper(night):
     assert night.keeper.wait(timeout=30) == 143
 
 
+FAILING = """
+import sys; from lab import __main__; from lab.keeper import night
+def look(self): raise OSError(5, 'input or output is wrong')
+night.Keeper.look, night.BACKOFF, night.FAILURES = look, 0, 2
+sys.exit(__main__.main())
+"""
+
+
 def test_a_keeper_that_fails_leaves_no_agent_behind(night):
-    code = (
-        "import sys; from lab import __main__; from lab.keeper import night\n"
-        "def look(self): raise OSError(5, 'input or output is wrong')\n"
-        "night.Keeper.look = look; sys.exit(__main__.main())"
-    )
+    """It tries again, as the reason may be gone; then it ends."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code, "night", "--agent", "sleep 622"], cwd=night.path, env=night.night_env,
-        capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", FAILING, "night", "--agent", "sleep 622"], cwd=night.path, env=night.night_env,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 3 and "input or output is wrong" in done.stderr
-    assert time.monotonic() - began < processes.PATIENCE  # SIGTERM reached what the shell was just starting
+    assert time.monotonic() - began < 2 * processes.PATIENCE  # SIGTERM reached what the shell was just starting
     assert not processes_in(night.path)
+    log = night.read("night.log")
+    assert log.count("of the agent, process") == 2 and "given up: the keeper failed (input or output is wrong), 2 times in a row" in log
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(night):
+    """As with EAGAIN for want of processes, or ENOMEM; the agent of the second start records."""
+    code = """
+import subprocess, sys; from lab import __main__; from lab.keeper import night
+real, calls = subprocess.Popen, []
+def popen(command, *args, **kwargs):
+    if kwargs.get("shell"):
+        calls.append(command)
+        if len(calls) in (1, 2, 4):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real(command, *args, **kwargs)
+subprocess.Popen, night.BACKOFF, night.FAILURES, night.SHORTEST = popen, 0.01, 3, 0
+sys.exit(__main__.main())
+"""
+    agent = "echo '{}' >> runs.jsonl; echo x >> starts; [ $(wc -l < starts) = 1 ] || sleep 622"
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", code, "night", "--agent", agent], cwd=night.path, env=night.night_env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while night.read("starts") != "x\nx\n":
+            assert time.monotonic() < deadline and keeper.poll() is None, keeper.communicate()
+            time.sleep(0.02)
+    finally:
+        keeper.terminate()
+        keeper.communicate(timeout=60)
+    log = night.read("night.log")
+    assert [int(n) for n in re.findall(r"Resource temporarily unavailable\), (\d) times in a row", log)] == [1, 2, 1]
+    assert keeper.returncode == 143
 
 
 def test_an_agents_git_is_told_to_be_sure_and_keeps_what_else_it_was_told(monkeypatch, tmp_path):
@@ -232,7 +271,23 @@ def test_an_agents_git_is_told_to_be_sure_and_keeps_what_else_it_was_told(monkey
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     env = os.environ | cleanup.environment(tmp_path)
-    for key, value in [("user.name", "Some One"), ("core.fsync", "all")]:
+    for key, value in [("user.name", "Some One"), *cleanup.GIT_SETTINGS.items()]:
         shown = subprocess.run(["git", "config", key], env=env, capture_output=True, text=True, cwd=tmp_path)
         assert shown.stdout.strip() == value
     assert env["AUTORESEARCH_NIGHT"] == os.path.realpath(tmp_path)
+
+
+def test_neither_a_signature_nor_an_editor_stops_an_agent(night):
+    """A person's settings, under which a commit by hand fails, or waits."""
+    for key, value in [("commit.gpgsign", "true"), ("tag.gpgsign", "true"), ("gpg.program", "false"), ("core.editor", "false")]:
+        night.git("config", key, value)
+    by_hand = night.env | {"GIT_EDITOR": "false"}
+    of_an_agent = by_hand | cleanup.environment(night.path)
+    night.change_train(night.read("train.py") + "# wider\n")
+    for words in (["commit", "-qm", "wider", "train.py"], ["commit", "--amend"], ["revert", "HEAD"], ["tag", "-a", "-m", "x", "night"]):
+        command = ["git", *night.who, *words]
+        assert subprocess.run(command, cwd=night.path, env=by_hand, capture_output=True).returncode, f"{words} works by hand too"
+        if words[0] == "revert":
+            night.git("reset", "-q", "--hard")  # it stopped half-way
+        done = subprocess.run(command, cwd=night.path, env=of_an_agent, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stderr}"

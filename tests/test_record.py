@@ -112,6 +112,19 @@ def test_every_file_of_an_archive_is_on_the_disk_before_the_folder_is_moved_in(b
     assert len(seen) == 6 and all(whole for _, whole in seen), seen
 
 
+def test_a_checkpoint_that_a_killed_sandbox_has_hidden_is_archived(begun):
+    begun.change_train()
+    begun.commit("wider")
+    begun.run(0.99)
+    (begun.path / ".lab" / "aside").mkdir(parents=True)
+    hidden = begun.path / ".lab" / "aside" / "checkpoint.pt"
+    weights = (begun.path / "checkpoint.pt").read_bytes()
+    os.replace(begun.path / "checkpoint.pt", hidden)
+    result = begun.recorded("wider")
+    assert result.verdict == "keep" and "no checkpoint.pt" not in result.out
+    assert (begun.path / "runs" / "best" / "checkpoint.pt").read_bytes() == weights and not hidden.exists()
+
+
 def test_a_discard_undoes_the_commit_and_keeps_it_to_be_looked_at(begun):
     before = begun.head()
     commit, result = begun.experiment("worse", 1.01)
@@ -344,6 +357,24 @@ def test_a_humans_commits_survive_a_discard(begun, when):
     assert begun.read("train.py") == TRAIN.format(0) and begun.git("status", "--porcelain") == ""
     assert begun.git("merge-base", base, "HEAD") == base
     begun.check()
+
+
+def test_where_git_signs_commits_and_has_no_key_every_commit_of_lab_is_made_unsigned(night):
+    night.who += ["-c", "commit.gpgsign=false"]  # this test's own
+    for key, value in [("commit.gpgsign", "true"), ("gpg.program", "false")]:
+        night.git("config", key, value)
+    night.baseline()
+    night.change_train()
+    night.commit("worse")
+    night.human_commits("on top of it")
+    night.run(1.05)
+    assert night.recorded("worse").verdict == "discard"
+    assert night.chain() == ["human: on top of it", "start"]
+    repo = Repo(night.path)
+    old, new = night.git("rev-parse", "HEAD:train.py"), night.git("hash-object", "-w", "--stdin", stdin="LR = 1\n")
+    assert repo.restore(old, new, "a step back, or what another tree kept")
+    assert night.read("train.py") == "LR = 1\n" and night.chain()[0] == "a step back, or what another tree kept"
+    night.check()
 
 
 def test_uncommitted_and_staged_work_survives_a_discard(begun):

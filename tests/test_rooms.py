@@ -24,8 +24,8 @@ ALLOWED = {
     "verify": {"base", "store", "analysis", "share"},
     "charts": {"base", "store", "analysis", "share"},
     "web": {"base", "store", "analysis", "share", "loop", "verify", "charts"},
-    "keeper": {"base", "store", "analysis", "share", "loop", "verify"},
-    "fleet": {"base", "store", "analysis", "share", "loop", "verify", "keeper"},
+    "keeper": {"base", "store", "analysis", "share", "loop", "verify", "machine"},
+    "fleet": {"base", "store", "analysis", "share", "loop", "verify", "machine", "keeper"},
 }
 CORE = {  # top-level module -> those of the core that it may import
     "constants": set(),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import kill_group
 
+from corpus import layout
 from lab.base.errors import Refused
 from lab.keeper import sandbox
 
@@ -51,19 +52,14 @@ class Tree:
     def __init__(self, path, home, cache):
         self.path, self.home, self.cache = path, home, cache
         path.mkdir()
-        for name in (
-            "constants.py",
-            "prepare.py",
-            "program.md",
-            "results.tsv",
-            "runs.jsonl",
-            "checkpoint.pt",
-        ):
+        for name in ("prepare.py", "program.md", "results.tsv", "runs.jsonl", "checkpoint.pt"):
             (path / name).write_text(f"this is {name}\n")
+        shutil.copy(ROOT / "constants.py", path)
         (path / ".git").mkdir()
         (path / "probe.py").write_text(PROBE)
-        (cache / "stdlib").mkdir(parents=True)
-        (cache / "stdlib" / "manifest.json").write_text("{}")
+        self.data = cache / layout.data_dir().relative_to(layout.cache_dir())
+        self.data.mkdir(parents=True)
+        (self.data / "manifest.json").write_text("{}")
         (home / ".ssh").mkdir()
         (home / ".cache" / "huggingface" / "hub").mkdir(parents=True)
         (home / ".cache" / "huggingface" / "token").write_text("hf_secret")
@@ -150,9 +146,9 @@ def test_what_uv_alone_can_do_is_refused(command):
 def test_the_cache_is_where_prepare_keeps_it(monkeypatch, tmp_path):
     import prepare
 
-    assert sandbox.cache_root() == prepare.cache_dir()
+    assert sandbox.layout.cache_dir() == prepare.cache_dir() == Path(os.environ["AUTORESEARCH_CACHE"])
     monkeypatch.delenv("AUTORESEARCH_CACHE")
-    assert sandbox.cache_root() == prepare.cache_dir() == Path.home() / ".cache" / "autoresearch"
+    assert sandbox.layout.cache_dir() == prepare.cache_dir() == Path.home() / ".cache" / "autoresearch"
 
 
 def test_devices_that_are_there_are_bound_as_devices(monkeypatch, tree):
@@ -198,6 +194,7 @@ def test_no_network_not_even_to_this_machine(tree):
 @needs_bubblewrap
 def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
     cache = tree.cache
+    (tree.path / "runs").mkdir()
     found = tree.probe(
         {
             "new": "open('new.txt', 'w').write('x')",
@@ -216,7 +213,9 @@ def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
             "environment": "open(sys.prefix + '/x', 'w').write('x')",
             "beside": f"open('{tmp_path}/beside', 'w').write('x')",
             "etc": "open('/etc/x', 'w').write('x')",
-            "data": f"open('{cache}/stdlib/manifest.json', 'w').write('x')",
+            "data": f"open('{tree.data}/manifest.json', 'w').write('x')",
+            "more data": f"open('{cache}/more', 'w').write('x')",
+            "archive": "open('runs/x', 'w').write('x')",
             "hub": "open(os.path.expanduser('~/.cache/huggingface/hub/kernel'), 'w').write('x')",
         }
     )
@@ -225,9 +224,11 @@ def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
     assert (tree.path / "checkpoint.pt").read_text() == "weights"
     assert (cache / "compile" / "graph").exists()
     assert not (tmp_path / "beside").exists()  # it was written to the sandbox's own /tmp, where this one lies
-    for name in ("constants.py", "prepare.py", "results.tsv", "runs.jsonl"):
+    for name in ("prepare.py", "results.tsv", "runs.jsonl"):
         assert (tree.path / name).read_text() == f"this is {name}\n"
-    assert not any(name.startswith((".git/", ".lab/")) for name in tree.listing())
+    assert (tree.path / "constants.py").read_text() == (ROOT / "constants.py").read_text()
+    own = {".lab/aside", ".lab/aside.lock"}
+    assert not any(name.startswith((".git/", ".lab/", "runs/")) for name in set(tree.listing()) - own)
 
 
 @needs_bubblewrap
@@ -238,7 +239,7 @@ def test_home_and_its_secrets_are_out_of_sight_but_what_is_needed_is_there(tree)
             "ssh": "os.listdir(os.path.expanduser('~/.ssh'))",
             "login": "open(os.path.expanduser('~/.cache/huggingface/token')).read()",
             "kernel": "open(os.path.expanduser('~/.cache/huggingface/hub/kernel')).read()",
-            "data": f"open('{tree.cache}/stdlib/manifest.json').read()",
+            "data": f"open('{tree.data}/manifest.json').read()",
             "offline": "os.environ['HF_HUB_OFFLINE']",
             "key": "os.environ.get('SOME_API_KEY')",
             "seed": "os.environ.get('AUTORESEARCH_SEED')",
@@ -263,6 +264,109 @@ def test_home_and_its_secrets_are_out_of_sight_but_what_is_needed_is_there(tree)
         and found["packages"].endswith("3)")
         and found["shared memory"] == "1"
     )
+
+
+class Elsewhere(Tree):
+    """A working tree and its data in no folder that is hidden as a whole, with all that a run must not read."""
+
+    def __init__(self, base, home):
+        super().__init__(base / "tree", home, base / "cache")
+        (self.path / ".git").rmdir()
+        self.git("init", "-q")
+        self.git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "--allow-empty", "-m", "x")
+        self.git("worktree", "add", "-q", "../other")
+        other, data = base / "other", self.data
+        self.secret = [
+            self.path / "checkpoint.pt", self.path / "checkpoint.pt.tmp", self.path / "best.safetensors",
+            self.path / "runs/0001-abc/checkpoint.pt", self.path / ".lab/prove/1f/checkpoint.pt",
+            other / "runs/0001-abc/checkpoint.pt", other / "checkpoint.pt", data / "holdout_rows.npy",
+            data.with_name("raw") / "shard_06542.parquet", data.with_name("of-other-rules") / "holdout_rows.npy",
+            self.cache / "another" / data.name / "val_rows.npy",
+        ]  # fmt: skip
+        for path in [*self.secret, data / "val_rows.npy"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"this is {path.name}\n")
+
+    def git(self, *args):
+        subprocess.run(["git", *args], cwd=self.path, check=True, capture_output=True)
+
+    def read(self, path):
+        """Expressions that read the file in another process, and in code that is not Python's."""
+        native = "(lambda c: (lambda libc, text: libc.read(libc.open(%r, 0), text, 99) > 0 and text.value)"
+        native += "(c.CDLL(None), c.create_string_buffer(99)))(__import__('ctypes'))"
+        child = f"__import__('subprocess').run(['cat', {str(path)!r}], capture_output=True).stdout"
+        return {f"{path}, child": child, f"{path}, native": native % str(path).encode()}
+
+    def found(self, paths, *options):
+        """{(file, reader): what the reader got in the sandbox}."""
+        expressions = {name: code for path in paths for name, code in self.read(path).items()}
+        command = [*options, "--", "uv", "run", "probe.py", json.dumps(list(expressions.items()))]
+        status, out, err = self.run(*command)
+        assert status == 0, err
+        return json.loads(out)
+
+
+@pytest.fixture
+def elsewhere(isolated, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as base:
+        monkeypatch.setenv("AUTORESEARCH_CACHE", f"{base}/cache")
+        yield Elsewhere(Path(base).resolve(), isolated)
+
+
+@needs_bubblewrap
+def test_no_reader_finds_weights_or_data_but_the_prepared_rows(elsewhere):
+    """What Python's own open() may read, prepare.py says; this is about child processes and native readers."""
+    assert not [str(path) for path in elsewhere.secret if not path.is_file()]
+    found = elsewhere.found(elsewhere.secret)
+    assert {name for name, text in found.items() if "this is" in text} == set()
+    rows = elsewhere.data / "val_rows.npy"
+    assert all("this is val_rows.npy" in text for text in elsewhere.found([rows]).values())  # prepare.py reads them itself
+    holdout = elsewhere.data / "holdout_rows.npy"
+    assert elsewhere.found([holdout])[f"{holdout}, child"] == repr(bytes(holdout.stat().st_size))  # as long, for the manifest
+    for path in elsewhere.secret:
+        assert path.read_text() == f"this is {path.name}\n", "it has its content outside, and afterwards"
+
+
+@needs_bubblewrap
+def test_the_audit_sees_archives_and_holdout(elsewhere):
+    found = elsewhere.found(elsewhere.secret, "--archives")
+    assert all(f"this is {Path(name.partition(', ')[0]).name}" in text for name, text in found.items())
+
+
+@needs_bubblewrap
+def test_a_new_checkpoint_takes_the_place_of_the_last_ones(tree):
+    save = "echo new > checkpoint.pt.tmp; mv checkpoint.pt.tmp checkpoint.pt"
+    assert tree.run("--", "sh", "-c", f"cat checkpoint.pt; {save}")[:2] == (0, "")
+    assert (tree.path / "checkpoint.pt").read_text() == "new\n" and not list((tree.path / ".lab/aside").iterdir())
+    assert tree.run("--", "sh", "-c", "cat checkpoint.pt; exit 3")[:2] == (3, "")
+    assert (tree.path / "checkpoint.pt").read_text() == "new\n", "as a run that failed leaves it"
+
+
+@needs_bubblewrap
+def test_a_cache_behind_a_link_and_one_inside_the_tree(tree, isolated, tmp_path, monkeypatch):
+    (isolated / ".cache" / "autoresearch").symlink_to(tree.cache)
+    for place in (isolated / ".cache" / "autoresearch", tree.path / "cache"):
+        if not place.exists():
+            shutil.copytree(tree.cache, place)
+        data = place / tree.data.relative_to(tree.cache)
+        (data.with_name("raw")).mkdir(exist_ok=True)
+        found = tree.probe(
+            {"data": f"open('{data}/manifest.json').read()", "all": f"sorted(os.listdir('{place}'))",
+             "of it": f"os.listdir('{data.parent}')", "compile": f"open('{place}/compile/x', 'w').write('x')"},
+            AUTORESEARCH_CACHE=str(place),
+        )  # fmt: skip
+        assert found == {"data": "'{}'", "all": repr(sorted(["compile", data.parent.name])), "of it": repr([data.name]), "compile": "1"}
+
+
+def test_a_second_sandbox_leaves_the_checkpoint_where_the_first_has_put_it(tree):
+    checkpoint = tree.path / "checkpoint.pt"
+    (tree.path / ".lab").mkdir()
+    with sandbox.without_checkpoint(tree.path):
+        code = "import sys; from pathlib import Path; from lab.keeper import sandbox\n"
+        code += "with sandbox.without_checkpoint(Path.cwd()): Path('checkpoint.pt.tmp').write_text('half')"
+        subprocess.run([sys.executable, "-c", code], cwd=tree.path, env=tree.environment(), check=True)
+        assert not checkpoint.exists()
+    assert checkpoint.read_text() == "this is checkpoint.pt\n"
 
 
 @needs_bubblewrap
@@ -403,7 +507,7 @@ def test_a_tree_in_home_and_a_cache_in_home(tmp_path, isolated, monkeypatch):
     cache = isolated / ".cache" / "autoresearch"
     tree = Tree(isolated / "autoresearch", isolated, cache)
     found = tree.probe(
-        {"save": "open('checkpoint.pt', 'w').write('x')", "data": f"open('{cache}/stdlib/manifest.json').read()",
+        {"save": "open('checkpoint.pt', 'w').write('x')", "data": f"open('{tree.data}/manifest.json').read()",
          "compile": f"open('{cache}/compile/x', 'w').write('x')", "home": "sorted(os.listdir(os.path.expanduser('~')))"}
     )  # fmt: skip
     assert found == {"save": "1", "data": "'{}'", "compile": "1", "home": "['.cache', 'autoresearch']"}

@@ -52,6 +52,47 @@ def one_at_a_time(folder, what="record", patience=PATIENCE):
         yield
 
 
+class Kept:
+    """The lock file at `path`, held from take() to close(). If somebody removes it in between (an agent's `git clean -fdx`),
+    still_held() makes it and takes it again, or others would find it free."""
+
+    def __init__(self, path, text):
+        self.path, self.text = path, text
+        self.holding, self.identity = contextlib.ExitStack(), None
+
+    def take(self):
+        """Returns whether the lock is held now. Raises OSError if the file cannot be opened."""
+        self.close()
+        held = self.holding.enter_context(hold(self.path))
+        if held:
+            with contextlib.suppress(OSError):  # a full disk
+                self.path.write_text(self.text)
+            self.identity = self.identity_now()
+        return held
+
+    def still_held(self):
+        """False if another process holds it in a file of its own; it has removed this one, or came just after that."""
+        if self.identity_now() == self.identity:
+            return True
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            return self.take()
+        except OSError:  # a file system that cannot be written just now
+            return True
+
+    def identity_now(self):
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return self.identity
+        return status.st_dev, status.st_ino
+
+    def close(self):
+        self.holding.close()
+
+
 def is_held(path):
     """Whether a process holds the lock of this file or folder. False on Windows, on a file system without locks, and if
     the path does not exist or cannot be opened."""

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 from lab.base.errors import Refused
 
 PATIENCE = 20  # seconds between SIGTERM and SIGKILL
+AFTER_KILL = 20  # seconds between SIGKILL and giving a process up: it is in an uninterruptible sleep, or another user's
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
@@ -56,9 +58,9 @@ def descendants(pid):
 
 
 def send(number, pids):
-    """Sends the signal to each of the processes that still exists."""
+    """Sends the signal to each of the processes that still exists and that this user may end (not root's, of a sudo)."""
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
@@ -84,19 +86,31 @@ def marked(name, value):
     return sorted(found)
 
 
+class Ended(NamedTuple):
+    killed: int  # how many ended by SIGKILL only
+    left: list  # ids of those that are still running
+
+
 def end(find, patience=PATIENCE):
     """Ends the processes that find() returns, until it returns none. Each gets SIGTERM once, so that a training can
-    print "preempted", also one that was just being started; after `patience` seconds SIGKILL. Returns how many had
-    to be killed."""
+    print "preempted", also one that was just being started; after `patience` seconds SIGKILL. What runs AFTER_KILL
+    seconds later cannot be ended. Returns Ended."""
     deadline, asked, killed = time.monotonic() + patience, set(), set()
     while left := set(find()):
         send(signal.SIGTERM, left - asked)
         asked |= left
+        if time.monotonic() > deadline + AFTER_KILL:
+            break
         if time.monotonic() > deadline:
             killed |= left
             send(signal.SIGKILL, left)
         time.sleep(0.05)
-    return len(killed)
+    return Ended(len(killed - left), sorted(left))
+
+
+def named(pids):
+    """The processes in a sentence: "process 12", "processes 12, 13"."""
+    return f"process{'es' * (len(pids) > 1)} {', '.join(map(str, pids))}"
 
 
 def end_descendants(patience=PATIENCE):

@@ -18,9 +18,11 @@ from pathlib import Path
 from lab.base import locks
 from lab.base.errors import Refused, Unfinished
 from lab.base.files import write
-from lab.fleet import bring_home, devices, slot_processes, tmux, worktrees
+from lab.base.processes import named
+from lab.fleet import bring_home, slot_processes, tmux, worktrees
 from lab.keeper import cleanup
 from lab.loop import many_trees
+from lab.machine import devices
 from lab.store import names
 from lab.store.repository import Repo
 
@@ -250,11 +252,13 @@ def status(repo, args):
 
 def stop(repo, args):
     state = known(repo.top, args.tag)
-    stopped, killed, foreign = slot_processes.stop(state)
-    print(f"{stopped} slots stopped" + (f", {killed} processes had to be killed" if killed else ""))
+    stopped, ended, foreign = slot_processes.stop(state)
+    print(f"{stopped} slots stopped" + (f", {ended.killed} processes had to be killed" if ended.killed else ""))
+    if ended.left:
+        print(f"{named(ended.left)} cannot be ended and may slow the next fleet down")
     for slot in foreign:
         print(f"{slot['folder']}: the night there was not started by this fleet and is still running")
-    return 0
+    return Unfinished.code if ended.left else 0
 
 
 def clean(repo, args):

@@ -85,7 +85,7 @@ def processes_of(state, slot):
 
 def stop(state):
     """Ends what launch started: keepers get SIGTERM and end their agents; whatever is left after that is killed.
-    Returns (number of slots stopped, number of processes killed, slots whose night this fleet did not start)."""
+    Returns (number of slots stopped, the Ended of what was left, slots whose night this fleet did not start)."""
     ours = {slot["number"]: processes_of(state, slot) for slot in state["slots"]}
     alive = [slot for slot in state["slots"] if is_running(slot)]
     asked = [slot for slot in alive if keeper(slot) in ours[slot["number"]]]
@@ -93,5 +93,5 @@ def stop(state):
     deadline = time.monotonic() + STOP_LIMIT
     while any(map(is_running, asked)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    killed = processes.end(lambda: [pid for slot in state["slots"] for pid in processes_of(state, slot)], patience=5)
-    return sum(map(bool, ours.values())), killed, [slot for slot in alive if slot not in asked]
+    ended = processes.end(lambda: [pid for slot in state["slots"] for pid in processes_of(state, slot)], patience=5)
+    return sum(map(bool, ours.values())), ended, [slot for slot in alive if slot not in asked]

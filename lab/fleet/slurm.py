@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lab.base import files
 from lab.base.errors import Refused, Unfinished
-from lab.keeper.sandbox import cache_root, hub_cache
+from lab.keeper.sandbox import hub_cache
 from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
@@ -150,7 +150,7 @@ def check_data(args):
             prepare.load_manifest()
     except SystemExit as refusal:
         raise Refused(str(refusal)) from None
-    return cache_root().absolute(), prepare.DATASET, prepare.data_dir().relative_to(prepare.cache_dir())
+    return prepare.cache_dir().absolute(), prepare.DATASET, prepare.data_dir().relative_to(prepare.cache_dir())
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -10,21 +10,29 @@ from pathlib import Path
 
 from lab.base.errors import Stop
 from lab.base.git import remove_stale
-from lab.base.processes import end, marked
+from lab.base.processes import end, marked, named
 from lab.store.repository import Repo
 
 MARK = "AUTORESEARCH_NIGHT"  # environment variable of every process that a night starts; its value is the tree
 
 
+GIT_SETTINGS = {
+    "core.fsync": "all",  # or a power cut could leave a branch that points at an empty file
+    "commit.gpgsign": "false", "tag.gpgsign": "false",  # nobody types the passphrase of a key
+}  # fmt: skip
+# For git, an editor that leaves the text as it is; the variables override core.editor. No question about a password.
+GIT_VARIABLES = {"GIT_EDITOR": "true", "GIT_SEQUENCE_EDITOR": "true", "GIT_TERMINAL_PROMPT": "0"}
+
+
 def environment(root):
-    """Variables that are added to the agent's environment: the mark, and a setting by which git flushes what it writes
-    to the disk (without it, a power cut could leave a branch that points at an empty file)."""
+    """Variables that are added to the agent's environment: the mark, and settings by which git is safe against power
+    cuts and never waits for a person."""
     n = os.environ.get("GIT_CONFIG_COUNT", "")
     n = int(n) if n.isdecimal() else 0
-    return {
-        MARK: os.path.realpath(root), "GIT_CONFIG_COUNT": str(n + 1),
-        f"GIT_CONFIG_KEY_{n}": "core.fsync", f"GIT_CONFIG_VALUE_{n}": "all",
-    }  # fmt: skip
+    env = {MARK: os.path.realpath(root), "GIT_CONFIG_COUNT": str(n + len(GIT_SETTINGS)), **GIT_VARIABLES}
+    for i, (key, value) in enumerate(GIT_SETTINGS.items(), n):
+        env |= {f"GIT_CONFIG_KEY_{i}": key, f"GIT_CONFIG_VALUE_{i}": value}
+    return env
 
 
 def orphans(root):
@@ -48,7 +56,8 @@ def clear(root, say):
     say(sentence) for what it found."""
     if left := orphans(root):
         say(f"ended {len(left)} processes that outlived the night that started them")
-        end(lambda: orphans(root))
+        if alive := end(lambda: orphans(root)).left:
+            say(f"{named(alive)} of an earlier night cannot be ended and may slow the trainings down")
     for lock in git_locks(root):
         if remove_stale(root, lock, patience=1.0) and not lock.exists():
             say(f"removed {lock.name}, which a killed git had left")

@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 
 from constants import GRACE, TIME_BUDGET
-from lab.base.errors import Refused
-from lab.base.locks import hold, run_in_progress
-from lab.base.processes import adopt_orphans, descendants, end, end_descendants, psutil, reap, send
+from lab.base.errors import Refused, os_reason
+from lab.base.locks import Kept, run_in_progress
+from lab.base.processes import adopt_orphans, descendants, end, end_descendants, named, psutil, reap, send
 from lab.keeper import cleanup
+from lab.machine import devices
 from lab.store import names
 
 HELP = "keep an agent running for some hours: start it, restart it, end it in the morning"
@@ -29,6 +30,7 @@ DESCRIPTION = """\
 Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
 for --stall-minutes: then the agent and all that it started are ended, after a training in progress has
 finished. If an agent ends while its training is running, the next start waits for that training.
+On a machine with several GPUs, the trainings use the first, unless CUDA_VISIBLE_DEVICES is set.
 
 When the hours are over, a training in progress may finish, and the agent has a few minutes to record it.
 Then the agent and all that it started are ended. Ctrl-C or `kill` ends everything at once: the training
@@ -46,6 +48,7 @@ SHORTEST = TIME_BUDGET / 2  # seconds: a shorter start has no time for a complet
 TIME_TO_RECORD = 180  # seconds that the agent has, at the end of the night, to record a finished run
 TIME_FOR_LEFTOVERS = 60  # seconds that processes which an agent left running may take, unless one is a training
 BACKOFF, LONGEST_BACKOFF = 10, 600  # seconds before the next start after one without result, doubled each time
+FAILURES = 10  # in a row that the system may refuse (no memory, no process, a full table of files) before the night ends
 HOPELESS = 3  # starts in a row that end with 126 or 127, with which a shell says that there is no such command
 LARGEST_AGENT_LOG = 100e6  # bytes: a larger agent.log is set aside at the next start, so that it cannot fill the disk
 POLL = 1.0  # seconds
@@ -65,14 +68,22 @@ def add_arguments(parser):
 
 def recorded(root):
     """The sizes in bytes of runs.jsonl and results.tsv, one of which grows with every recorded run."""
-    files = root / names.RUNS_JSONL, root / names.RESULTS_TSV
-    return [path.stat().st_size if path.exists() else 0 for path in files]
+    found = status_of(root / names.RUNS_JSONL), status_of(root / names.RESULTS_TSV)
+    return [status.st_size if status else 0 for status in found]
 
 
 def unrecorded(root):
     """Whether run.log was written after the last record."""
-    log, runs = root / names.RUN_LOG, root / names.RUNS_JSONL
-    return log.exists() and not (runs.exists() and runs.stat().st_mtime >= log.stat().st_mtime)
+    log, runs = status_of(root / names.RUN_LOG), status_of(root / names.RUNS_JSONL)
+    return log is not None and not (runs and runs.st_mtime >= log.st_mtime)
+
+
+def status_of(path):
+    """The file's os.stat_result; None if it is not there, or was removed just now."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -80,15 +91,18 @@ def unrecorded(root):
 
 
 class Keeper:
-    """One night in the tree `root`. now and sleep are arguments so that the hours of a test pass in seconds."""
+    """One night in the tree `root`, whose lock (Kept) is held. now and sleep are arguments so that the hours of a test
+    pass in seconds."""
 
-    def __init__(self, root, agent, hours, stall_minutes, restarts, now, sleep):
-        self.root, self.command, self.now, self.sleep = root, agent, now, sleep
+    def __init__(self, root, lock, agent, hours, stall_minutes, restarts, now, sleep):
+        self.root, self.lock, self.command, self.now, self.sleep = root, lock, agent, now, sleep
         self.log, self.agent_log = root / names.NIGHT_LOG, root / names.LAB / names.AGENT_LOG
         self.end = now() + hours * 3600
         self.stall, self.restarts = stall_minutes * 60, restarts
         self.stopped_by = None  # the signal that ends the night early
-        self.starts, self.not_found = 0, 0
+        self.gpu = {}  # what selects one of several GPUs for the agent's trainings
+        self.ousted = False  # another night has this tree's lock
+        self.starts, self.not_found, self.failures = 0, 0, 0
         self.fruitless, self.in_a_row = deque(), 0  # times of starts without result; how many of them in a row
 
     def say(self, sentence):
@@ -107,7 +121,10 @@ class Keeper:
         self.stopped_by = number
 
     def over(self):
-        return self.stopped_by or self.now() >= self.end
+        if not self.ousted and not self.lock.still_held():
+            self.ousted = True
+            self.say("another night has begun in this tree: this one ends")
+        return self.stopped_by or self.ousted or self.now() >= self.end
 
     def wait_while(self, busy, seconds):
         """Waits until busy() is false, the seconds have passed, or the night is stopped."""
@@ -118,10 +135,11 @@ class Keeper:
     # --- the agent ---
 
     def start(self):
+        self.last = self.began = self.now()
+        self.process, self.fruitful = None, False
         cleanup.clear(self.root, self.say)
         self.starts += 1
-        self.state, self.fruitful = recorded(self.root), False
-        self.last = self.began = self.now()
+        self.state = recorded(self.root)
         if self.agent_log.exists() and self.agent_log.stat().st_size > LARGEST_AGENT_LOG:
             os.replace(self.agent_log, self.agent_log.with_suffix(".log.1"))
         with open(self.agent_log, "ab", buffering=0) as f:
@@ -131,15 +149,18 @@ class Keeper:
             ends = {names.NIGHT_ENDS: f"{time.time() + self.end - self.now():.0f}"}
             self.process = subprocess.Popen(
                 self.command, shell=True, cwd=self.root, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                start_new_session=True, env=os.environ | cleanup.environment(self.root) | ends,
+                start_new_session=True, env=os.environ | cleanup.environment(self.root) | ends | self.gpu,
             )  # fmt: skip
         self.say(f"start {self.starts} of the agent, process {self.process.pid}")
 
     def last_words(self):
         """The end of what this start of the agent printed, as the end of a sentence."""
-        with open(self.agent_log, "rb") as f:
-            f.seek(max(self.words_start, self.agent_log.stat().st_size - 400))
-            words = " ".join(f.read().decode(errors="replace").split())
+        try:
+            with open(self.agent_log, "rb") as f:
+                f.seek(max(self.words_start, self.agent_log.stat().st_size - 400))
+                words = " ".join(f.read().decode(errors="replace").split())
+        except OSError as error:
+            return f", and what it printed cannot be read ({os_reason(error)})"
         return f": {words[-200:]}" if words else ", and printed nothing"
 
     def look(self):
@@ -169,18 +190,22 @@ class Keeper:
         return wait
 
     def end_agent(self):
-        if killed := end_descendants():
-            self.say(f"{killed} processes did not end by SIGTERM and were killed")
+        ended = end_descendants()
+        if ended.killed:
+            self.say(f"{ended.killed} processes did not end by SIGTERM and were killed")
+        if ended.left:
+            self.say(f"{named(ended.left)} cannot be ended and may slow the trainings down")
 
     # --- the night ---
 
     def between(self):
         """From the end of one agent to the start of the next."""
-        if self.process.returncode is not None and reap():  # a training, or a sample that is being written
-            self.say("what it started is still running: waiting for that")
-            patience = self.now() + TIME_FOR_LEFTOVERS
-            self.wait_while(lambda: reap() and (self.now() < patience or run_in_progress(self.root)), LONGEST_RUN)
-        self.end_agent()
+        with contextlib.suppress(OSError):  # the next start looks again for what is left (cleanup.clear)
+            if self.process and self.process.returncode is not None and reap():  # a training, or a sample in the making
+                self.say("what it started is still running: waiting for that")
+                patience = self.now() + TIME_FOR_LEFTOVERS
+                self.wait_while(lambda: reap() and (self.now() < patience or run_in_progress(self.root)), LONGEST_RUN)
+            self.end_agent()
         if (wait := self.pause()) and not self.over():
             why = f", {self.restarts} such starts an hour are the limit" if wait > LONGEST_BACKOFF else ""
             how = "was too short" if self.fruitful else "recorded nothing"
@@ -194,18 +219,35 @@ class Keeper:
             self.wait_while(lambda: run_in_progress(self.root), LONGEST_RUN)
         self.wait_while(lambda: self.process.poll() is None and unrecorded(self.root), TIME_TO_RECORD)
 
+    def one_start(self):
+        """Starts the agent and waits. Returns why it must be started again; None when the night is over."""
+        self.start()
+        while not self.over():
+            if why := self.look():
+                self.failures = 0
+                return why
+            self.sleep(POLL)
+        return None
+
     def watch(self):
-        """Runs the night from start to end. Returns its exit status."""
+        """Runs the night from start to end. Returns its exit status. Raises OSError if one start after another fails."""
         self.say(f"night of {(self.end - self.now()) / 3600:.2f} hours, stop it with `kill {os.getpid()}`")
         self.say(f"agent: {self.command}")
+        self.gpu, sentence = devices.one_of_several()
+        if sentence:
+            self.say(sentence)
         at_first = recorded(self.root)
         while not self.over():
-            self.start()
-            why = None
-            while not self.over() and not (why := self.look()):
-                self.sleep(POLL)
+            try:
+                why = self.one_start()
+            except OSError as error:  # often it is over soon: another program has taken the memory
+                self.failures += 1
+                why = f"the keeper failed ({os_reason(error)}), {self.failures} times in a row: the agent is ended"
+                if self.failures >= FAILURES:
+                    self.say(f"given up: {why}")
+                    raise
             if not why:
-                if not self.stopped_by:
+                if not self.stopped_by and not self.ousted:
                     self.last_run()
                 break
             self.say(why)
@@ -214,10 +256,10 @@ class Keeper:
                 break
             self.between()
         self.end_agent()
-        by = signal.Signals(self.stopped_by).name if self.stopped_by else "morning"
+        by = signal.Signals(self.stopped_by).name if self.stopped_by else "another night" if self.ousted else "morning"
         nothing = recorded(self.root) == at_first
         self.say(f"the night ended by {by} after {self.starts} starts of the agent" + ", nothing recorded" * nothing)
-        return 128 + self.stopped_by if self.stopped_by else int(nothing)
+        return 128 + self.stopped_by if self.stopped_by else 2 if self.ousted else int(nothing)
 
 
 def run(args, now=time.monotonic, sleep=time.sleep):
@@ -229,20 +271,20 @@ def run(args, now=time.monotonic, sleep=time.sleep):
     psutil()  # refuses now if it is missing, and not in the middle of the night
     root = Path.cwd()
     (root / names.LAB).mkdir(exist_ok=True)
-    lock = root / names.LAB / names.NIGHT_LOCK
-    with hold(lock) as held:
-        if not held:
-            print(f"a night is already running in this tree: process {lock.read_text().strip()}", file=sys.stderr)
+    with contextlib.closing(Kept(root / names.LAB / names.NIGHT_LOCK, str(os.getpid()))) as lock:
+        if not lock.take():
+            print(f"a night is already running in this tree: process {lock.path.read_text().strip()}", file=sys.stderr)
             return 2
-        with contextlib.suppress(OSError):  # a full disk
-            lock.write_text(str(os.getpid()))
         adopt_orphans()
-        keeper = Keeper(root, args.agent, args.hours, args.stall_minutes, args.restarts, now, sleep)
+        keeper = Keeper(root, lock, args.agent, args.hours, args.stall_minutes, args.restarts, now, sleep)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, keeper.signalled)
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # not SIG_IGN, which the agent would inherit
         try:
             return keeper.watch()
-        finally:  # whatever happened: an agent without a keeper would run without an end
-            end_descendants()
-            end(lambda: cleanup.orphans(root))  # on macOS an orphan is not among the descendants
+        except BaseException:  # whatever happened: an agent without a keeper would run without an end
+            keeper.end_agent()
+            raise
+        finally:
+            if not keeper.ousted:  # or it would be the other night's agent
+                end(lambda: cleanup.orphans(root))  # on macOS an orphan is not among the descendants

@@ -5,10 +5,12 @@
     uv run -m lab sandbox -- COMMAND ...                         any other command
 
 bubblewrap makes the sandbox (Linux). A run may create new files in the working tree and write checkpoint.pt and the
-compile cache, and it has a /tmp of its own. It can change nothing else.
+compile cache, and it has a /tmp of its own. It can change nothing else. Of earlier runs it sees no weights, of the data
+only what prepare.py reads in the same process: the prepared training and validation rows.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,7 +22,11 @@ import time
 from glob import glob
 from pathlib import Path
 
+from corpus import layout
+from frozen.guard import WEIGHTS
 from lab.base.errors import Refused
+from lab.base.git import read_only, worktrees
+from lab.base.locks import hold
 from lab.base.processes import children, is_alive, psutil, send
 from lab.store import names
 
@@ -29,12 +35,15 @@ DESCRIPTION = """\
 Runs COMMAND (`uv run train.py` if none is given) in a bubblewrap sandbox:
 
   no network; other processes are not visible and cannot be reached
-  read-only: the whole file system, with the prepared data and the Hugging Face cache
+  read-only: the whole file system, with the prepared rows and the Hugging Face cache
   writable: the compile cache, checkpoint.pt, and new files in this directory. What already exists here (git's
     metadata, the virtual environment, the frozen files, the results) is read-only: a training needs to write
     none of it. New code or configuration that the run leaves in this directory is moved to .lab/left, and the
     exit status is 1
   empty: $HOME, /tmp and /run, except for the Python, the caches and the working tree that are in them
+  hidden, unless --archives is given: runs/, .lab/ and weights in this directory (the last run's checkpoint.pt is moved
+    to .lab/ meanwhile), the other working trees of this checkout, other datasets, the downloaded files of this one,
+    and the holdout
   GPU devices are visible; environment variables whose names look like secrets are removed
 
 `uv run X` is run by the Python that runs this command: uv itself would need a writable cache. The exit status
@@ -45,6 +54,7 @@ WRITABLE = re.compile(r"checkpoint\.pt(\..*)?")  # existing files that the run m
 # Files that other programs in this directory would run or obey if the run left them there: modules that shadow others,
 # and settings and instructions for agents, git and uv.
 OBEYED = re.compile(r"\..*|.*\.(py|pyc|pyd|so|pth|toml|ini|cfg)|(CLAUDE|AGENTS|GEMINI).*", re.IGNORECASE)
+EMPTY, SHOW, WRITE = "--tmpfs", "--ro-bind", "--bind"  # bubblewrap's options
 HIDDEN = ["/tmp", "/run"]  # and $HOME: they hold keys, other users' files, sockets of agents and container engines
 SHOWN = ["/run/opengl-driver", "/run/current-system"]  # where NixOS keeps its GPU driver
 DEVICES = ["/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg"]  # NVIDIA; all; AMD; NVIDIA under WSL
@@ -65,6 +75,7 @@ except OSError as error:
 
 def add_arguments(parser):
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--archives", action="store_true", help="hide no weights and no data: for lab audit and lab sample")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="default: uv run train.py")
 
 
@@ -93,11 +104,6 @@ def python_places():
     return places
 
 
-def cache_root():
-    """The prepared data and the compile cache: the same folder as prepare.cache_dir(), without importing prepare."""
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
-
-
 def hub_cache():
     """The folder of Hugging Face's downloads. Its login token is one level up, and stays hidden."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -105,9 +111,68 @@ def hub_cache():
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
-def arguments(tree):
-    """bubblewrap's arguments for a run in `tree`. Later ones override earlier ones, so the order is: hide, show what is
-    needed, allow writing, protect what must not be written."""
+def mounts(tree, archives):
+    """{place: (option, source)} of what differs from a read-only file system; source is None for an empty folder."""
+    hidden = [Path(path) for path in (*HIDDEN, os.path.realpath(Path.home())) if os.path.isdir(path) and path != "/"]
+    found = dict.fromkeys(hidden, (EMPTY, None))
+
+    def places(path):
+        given, real = path.absolute(), path.resolve()  # a link in a hidden folder is gone: a folder stands for it
+        places = [real, given] if any(map(given.is_relative_to, hidden)) else [real]
+        return [place for place in places if place.is_dir() and place != Path("/")]
+
+    def put(option, *paths):
+        for place in (place for path in paths for place in places(Path(path))):
+            found[place] = (option, None if option == EMPTY else place)
+
+    cache, data, others = layout.cache_dir(), layout.data_dir(), other_trees(tree)
+    put(SHOW, *SHOWN, *python_places(), hub_cache())
+    put(SHOW, *(os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH") if os.environ.get(name)))
+    put(WRITE, tree)
+    (tree / "__pycache__").mkdir(exist_ok=True)  # or a run could leave a compiled prepare.py for the next one there
+    for path in sorted(tree.iterdir()):
+        if not WRITABLE.fullmatch(path.name) and not path.is_symlink():
+            found[path] = (SHOW, path)
+    if archives:
+        put(SHOW, cache, *(path / names.RUNS for path in others))
+    else:
+        put(EMPTY, cache, tree / names.RUNS, tree / names.LAB, *others)
+        put(SHOW, data)
+        for path in tree.iterdir():
+            if WEIGHTS.search(path.name) and not WRITABLE.fullmatch(path.name) and path.is_file():
+                found[path.resolve()] = (SHOW, Path(os.devnull))
+        if (holdout := data / "holdout_rows.npy").is_file():
+            found |= {place / holdout.name: (SHOW, blank(tree, holdout)) for place in places(data)}
+    put(WRITE, compile_cache(cache))
+    if common := read_only(tree, "rev-parse", "--git-common-dir"):  # of a working tree it is in another one
+        put(SHOW, tree / common.strip())
+    return found
+
+
+def other_trees(tree):
+    """The other working trees of this checkout that exist."""
+    own = (read_only(tree, "rev-parse", "--show-toplevel") or "").strip()
+    return [path for path in worktrees(tree) if path.is_dir() and str(path) != own]
+
+
+def compile_cache(cache):
+    folder = cache / "compile"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def blank(tree, path):
+    """A file as long as the one at `path`, without its content: prepare.py compares the lengths of all prepared files."""
+    made, size = tree / names.LAB / names.BLANK, path.stat().st_size
+    if not made.exists() or made.stat().st_size != size:  # or a run in progress would find it empty for a moment
+        with open(made, "wb") as f:
+            f.truncate(size)
+    return made
+
+
+def arguments(tree, archives=False):
+    """bubblewrap's arguments for a run in `tree`. archives: earlier runs and all data are visible. Creates the compile
+    cache and what the mounts need."""
     args = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--die-with-parent", "--new-session"]
     args += ["--cap-drop", "ALL"]
     if os.geteuid() == 0:  # root in a container, in a tree that another user owns
@@ -115,25 +180,37 @@ def arguments(tree):
     args += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
     for node in sorted(node for pattern in DEVICES for node in glob(pattern)):
         args += ["--dev-bind", node, node]
-    for path in [*HIDDEN, os.path.realpath(Path.home())]:
-        if os.path.isdir(path) and path != "/":
-            args += ["--tmpfs", path]
-    compiled = cache_root() / "compile"
-    compiled.mkdir(parents=True, exist_ok=True)
-    shown = [Path(path) for path in (*SHOWN, *python_places(), cache_root(), hub_cache())]
-    shown += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH") if os.environ.get(name)]
-    for place in dict.fromkeys(place for path in shown for place in (path.absolute(), path.resolve())):
-        if place.is_dir() and place != Path("/"):
-            args += ["--ro-bind", str(place), str(place)]
-    for path in (compiled.resolve(), tree):
-        args += ["--bind", str(path), str(path)]
-    (tree / "__pycache__").mkdir(exist_ok=True)  # or a run could leave a compiled prepare.py for the next one there
-    for path in sorted(tree.iterdir()):
-        if not WRITABLE.fullmatch(path.name) and not path.is_symlink():
-            args += ["--ro-bind", str(path), str(path)]
+    found = mounts(tree, archives)
+    scratch = [*HIDDEN, os.path.realpath(Path.home())]
+    for place in sorted(found, key=lambda place: len(place.parts)):  # what is inside of a place comes after it
+        option, source = found[place]
+        args += [option, *[str(source)] * (source is not None), str(place)]
+    for place, (option, _) in found.items():
+        if option == EMPTY and str(place) not in scratch:
+            args += ["--remount-ro", str(place)]
     for name in sorted(filter(SECRET.search, os.environ)):
         args += ["--unsetenv", name]
     return [*args, "--setenv", "HF_HUB_OFFLINE", "1", "--unsetenv", "TMPDIR", "--chdir", str(tree)]
+
+
+@contextlib.contextmanager
+def without_checkpoint(tree):
+    """Keeps the last run's checkpoint, which bubblewrap cannot hide without making it read-only, in .lab/ for a while. It
+    comes back afterwards, unless there is a new one: the last run may not be recorded yet."""
+    aside = tree / names.LAB / names.ASIDE
+    aside.mkdir(exist_ok=True)
+    with hold(tree / names.LAB / names.ASIDE_LOCK) as alone:
+        if not alone:  # another sandbox has moved it and will bring it back
+            yield
+            return
+        for path in tree.iterdir():
+            if WRITABLE.fullmatch(path.name):
+                os.replace(path, aside / path.name)
+        try:
+            yield
+        finally:
+            for path in aside.iterdir():
+                path.unlink() if (tree / path.name).exists() else os.replace(path, tree / path.name)
 
 
 def signal_command(init, number):
@@ -170,8 +247,14 @@ def run(args):
     psutil()  # refuses now if it is missing, and not when a signal comes
     tree = Path.cwd()
     (tree / names.LAB).mkdir(exist_ok=True)  # or the run could create it
+    with contextlib.nullcontext() if args.archives else without_checkpoint(tree):
+        return sandboxed(tree, bwrap, command, args.archives)
+
+
+def sandboxed(tree, bwrap, command, archives):
+    """Runs the command in the sandbox. Returns its exit status, or 1 if there is no sandbox or it left code behind."""
     reader, writer = os.pipe()
-    line = [bwrap, *arguments(tree), "--info-fd", str(writer), "--", sys.executable, "-ISc", RESTORE_SIGNALS, *command]
+    line = [bwrap, *arguments(tree, archives), "--info-fd", str(writer), "--", sys.executable, "-ISc", RESTORE_SIGNALS, *command]
     before = {path.name for path in tree.iterdir()}
     init, early = None, []  # the sandbox's first process; signals that came before it existed
 

@@ -1,1 +1,1 @@
-"""What this machine can do: doctor and profile."""
+"""What this machine has and can do: devices, doctor and profile."""

@@ -89,6 +89,16 @@ def identity(answer):
     return ok("git identity", answer[1].partition(" <")[0])  # the address does not belong into a bug report
 
 
+def signing(answer):
+    """answer: (exit status, output) of `git config --type=bool commit.gpgsign`."""
+    if answer[0] == 0 and answer[1].strip() == "true":
+        return warn(
+            "git signing", "commit.gpgsign is on: a commit of the agent may wait for a passphrase all night",
+            "git config commit.gpgsign false, here; only `lab night` switches it off by itself",
+        )  # fmt: skip
+    return None
+
+
 def checkout(inside, has_train, branch, changed):
     """inside: (exit status, output) of `git rev-parse --show-toplevel`; changed: files that differ from HEAD."""
     if inside[0] != 0:

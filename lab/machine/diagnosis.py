@@ -68,6 +68,7 @@ class Doctor:
         self.add("git", lambda: checks.git(m.which("git"), m.output("git", "--version")))
         if self.attempt(lambda: m.which("git"), None):
             self.add("git identity", lambda: checks.identity(m.output("git", "var", "GIT_AUTHOR_IDENT")))
+            self.add("git signing", lambda: checks.signing(m.output("git", "config", "--type=bool", "commit.gpgsign")))
             self.add("checkout", self.checkout)
         self.add("folder", lambda: checks.tree_writable(m.writable(m.tree)))
         self.add("run", self.run_in_progress)

@@ -27,6 +27,9 @@ def make(repo, record, table):
         return None
     building.mkdir(parents=True, exist_ok=True)
     missing = move_checkpoint(repo.top / names.CHECKPOINT, building / names.CHECKPOINT, record["run_id"])
+    aside = repo.top / names.LAB / names.ASIDE / names.CHECKPOINT
+    if missing and aside.exists():  # a sandbox that hid it from another program was killed before it put it back
+        missing = move_checkpoint(aside, building / names.CHECKPOINT, record["run_id"])
     files.write(building / names.TRAIN, repo.git("show", f"{record['commit']}:train.py", raw=True))
     log = run_log.read(repo.top / names.RUN_LOG)
     if log and log.identity == record["log"]:

@@ -24,6 +24,7 @@ ENDS = "ends.json"  # of runs without a result
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 WORKER_LOCK, WAITED, FAULT_LOG = "worker.lock", "waited.json", "fault.log"
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
+ASIDE, ASIDE_LOCK, BLANK = "aside", "aside.lock", "blank"  # of the sandbox: checkpoints it hides; what it shows as the holdout
 
 NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
 FEEDER = "AUTORESEARCH_FEEDER"  # environment variable of an agent that feeds a fleet's workers and has no GPU

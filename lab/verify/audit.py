@@ -8,6 +8,7 @@ Each run is scored in a separate process, from the train.py and the checkpoint a
 writes it to audit.tsv; scores are cached in .lab/audit.json. docs/proof.md says how to read the table.
 """
 
+import errno
 import hashlib
 import json
 import sys
@@ -29,6 +30,7 @@ FLAGGED = 4  # exit status if a row is flagged
 # A val gain above SURE σ is hardly noise. If less than FRACTION of it appears on the holdout, the rest is too much for a
 # night's selection bias (in docs/night it is 1 % of the gain).
 SURE, FRACTION = 3, 0.5
+READ_ONLY = (errno.EROFS, errno.EBUSY, errno.EACCES, errno.EPERM)  # EBUSY: a file that the sandbox has mounted
 COLUMNS = ["row", "commit", "val_logged", "val_again", "holdout", "val_gain", "holdout_gain", "flags", "description"]
 
 
@@ -68,8 +70,24 @@ def score(top, folder, args, known):
     digest = scoring_digest(top, folder, args.device)
     if args.again or digest not in known:
         known[digest] = scoring.score(top, folder, args.device, args.time_limit)
-        files.write(top / names.LAB / names.AUDIT_MEMORY, json.dumps(known, indent=1) + "\n")
+        keep(top, known)
     return known[digest]
+
+
+def keep(top, known):
+    """Writes the cache of scores; returns whether it could be written."""
+    return write(top / names.LAB / names.AUDIT_MEMORY, json.dumps(known, indent=1) + "\n")
+
+
+def write(path, content):
+    """Writes the file; returns whether it could be. In the sandbox it cannot, and the printed table is what counts."""
+    try:
+        files.write(path, content)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return False
+    return True
 
 
 def scoring_digest(top, folder, device):
@@ -223,12 +241,15 @@ def run(args):
     known_sigma = "σ is not known, so gains on val alone are not checked" if sigma is None else f"σ {sigma:.6f}"
     if ("holdout" not in rows[0] or not has_base) and len(rows) > 1:
         known_sigma = f"the baseline has no scores{'' if has_base else ' here'}, so there are no gains; {known_sigma}"
-    print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; written to audit.tsv")
+    lines = "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)])
+    unwritten = [] if write(top / names.AUDIT_TSV, lines) else [names.AUDIT_TSV]
+    unwritten += [] if keep(top, known) else [f"{names.LAB}/{names.AUDIT_MEMORY}"]
+    where = f"read-only here, not written: {', '.join(unwritten)}" if unwritten else f"written to {names.AUDIT_TSV}"
+    print(f"{known_sigma}; {len(rows)} runs, {len(flagged)} flagged; {where}")
     if left_out:
         print(f"{left_out} more kept runs are archived on other machines: audit them there")
     if trend := holdout.sentence([row["gap"] for row in rows if "gap" in row]):
         print(trend)
-    files.write(top / names.AUDIT_TSV, "".join("\t".join(line) + "\n" for line in [COLUMNS, *map(cells, rows)]))
     if not any("holdout" in row for row in rows):
         raise Refused("none of these runs could be scored: the table has the reasons")
     return FLAGGED if flagged else 0

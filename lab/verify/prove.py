@@ -108,7 +108,8 @@ class Proof:
 
     def end_orphans(self):
         """Ends processes that a killed proof left running: they would slow these trainings down."""
-        processes.end(lambda: processes.marked(MARK, str(self.place)))
+        if alive := processes.end(lambda: processes.marked(MARK, str(self.place))).left:
+            raise Refused(f"{processes.named(alive)} of a proof that was killed cannot be ended: wait until they are gone, or reboot")
 
     def judge(self, arm, seed, folder):
         """Adds the result of the training in `folder` to the runs. Raises Refused or Again if it has none."""

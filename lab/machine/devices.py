@@ -1,9 +1,11 @@
-"""What each slot of a fleet trains on: a GPU (or a MIG slice of one), or a part of the cores on a machine without GPUs.
+"""What a night, or each slot of a fleet, trains on: a GPU (or a MIG slice of one), or a part of the cores on a machine
+without GPUs.
 
 Torch is not imported. The GPUs are counted from the variable that the user or the cluster has set, from nvidia-smi, or
 from the kernel's device files.
 """
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from lab.base.errors import Refused
 
+PATIENCE = 60  # seconds that nvidia-smi may take: ten on a machine with many idle GPUs, no end with a broken driver
 CUDA, ROCM = ["CUDA_VISIBLE_DEVICES"], ["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"]
 
 
@@ -39,9 +42,10 @@ def gpus():
         count = sum(node.read_text().strip() not in ("", "0") for node in nodes)
         return variable, [str(i) for i in range(count)], "/sys/class/kfd"
     if shutil.which("nvidia-smi"):
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        if done.returncode == 0:
-            return variable, listed(done.stdout), "nvidia-smi"
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=PATIENCE)
+            if done.returncode == 0:
+                return variable, listed(done.stdout), "nvidia-smi"
     return variable, [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))], "/dev"
 
 
@@ -54,6 +58,17 @@ def listed(text):
         elif (piece := re.search(r"\(UUID: (MIG-[^)]+)\)", line)) and found:
             found[-1][1].append(piece[1])
     return [name for number, pieces in found for name in (pieces or [number])]
+
+
+def one_of_several():
+    """(environment that leaves the first GPU alone visible, a sentence that says so) if the machine has several and neither
+    the user nor the cluster selected any; ({}, "") otherwise. It is the first each time, because a record compares
+    results of the same device only."""
+    variable, visible, source = gpus()
+    if len(visible) < 2 or variable in os.environ:
+        return {}, ""
+    sentence = f"{len(visible)} GPUs ({source}): trainings use {variable}={visible[0]}; set it for another one, or use lab fleet for all"
+    return {variable: visible[0]}, sentence
 
 
 def cores():
