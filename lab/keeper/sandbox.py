@@ -20,6 +20,7 @@ import time
 from glob import glob
 from pathlib import Path
 
+from frozen.device import kernel_cache
 from lab.base.errors import Refused
 from lab.base.processes import children, is_alive, psutil, send
 from lab.store import names
@@ -98,13 +99,6 @@ def cache_root():
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 
 
-def hub_cache():
-    """The folder of Hugging Face's downloads. Its login token is one level up, and stays hidden."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(cache) / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
 def arguments(tree):
     """bubblewrap's arguments for a run in `tree`. Later ones override earlier ones, so the order is: hide, show what is
     needed, allow writing, protect what must not be written."""
@@ -120,7 +114,7 @@ def arguments(tree):
             args += ["--tmpfs", path]
     compiled = cache_root() / "compile"
     compiled.mkdir(parents=True, exist_ok=True)
-    shown = [Path(path) for path in (*SHOWN, *python_places(), cache_root(), hub_cache())]
+    shown = [Path(path) for path in (*SHOWN, *python_places(), cache_root(), kernel_cache())]
     shown += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH") if os.environ.get(name)]
     for place in dict.fromkeys(place for path in shown for place in (path.absolute(), path.resolve())):
         if place.is_dir() and place != Path("/"):
