@@ -163,8 +163,10 @@ class Run(Clock):
         self.watchdog.enter("evaluation", GRACE)
 
     def check_code(self):
-        """Checks what a run has read and loaded since it began; a test with its own clock may load any module."""
+        """Checks what a run has read, loaded and computed on so far; a test with its own clock may load any module."""
         guard.check_refusals()
+        if sentence := devices.several_gpus():
+            raise SystemExit(sentence)
         if not self.injected and (sentence := guard.foreign_module(self.train_file)):
             raise SystemExit(sentence)
 

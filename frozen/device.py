@@ -74,6 +74,20 @@ def peak_memory_mb(device):
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
 
 
+def several_gpus():
+    """A sentence if tensors of this process have been on more than one GPU, else None."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    counts = "allocation.all.allocated", "allocated_bytes.all.peak"  # the second one with cudaMallocAsync, too
+    stats = [torch.cuda.memory_stats(i) for i in range(torch.cuda.device_count())]  # starts nothing on an unused GPU
+    used = [i for i, each in enumerate(stats) if any(each.get(name) for name in counts)]
+    if len(used) < 2:
+        return None
+    return f"this run used GPUs {used}: a run has one, so that results compare: keep all tensors on clock.device"
+
+
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # if it is not loaded, nothing was compiled
