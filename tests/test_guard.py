@@ -165,9 +165,8 @@ from frozen import guard
 guard.forbid("/work/tree/train.py")
 for path in ("/etc/passwd", "/usr/bin/env", os.__file__, "/proc/self/status", "/dev/null", guard.__file__):
     assert guard.why_not(path) is None, guard.why_not(path)
-print(guard.why_not(os.environ["ASKED"]))
+print(guard.place("/somewhere/stats.json")[1])
 """
-    asked = ROOT / "pyproject.toml"
-    env = clean_environment("/", tmp_path, ASKED=asked)
+    env = clean_environment("/", tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
-    assert (done.returncode, LEFT in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, done.stdout) == (0, "home\n"), done.stderr
