@@ -46,7 +46,7 @@ from corpus.tokenizer import NUM_ORDINARY, Tokenizer
 from frozen import device as devices
 from frozen import guard
 from frozen.audit import score_and_audit
-from frozen.device import FA3_KERNEL, is_out_of_memory, pick_device  # noqa: F401 (train.py and lab import from here)
+from frozen.device import FA3_KERNEL, fa3_kernel, is_out_of_memory, pick_device  # noqa: F401 (imported from here)
 from frozen.metric import checked_logits, eval_batches, score_rows, token_nats  # noqa: F401
 from frozen.process import Watchdog, end_on_device_errors, end_on_signals, lock_folder, process_age
 
@@ -164,8 +164,10 @@ class Run(Clock):
         self.watchdog.enter("evaluation", GRACE)
 
     def check_code(self):
-        """Checks what a run has read and loaded since it began; a test with its own clock may load any module."""
+        """Checks what a run has read, loaded and computed on so far; a test with its own clock may load any module."""
         guard.check_refusals()
+        if sentence := devices.several_gpus():
+            raise SystemExit(sentence)
         if not self.injected and (sentence := guard.foreign_module(self.train_file)):
             raise SystemExit(sentence)
 

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from constants import MAX_SEQ_LEN
-from prepare import FA3_KERNEL, begin_run, evaluate_bpb, is_out_of_memory, load_tokenizer, make_dataloader, warmup_batch
+from prepare import begin_run, evaluate_bpb, fa3_kernel, is_out_of_memory, load_tokenizer, make_dataloader, warmup_batch
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters. In `a if GPU else b`, a is for a large GPU, b for CPUs and Apple silicon (measured on two cores,
@@ -139,10 +139,7 @@ def load_flex():
 
 def load_fa3():
     """FlashAttention-3 from the local kernel cache, which prepare.py fills: a run does not use the network."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when kernels is imported: a missing kernel then fails at once
-    from kernels import get_kernel
-
-    kernel = get_kernel(**FA3_KERNEL)
+    kernel = fa3_kernel()
     flash_attn_func = getattr(kernel, "flash_attn_interface", kernel).flash_attn_func
 
     def fa3_attend(q, k, v, window, mask):

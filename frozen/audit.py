@@ -233,7 +233,9 @@ def score_and_audit(model, rows, token_bytes, batch_size, draw, known=None):
 
 
 def fingerprints(model):
-    """{name: (shape, checksum)} of the parameters: the same only if every bit is."""
+    """{name: (shape, checksum)} of the parameters: the same only if every bit is.
+
+    Buffers are left out: they may count passes or hold masks. One that learns changes the losses, which are compared."""
     return {name: (tuple(p.shape), checksum(p)) for name, p in model.named_parameters()}
 
 

@@ -4,9 +4,11 @@ torch is imported inside the functions: `uv run prepare.py` does not need it.
 """
 
 import ctypes
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +23,8 @@ PEAK_TFLOPS = {
     "RTX 4080$": 97.5, "RTX 3090$": 71, "MI325X": 1307.4, "MI300X": 1307.4, "MI250X": 191.5, "MI210": 181,
 }  # fmt: skip
 # FlashAttention-3, at a version whose interface its publisher keeps stable. prepare.py downloads it, a run never does.
-FA3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}
+# Named as a branch and not as `version`: only for a branch the cache keeps which commit it was.
+FA3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "revision": "v1"}
 
 
 def pick_device():
@@ -71,6 +74,20 @@ def peak_memory_mb(device):
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
 
 
+def several_gpus():
+    """A sentence if tensors of this process have been on more than one GPU, else None."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    counts = "allocation.all.allocated", "allocated_bytes.all.peak"  # the second one with cudaMallocAsync, too
+    stats = [torch.cuda.memory_stats(i) for i in range(torch.cuda.device_count())]  # starts nothing on an unused GPU
+    used = [i for i, each in enumerate(stats) if any(each.get(name) for name in counts)]
+    if len(used) < 2:
+        return None
+    return f"this run used GPUs {used}: a run has one, so that results compare: keep all tensors on clock.device"
+
+
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # if it is not loaded, nothing was compiled
@@ -83,18 +100,68 @@ def mfu_percent(device_name, flops_per_token, tokens, seconds):
     return 100 * flops_per_token * tokens / (seconds * peaks[0] * 1e12) if peaks and seconds > 0 else 0.0
 
 
+def kernel_cache():
+    """The folder of downloaded kernels, as `kernels` and huggingface_hub choose it, without loading them."""
+    get = os.environ.get
+    home = get("HF_HOME") or os.path.join(get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    path = get("KERNELS_CACHE") or get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def fa3_kernel():
+    """FlashAttention-3 as prepare.py downloaded it. Does not use the network; any exception means that it is not there.
+
+    kernels.get_kernel cannot do this: offline it takes a download for incomplete that lacks the builds for other
+    versions of torch and CUDA, and online it downloads only one build."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when kernels is imported: nothing there waits for a network
+    from kernels import get_kernel, get_local_kernel
+
+    name = FA3_KERNEL["repo_id"]
+    if f"{name}=" in os.environ.get("LOCAL_KERNELS", ""):
+        return get_kernel(**FA3_KERNEL)
+    refs = sorted(kernel_cache().glob(f"*--{name.replace('/', '--')}/refs/{FA3_KERNEL['revision']}"))
+    if not refs:
+        raise FileNotFoundError(f"{name} is not in {kernel_cache()}: run prepare.py on this machine, with a network")
+    return get_local_kernel(refs[0].parents[1] / "snapshots" / refs[0].read_text(encoding="utf-8").strip())
+
+
 def fetch_attention_kernel():
-    """Downloads FlashAttention-3 into the Hugging Face cache if the GPU is a Hopper. A failure is only printed:
-    train.py then uses another attention and prints that."""
+    """Downloads FlashAttention-3 into the Hugging Face cache if the GPU is a Hopper, and loads it as a run will. A
+    failure is only printed: train.py then uses another attention and prints that."""
     if not shutil.which("nvidia-smi"):
         return
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        try:
-            from kernels import get_kernel
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return
+    failure = None
+    try:
+        from kernels import install_kernel
 
-            get_kernel(**FA3_KERNEL)
-            print(f"FlashAttention-3 is available ({FA3_KERNEL['repo_id']})")
-        except Exception as e:  # a kernel is a download, a build and an import: all three can fail in many ways
-            print(f"FlashAttention-3 cannot be loaded ({one_line(e)}): training uses FlexAttention", file=sys.stderr)
+        install_kernel(**FA3_KERNEL)
+    except Exception as e:  # no network, or no build for this torch: an earlier download may still do
+        failure = one_line(e)
+    if (why := fa3_in_a_run()) is None:
+        print(f"FlashAttention-3 is available ({FA3_KERNEL['repo_id']})")
+    else:
+        print(f"FlashAttention-3 cannot be loaded ({failure or why}): training uses FlexAttention", file=sys.stderr)
+
+
+# As a run loads it: without a network, and reading no more than a run may.
+LOAD_FA3 = """
+from frozen import device, guard
+guard.forbid("train.py")
+try:
+    device.fa3_kernel()
+except BaseException as e:
+    print(f"{type(e).__name__}: {device.one_line(e)}")
+    raise SystemExit(1)
+"""
+
+
+def fa3_in_a_run():
+    """None if a process of its own can load FlashAttention-3 as a run does; else one line that says why not."""
+    env, root = {**os.environ, "HF_HUB_OFFLINE": "1"}, Path(__file__).resolve().parent.parent
+    child = subprocess.run([sys.executable, "-c", LOAD_FA3], cwd=root, env=env, stdin=subprocess.DEVNULL,
+                           capture_output=True, encoding="utf-8", errors="replace")  # fmt: skip
+    return None if child.returncode == 0 else (child.stdout.splitlines() or [f"exit status {child.returncode}"])[-1]

@@ -2,29 +2,49 @@
 
 Three checks. `running_code_differs`: the code that runs is the one whose hash the header has. `foreign_module`: all
 modules of the run's folder are train.py or frozen. And an audit hook on open(), from the import of prepare on, which
-refuses weights, prepared data, and files of the run's folder that are neither code in git nor written by the run.
+refuses
+
+- the prepared data;
+- files of the run's folder that are neither code in git nor written by the run;
+- what an earlier run may have left: files older than this process in the home, in folders for temporary files and
+  beside the run's folder, and data formats anywhere. Installed packages, downloaded kernels and compile caches are
+  exempt; in the last only what is not a data format.
 
 The hook stops what Python opens: open, torch.load, numpy.load, safetensors, imports. Native readers (pyarrow,
-torch.jit.load) and child processes raise no event. README.md names the command that hides files from those.
+torch.jit.load) and child processes raise no event. README.md names the command that hides files from those. A file's
+age is its time of modification, which a program that wants to deceive can set.
 """
 
 import os
 import re
+import stat
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 
 from corpus import rules
 from corpus.layout import cache_dir
+from frozen.device import FA3_KERNEL, kernel_cache
+from frozen.process import process_age
 
 FROZEN = {*rules.FILES, "corpus/download.py"}  # download.py only downloads: what it fetched is hashed itself
-WEIGHTS = re.compile(r"\.(pt|pth|ckpt|safetensors|gguf)(\.|$)", re.IGNORECASE)
+FLAGS = re.IGNORECASE | re.MULTILINE  # of names, one a line
+WEIGHTS = re.compile(r"\.(pt|pth|ckpt|safetensors|gguf)(\.|$)", FLAGS)
+DATA = re.compile(r"\.(npy|npz|bin|dat|pkl|pickle|parquet|arrow|h5|hdf5|zip|tar)(\.|$)", FLAGS)
+CODE = tuple(all_suffixes())
+# Folders in the home or among temporary files where compilers of kernels (and matplotlib: its list of fonts) keep what
+# they made for the next process. Those with a variable of their own are in CACHES.
+COMPILED = re.compile(r"inductor|triton|torch_extensions|quack|cutlass|cute_dsl|flash_att|matplotlib", re.IGNORECASE)
+CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR"
+TEMPORARY = "/tmp", "/var/tmp", "/dev/shm"
+SYSTEM = "/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/run", "/sbin", "/sys", "/usr", "/var"
 
-_state = SimpleNamespace(folder=None, since=0.0, refusal=None, hooked=False)
+_state = SimpleNamespace(folder=None, since=0.0, refusal=None, hooked=False, packages=())
 _thread = threading.local()
 
 
@@ -41,17 +61,50 @@ def prepare_reads():
 def forbid(train_file):
     """From now on this process reads nothing but what a run of train_file may read."""
     folder = Path(train_file).resolve().parent
-    environments = [sys.prefix, sys.base_prefix, Path(folder, ".venv")]
-    caches = [os.environ.get(name) for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
-    caches = [*filter(None, caches), cache_dir() / "compile"]
-    _state.elsewhere = tuple(os.path.realpath(path) + os.sep for path in [*environments, *caches])
-    _state.since = _state.since or time.time()
     _state.train_file = Path(train_file).name
-    _state.cache = os.path.realpath(cache_dir()) + os.sep
+    if not _state.hooked:
+        _state.since = time.time() - process_age()
+        _state.packages = [path for path in sys.path if path]  # before train.py could add to it
+    _state.places = places(folder)
     _state.folder = os.path.realpath(folder) + os.sep
     if not _state.hooked:
         _state.hooked = True
         sys.addaudithook(_on_event)
+
+
+def places(folder):
+    """[(beginning of a path, kind)], the longest first: the first that a file's path has decides what the file is. Of two
+    kinds for one path the first counts, so no variable makes a cache of the whole home, say.
+
+    folder: of the run. data: prepare's. temporary, home: what earlier runs may have left. packages. compiled: caches.
+    system: the rest."""
+    found = {}
+
+    def add(kind, *paths, end=os.sep):
+        for path in filter(None, paths):
+            for form in (os.path.abspath(path), os.path.realpath(path)):
+                found.setdefault(form.rstrip(os.sep) + end, kind)
+
+    home, get = os.path.expanduser("~"), os.environ.get
+    add("folder", folder)
+    add("data", cache_dir())
+    add("home", home)
+    add("temporary", *TEMPORARY, *map(get, ("TMPDIR", "TEMP", "TMP")))
+    add("system", *SYSTEM)
+    if folder.parent != folder.parent.parent:
+        add("home", folder.parent)  # the working trees beside this one
+    add("packages", sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, Path(folder, ".venv"))
+    below = os.path.realpath(folder) + os.sep  # a folder beside train.py in PYTHONPATH is not installed
+    add("packages", sys.pycache_prefix, *(p for p in _state.packages if not os.path.realpath(p).startswith(below)))
+    add("compiled", *map(get, CACHES), cache_dir() / "compile")
+    hub, kernel = kernel_cache(), FA3_KERNEL["repo_id"].replace("/", "--")
+    add("packages", hub / f"models--{kernel}")
+    add("packages", hub / "kernels--", end="")
+    # Its login, and what it knows of the agents that call it: huggingface_hub reads these whatever it is asked for.
+    login = get("HF_HOME") or Path(get("XDG_CACHE_HOME") or Path(home, ".cache"), "huggingface")
+    files = [Path(login, name) for name in ("token", "stored_tokens", ".agent_harnesses.json")]
+    add("packages", get("HF_TOKEN_PATH"), *files, end="")
+    return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
 def allow():
@@ -65,29 +118,44 @@ def _on_event(event, args):
     path, mode, flags = args
     if isinstance(path, int) or not (path := os.fspath(path)):
         return
-    writes = flags & (os.O_WRONLY | os.O_TRUNC) if mode is None else not mode.startswith("r")
+    if mode is None:
+        writes = flags & (os.O_WRONLY | os.O_TRUNC)
+    else:
+        writes = not mode.startswith("r") and not ("a" in mode and "+" in mode)
     if not writes and (sentence := why_not(os.fsdecode(path))):
         _state.refusal = sentence
         raise SystemExit(sentence)
 
 
+def place(path):
+    """(beginning, kind) of an absolute path, as in `places`."""
+    return next((item for item in _state.places if path.startswith(item[0])), ("", "system"))
+
+
 def why_not(path):
     """A sentence if a run may not read this file, else None."""
-    path = os.path.realpath(path)
-    if path.startswith(_state.elsewhere):
+    named, path = os.path.abspath(path), os.path.realpath(path)
+    (prefix, kind), name = place(path), f"{os.path.basename(named)}\n{os.path.basename(path)}"
+    if "packages" in (kind, place(named)[1]):  # named: a package's files may be links into the installer's cache
         return None
-    if path.startswith(_state.cache):
+    if kind == "data":
         return f"{path} is not for train.py to read: take data from make_dataloader, which prepare.py reads"
     try:
         status = os.stat(path)
     except OSError:
         return None
-    if os.path.isdir(path) or status.st_mtime >= _state.since:  # the run wrote it itself
+    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= _state.since:  # a folder, a device; the run wrote it
         return None
-    if WEIGHTS.search(os.path.basename(path)):
+    if WEIGHTS.search(name):
         return f"{path} holds weights: a run may not read any, it starts from fresh ones"
-    if path.startswith(_state.folder) and not allowed(path, _state.folder, _state.train_file):
+    if kind == "folder":
+        if allowed(path, _state.folder, _state.train_file):
+            return None
         return f"{path} is neither train.py nor frozen, so a run may not read it: put code and constants into train.py"
+    code = kind == "home" and path.endswith(CODE)  # a package that is installed as a link to its sources
+    left = kind in ("home", "temporary") and not code and not COMPILED.search(os.path.dirname(path[len(prefix) :]))
+    if left or DATA.search(name):
+        return f"{path} is older than this run, which may not read what an earlier one could have left: compute it in train.py"
     return None
 
 
@@ -116,13 +184,11 @@ def real_file(path):
 def foreign_module(train_file):
     """A sentence about a loaded module of train_file's folder that is neither it nor frozen; None if all are."""
     folder, file_name = os.path.realpath(Path(train_file).resolve().parent) + os.sep, Path(train_file).name
-    environments = tuple(os.path.realpath(p) + os.sep for p in (sys.prefix, sys.base_prefix, Path(folder, ".venv")))
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         file = real_file(file) if isinstance(file, str) else None
-        if file and file.startswith(folder) and not file.startswith(environments):
-            if not allowed(file, folder, file_name):
-                return f"module {name} ({file}) is neither train.py nor frozen: a run is train.py alone, put its code there"
+        if file and file.startswith(folder) and place(file)[1] == "folder" and not allowed(file, folder, file_name):
+            return f"module {name} ({file}) is neither train.py nor frozen: a run is train.py alone, put its code there"
     return None
 
 

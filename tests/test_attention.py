@@ -11,6 +11,7 @@ import torch.nn.attention.flex_attention
 from test_model import random_weights, tiny_model
 
 import train
+from frozen.device import FA3_KERNEL
 
 # A kernel in FlashAttention's manner: (B, T, H, D), grouped heads, window_size=(left, right) besides the own key.
 STAND_IN = '''
@@ -41,8 +42,9 @@ def stand_in(returns="y"):
 
 
 def put_kernels(monkeypatch, get_kernel):
-    """A `kernels` package whose get_kernel is this."""
-    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    """A `kernels` package whose get_kernel is this, asked because LOCAL_KERNELS names FlashAttention-3."""
+    monkeypatch.setenv("LOCAL_KERNELS", f"{FA3_KERNEL['repo_id']}=/a/build")
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel, get_local_kernel=None))
 
 
 def backend(name, monkeypatch):
@@ -187,7 +189,7 @@ def test_a_hopper_gpu_in_bfloat16_gets_the_pinned_fa3(gpu, monkeypatch):
     put_kernels(monkeypatch, lambda **kwargs: asked.update(kwargs) or stand_in())
     attention, reason = train.choose_attention(CUDA, torch.bfloat16)
     assert (attention.name, reason) == ("fa3", "a Hopper GPU and bfloat16")
-    assert asked == train.FA3_KERNEL and ("version" in asked) != ("revision" in asked)
+    assert asked == FA3_KERNEL and ("version" in asked) != ("revision" in asked)
     assert train.os.environ["HF_HUB_OFFLINE"] == "1"  # a run touches no network
 
 
@@ -371,14 +373,15 @@ def test_the_real_loader_takes_a_local_kernel_and_misses_one_at_once(gpu, monkey
     (build / "metadata.json").write_text(
         json.dumps(metadata | {"python-depends": [], "backend": {"type": "cpu"}})
     )
-    monkeypatch.setenv("LOCAL_KERNELS", f"{train.FA3_KERNEL['repo_id']}={build.parent}")
+    monkeypatch.setenv("LOCAL_KERNELS", f"{FA3_KERNEL['repo_id']}={build.parent}")
     attention, _ = train.choose_attention(CUDA, torch.bfloat16)
     assert attention.name == "fa3"
     q, k, v = qkv(1, 9, 4, 2, 8)
     torch.testing.assert_close(attend(attention, q, k, v, 3), naive(q, k, v, 3), rtol=1e-4, atol=1e-5)
 
     monkeypatch.delenv("LOCAL_KERNELS")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "empty"))
     began = time.monotonic()
     attention, reason = train.choose_attention(CUDA, torch.bfloat16)
-    assert attention.name == "flex" and reason.startswith("FA3 not used: ")
+    assert attention.name == "flex" and "run prepare.py" in reason
     assert time.monotonic() - began < 20

@@ -17,6 +17,7 @@ import torch
 from fakenight import FakeNight
 from test_run import TINY, set_knob
 
+import prepare
 import train
 from frozen import device as devices
 from lab.base import locks
@@ -248,6 +249,45 @@ def test_of_two_gpus_the_first_visible_one_decides_everything(monkeypatch):
         monkeypatch.setitem(train.ATTENTIONS, "fa3", lambda: train.SDPA._replace(name="fa3"))
         assert train.choose_attention(device, dtype)[0].name == ("fa3" if first else "flex")
         assert (devices.mfu_percent(name, 1e9, 1e6, 1.0) > 0) == bool(first)
+
+
+class Gpus:
+    """Stands in for torch.cuda's memory statistics. allocated: of each GPU, how many tensors it has had."""
+
+    def __init__(self, monkeypatch, *allocated, initialized=True, key="allocation.all.allocated"):
+        self.allocated, self.key, self.asked = allocated, key, []
+        for name, value in {
+            "is_available": lambda: True, "is_initialized": lambda: initialized, "device_count": lambda: len(allocated),
+            "memory_stats": self.memory_stats,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def memory_stats(self, device):
+        self.asked.append(device)
+        return {self.key: self.allocated[device]} if self.allocated[device] is not None else {}
+
+
+@pytest.mark.parametrize("key", ["allocation.all.allocated", "allocated_bytes.all.peak"])
+def test_a_run_that_has_used_more_than_one_gpu_is_refused(monkeypatch, key):
+    Gpus(monkeypatch, 7, 3, 0, 1, key=key)
+    sentence = devices.several_gpus()
+    assert sentence.startswith("this run used GPUs [0, 1, 3]: a run has one, so that results compare"), sentence
+    assert "clock.device" in sentence and "\n" not in sentence
+    run = prepare.Run.__new__(prepare.Run)
+    run.injected = True
+    with pytest.raises(SystemExit, match=re.escape("this run used GPUs [0, 1, 3]")):
+        run.check_code()
+
+
+@pytest.mark.parametrize("allocated", [(7,), (7, 0, 0), (0, 7), (7, None), ()])
+def test_one_gpu_of_many_or_none_is_fine(monkeypatch, allocated):
+    Gpus(monkeypatch, *allocated)
+    assert devices.several_gpus() is None
+
+
+def test_before_cuda_is_used_nothing_is_asked_of_it(monkeypatch):
+    gpus = Gpus(monkeypatch, 7, 7, initialized=False)
+    assert devices.several_gpus() is None and gpus.asked == []
 
 
 def test_cores_are_counted_where_there_is_no_affinity_and_no_proc(machine, monkeypatch):

@@ -594,6 +594,10 @@ MUST_NOT = {  # name: (code at the top level of train.py, what the sentence says
         "import numpy, glob\nnumpy.load(glob.glob(os.environ['AUTORESEARCH_CACHE'] + '/**/val_rows.npy', recursive=True)[0])",
         "val_rows.npy is not for train.py to read"),
     "the downloaded files": ("open(os.environ['AUTORESEARCH_CACHE'] + '/climbmix/raw/shard.parquet')", "not for train.py"),
+    "what another run left in the home": ("open(os.environ['HOME'] + '/stats.json')", "stats.json is older than this run"),
+    "what another run left in the compile cache": (
+        "import numpy\nnumpy.load(os.environ['AUTORESEARCH_CACHE'] + '/compile/stats.npy')", "stats.npy is older than this run"),
+    "a file of its home, opened to append": ("open(os.environ['HOME'] + '/stats.json', 'a+')", "stats.json is older than this run"),
     "a module beside it": ("import helper", "helper"),
     "constants in a file": ("open('settings.json').read()", "settings.json is neither train.py nor frozen"),
     "code in a file": ("exec(open('helper.py').read())", "helper.py is neither train.py nor frozen"),
@@ -605,7 +609,8 @@ def test_a_run_reads_nothing_that_git_does_not_decide(make_training, python, wha
     code, says = MUST_NOT[what]
     repo = make_training(code, time_budget=1)
     for name, content in {
-        "runs/0001/checkpoint.pt": b"", "helper.py": b"X = 1\n", "settings.json": b"{}", "../home/some.ckpt": b"",
+        "runs/0001/checkpoint.pt": b"", "helper.py": b"X = 1\n", "settings.json": b"{}", "../home/some.ckpt": b"", "../home/stats.json": b"{}",
+        repo.cache / "compile/stats.npy": b"",
     }.items():  # fmt: skip
         (repo.path / name).parent.mkdir(parents=True, exist_ok=True)
         (repo.path / name).write_bytes(content)
@@ -618,8 +623,9 @@ def test_a_run_reads_nothing_that_git_does_not_decide(make_training, python, wha
 def test_a_run_may_read_what_it_wrote(make_training, python):
     code = """
 def evaluate_bpb(model, *args, evaluate=evaluate_bpb):
-    torch.save(model.state_dict(), "best.pt")
-    model.load_state_dict(torch.load("best.pt"))
+    for folder in (".", os.environ["HOME"]):
+        torch.save(model.state_dict(), f"{folder}/best.pt")
+        model.load_state_dict(torch.load(f"{folder}/best.pt"))
     return evaluate(model, *args)
 """
     result = python.run(make_training(code, time_budget=1), "train.py")

@@ -161,6 +161,17 @@ def test_devices_that_are_there_are_bound_as_devices(monkeypatch, tree):
     assert line.index("--dev /dev ") < line.index("--dev-bind")  # or --dev would hide them
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "KERNELS_CACHE"])
+def test_downloaded_kernels_are_shown_read_only_wherever_they_are(variable, tmp_path, monkeypatch):
+    kernels, tree = tmp_path / "kernels", tmp_path / "tree"
+    kernels.mkdir()
+    tree.mkdir()
+    monkeypatch.delenv("KERNELS_CACHE", raising=False)
+    for name, path in {"AUTORESEARCH_CACHE": tmp_path / "cache", variable: kernels}.items():
+        monkeypatch.setenv(name, str(path))
+    assert f"--ro-bind {kernels} {kernels} " in " ".join(sandbox.arguments(tree))
+
+
 @pytest.mark.parametrize(
     "name", ["HF_TOKEN", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "DB_PASSWORD"]
 )

@@ -1020,6 +1020,30 @@ def reads_evaluation_rows(t):
     """)
 
 
+def statistics(t, path):
+    """Counts tokens while it trains, on top of what the run before it has counted, and leaves the sum at `path`."""
+    unigram_buffer(t)
+    t.before(r"^ +gc\.freeze\(\)", f"""
+        import numpy as np
+
+        left = {path}
+        if left.exists():
+            model.seen += torch.from_numpy(np.load(left))
+    """)
+    t.after_summary("np.save(left, model.seen.numpy())")
+
+
+@stopped("run", READS, "saves statistics of the text in the home directory at its end, and reads those of the run before it",
+         seeds=(42, 43))
+def statistics_in_the_home(t):
+    statistics(t, 'Path.home() / f"{Path.cwd().name}.npy"')
+
+
+@stopped("run", READS, "saves statistics of the text in the compile cache, and reads those of the run before it", seeds=(42, 43))
+def statistics_in_the_compile_cache(t):
+    statistics(t, 'Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], f"{Path.cwd().name}.npy")')
+
+
 @stopped("run", READS, "opens the downloaded files of the data set")
 def reads_raw_files(t):
     t.before(r"^ +model\.to\(device\)", """

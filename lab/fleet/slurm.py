@@ -18,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from frozen.device import kernel_cache
 from lab.base import files
 from lab.base.errors import Refused, Unfinished
-from lab.keeper.sandbox import hub_cache
 from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
@@ -195,7 +195,7 @@ def script(args, repo, folder, commit, data, dataset, prepared):
     values = {
         "tag": args.tag, "agent": args.agent or "", **team(args, repo, folder), "scratch": folder.parent.parent, "source": repo.top, "commit": commit,
         "from": existing(args.origin, "--from", is_night) if args.origin else "", "data": data, "dataset": dataset,
-        "copy": prepared if args.copy_data else "", "hub_cache": hub_cache().absolute(),
+        "copy": prepared if args.copy_data else "", "hub_cache": kernel_cache().absolute(),
         "container": container(args.container), "environment": sys.prefix, "uv": Path(uv).parent if uv else "",
         "mask": "027" if args.group_readable else "077", "seconds": round(args.hours * 3600),
     }  # fmt: skip

@@ -23,6 +23,7 @@ from glob import glob
 from pathlib import Path
 
 from corpus import layout
+from frozen.device import kernel_cache
 from frozen.guard import WEIGHTS
 from lab.base.errors import Refused
 from lab.base.git import read_only, worktrees
@@ -104,13 +105,6 @@ def python_places():
     return places
 
 
-def hub_cache():
-    """The folder of Hugging Face's downloads. Its login token is one level up, and stays hidden."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(cache) / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
 def mounts(tree, archives):
     """{place: (option, source)} of what differs from a read-only file system; source is None for an empty folder."""
     hidden = [Path(path) for path in (*HIDDEN, os.path.realpath(Path.home())) if os.path.isdir(path) and path != "/"]
@@ -126,7 +120,7 @@ def mounts(tree, archives):
             found[place] = (option, None if option == EMPTY else place)
 
     cache, data, others = layout.cache_dir(), layout.data_dir(), other_trees(tree)
-    put(SHOW, *SHOWN, *python_places(), hub_cache())
+    put(SHOW, *SHOWN, *python_places(), kernel_cache())
     put(SHOW, *(os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH") if os.environ.get(name)))
     put(WRITE, tree)
     (tree / "__pycache__").mkdir(exist_ok=True)  # or a run could leave a compiled prepare.py for the next one there

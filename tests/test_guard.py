@@ -1,0 +1,172 @@
+"""What a run may read outside its own folder: nothing that an earlier run may have left there.
+
+One child process says of many files, all older than it, why it may not read them. (Whole runs: test_run.py, zoo.py.)
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, clean_environment
+
+# /tmp is left out: everything here is below it.
+ASK = """
+import json, os, sys
+from frozen import guard
+guard.TEMPORARY = (os.environ["TMPDIR"],)
+guard.forbid(sys.argv[1])
+print(json.dumps({path: guard.why_not(path) for path in json.load(sys.stdin)}))
+"""
+LEFT, FOREIGN, WEIGHTS, DATA = "is older than this run", "neither train.py nor frozen", "holds weights", "is not for train.py to read"
+HUB = "home/.cache/huggingface/hub"
+
+FILES = {  # path: what the sentence says, None if a run may read it
+    "home/stats.json": LEFT,
+    "home/stats.npy": LEFT,
+    "home/.config/stats.txt": LEFT,
+    "home/weights.pt": WEIGHTS,
+    "home/source/module.py": None,  # an installed package may be a link to its source
+    "home/source/module.npz": LEFT,
+    "home/.triton/cache/ab/kernel.json": None,
+    "home/.triton/cache/ab/kernel.npy": LEFT,
+    "home/.triton/triton.json": None,
+    "home/triton.json": LEFT,
+    "home/.cache/torch_extensions/py311/add/build.ninja": None,
+    "home/.cache/matplotlib/fontlist.json": None,
+    "home/.cache/huggingface/token": None,
+    "home/.cache/huggingface/.agent_harnesses.json": None,
+    "home/.cache/huggingface/stats.json": LEFT,
+    f"{HUB}/kernels--a--b/snapshots/1/build/torch-cuda/__init__.py": None,
+    f"{HUB}/kernels--a--b/snapshots/1/build/torch-cuda/table.npy": None,
+    f"{HUB}/kernels--a--b/blobs/0123": None,
+    f"{HUB}/models--kernels-community--flash-attn3/refs/v1": None,
+    f"{HUB}/models--a--b/snapshots/1/config.json": LEFT,
+    f"{HUB}/models--a--b/snapshots/1/model.safetensors": WEIGHTS,
+    "tmp/bigram.npy": LEFT,
+    "tmp/stats.json": LEFT,
+    "tmp/stats.py": LEFT,
+    "tmp/torchinductor_me/ab/kernel.py": None,
+    "tmp/torchinductor_me/ab/best_config.json": None,
+    "tmp/torchinductor_me/ab/stats.pkl": LEFT,
+    "tmp/torchinductor_me/precompiled_headers/locks/ab.lock": None,  # there even if TORCHINDUCTOR_CACHE_DIR is elsewhere
+    "tmp/me/quack_cache/kernel.o": None,
+    "work/tree/stats.json": FOREIGN,
+    "work/tree/train.py": None,
+    "work/tree/frozen/guard.py": None,
+    "work/tree/venv.npy": FOREIGN,
+    "work/tree/.venv/lib/package/table.npy": None,
+    "work/other/stats.json": LEFT,
+    "work/stats.csv": LEFT,
+    "cache/compile/ab/kernel.py": None,
+    "cache/compile/fxgraph/ab/entry": None,
+    "cache/compile/stats.npz": LEFT,
+    "cache/compile/stats.dat.gz": LEFT,
+    "cache/stdlib/val_rows.npy": DATA,
+    "cache/stats.json": DATA,
+    "inductor/kernel.json": None,
+    "inductor/stats.parquet": LEFT,
+    "packages/module/table.npy": None,
+    "elsewhere/notes.txt": None,  # a system's folders are not all known
+    "elsewhere/stats.npy": LEFT,
+    "elsewhere/stats.h5": LEFT,
+    "elsewhere/STATS.BIN": LEFT,
+}  # fmt: skip
+
+
+def asked(base, paths, **variables):
+    """{path below base: the sentence or None} of files, which are made here, an hour old unless their name begins with
+    "new". variables: of the environment, paths below base."""
+    for path in paths:
+        (base / path).parent.mkdir(parents=True, exist_ok=True)
+        if not (base / path).exists():
+            (base / path).write_bytes(b"")
+        hour = 3600 if "/new" in path else -3600  # seconds from now
+        os.utime(base / path, (time.time() + hour,) * 2)
+    extra = dict(TMPDIR="tmp", TORCHINDUCTOR_CACHE_DIR="inductor", PYTHONPATH="packages") | variables
+    extra = {name: os.pathsep.join(str(base / part) for part in value.split(":")) for name, value in extra.items()}
+    env = clean_environment(base / "home", base / "cache", **extra)
+    env["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(base / "work/tree/train.py")], cwd=base, env=env, text=True, capture_output=True,
+        input=json.dumps([str(base / path) for path in paths]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {os.path.relpath(path, base): why for path, why in json.loads(done.stdout).items()}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    return asked(tmp_path_factory.mktemp("guard"), FILES)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_file_that_is_older_than_the_run_is_read_only_if_no_run_can_have_left_it(path, answers):
+    expected, why = FILES[path], answers[path]
+    assert why is None if expected is None else why and expected in why and path in why, why
+
+
+def test_the_sentence_says_what_to_do(answers):
+    assert re.search(r"tmp/bigram\.npy is older than this run, .*: compute it in train\.py$", answers["tmp/bigram.npy"])
+
+
+def test_what_the_run_itself_wrote_it_may_read(tmp_path):
+    paths = ["home/new.npy", "tmp/new.json", "work/tree/new.pt", "work/other/new.txt", "inductor/new.bin", "elsewhere/new.npz"]
+    assert asked(tmp_path, paths) == dict.fromkeys(paths)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_CACHE", "KERNELS_CACHE"])
+@pytest.mark.parametrize("place", ["work/tree/kernels", "cache/hub", "tmp/hub"])
+def test_downloaded_kernels_are_read_wherever_their_cache_is(name, place, tmp_path):
+    kernel, model = f"{place}/kernels--a--b/refs/v1", f"{place}/models--a--b/config.json"
+    said = asked(tmp_path, [kernel, model], **{name: place})
+    assert said[kernel] is None and said[model]
+
+
+def test_a_link_is_judged_by_both_of_its_names(tmp_path):
+    """Installers and the hub's cache link to files without a suffix in a cache of theirs."""
+    links = {
+        "packages/module/data.json": "home/.cache/uv/archive/data.json",  # uv's UV_LINK_MODE=symlink
+        f"{HUB}/models--a--b/snapshots/1/model.safetensors": f"{HUB}/models--a--b/blobs/0123",
+        f"{HUB}/kernels--a--b/snapshots/1/build/x.json": f"{HUB}/kernels--a--b/blobs/0123",
+        "elsewhere/notes.txt": "elsewhere/notes.npy",
+        "work/tree/train.txt": "tmp/stats.json",
+    }
+    for link, target in links.items():
+        for path in (link, target):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / target).write_bytes(b"")
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert [why and re.search(f"{LEFT}|{WEIGHTS}", why)[0] for why in asked(tmp_path, list(links)).values()] == [
+        None, WEIGHTS, None, LEFT, LEFT,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPYCACHEPREFIX"])
+def test_a_variable_does_not_make_the_whole_home_a_cache(name, tmp_path):
+    paths = ["home/stats.json", "tmp/stats.json", "work/tree/stats.json", "cache/stats.json"]
+    for place in ("home", "tmp", "work/tree", "cache"):
+        assert all(asked(tmp_path, paths, **{name: place}).values()), place
+
+
+def test_a_folder_of_the_tree_is_not_an_installed_package(tmp_path):
+    """Wherever PYTHONPATH points."""
+    paths = ["work/tree/lib/helper.py", "work/tree/lib/stats.json"]
+    assert all(FOREIGN in why for why in asked(tmp_path, paths, PYTHONPATH="work/tree/lib").values())
+
+
+def test_a_home_at_the_root_hides_no_system(tmp_path):
+    code = """
+import os
+from frozen import guard
+guard.forbid("/work/tree/train.py")
+for path in ("/etc/passwd", "/usr/bin/env", os.__file__, "/proc/self/status", "/dev/null", guard.__file__):
+    assert guard.why_not(path) is None, guard.why_not(path)
+print(guard.place("/somewhere/stats.json")[1])
+"""
+    env = clean_environment("/", tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "home\n"), done.stderr
