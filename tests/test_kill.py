@@ -131,6 +131,7 @@ def kill_everywhere(repo, library, call):
     return int(result.out.splitlines()[-1])
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_killed_before_any_write_of_preparing(make_repo, library):
     repo = make_repo("stdlib", rules=(32, 32 * 16, 300))
     assert kill_everywhere(repo, library, "kill_everywhere(corpus.build.prepare)") > 25

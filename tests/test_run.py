@@ -287,7 +287,8 @@ def trained(python, repo):
     return result.out, values, *settings(result.out)
 
 
-@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [False, True])
 def test_a_depth_of_three_is_three_and_the_width_follows(make_training, python, gpu):
     """With the hyperparameters of a CPU and of a GPU: one line, nothing else."""
     knobs = {"DEPTH": "3", "GPU": str(gpu)}
