@@ -163,7 +163,7 @@ def test_a_home_at_the_root_hides_no_system(tmp_path):
 import os
 from frozen import guard
 guard.forbid("/work/tree/train.py")
-for path in ("/etc/passwd", "/usr/bin/env", os.__file__, "/proc/self/status", "/dev/null", guard.__file__):
+for path in ("/etc/passwd", "/usr/bin/env", os.__file__, "/proc/self/status", "/dev/null"):
     assert guard.why_not(path) is None, guard.why_not(path)
 print(guard.place("/somewhere/stats.json")[1])
 """

@@ -894,7 +894,7 @@ COLOURED = {"run: ": "\x1b[32mrun: ", "---\n": "\x1b[1m---\x1b[0m\n", "val_bpb: 
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "colours"])
-@pytest.mark.parametrize("size", [0, 700_000])
+@pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.slow), 700_000])
 def test_a_log_in_utf_16_or_with_colours_reads_like_any_other(night, encoding, size):
     ready(night)
     path, log = night.path / "run.log", night.read("run.log")

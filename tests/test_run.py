@@ -306,7 +306,8 @@ def test_the_width_need_not_follow_from_the_depth(make_training, python):
     assert values["depth"].strip() == "3" and config["n_embd"] == 128 and len(config["windows"]) == 3
 
 
-@pytest.mark.parametrize("rows, device_batch, micro_batches", [pytest.param(4, 4, 1, marks=pytest.mark.slow), (24, 8, 3), pytest.param(12, 6, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, device_batch, micro_batches", [(4, 4, 1), (24, 8, 3), (12, 6, 2)])
 def test_the_total_batch_is_one_edit(make_training, python, rows, device_batch, micro_batches):
     repo = make_training(knobs=TINY | {"TOTAL_BATCH_SIZE": f"{rows} * 32"}, time_budget=1)
     out, _, _, _ = trained(python, repo)
@@ -427,7 +428,7 @@ def test_the_standard_library_is_prepared_by_the_run_itself(make_training, pytho
     assert "\nval_bpb: " in result.out and manifest.exists()
 
 
-@pytest.mark.parametrize("name", ["train_00001.npy", "train_00000_offsets.npy", "val_rows.npy", "tokenizer.tiktoken"])
+@pytest.mark.parametrize("name", ["train_00000_offsets.npy", "val_rows.npy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train_00001.npy", "tokenizer.tiktoken"))])
 def test_a_truncated_file_of_the_data_is_one_line(make_training, python, name):
     repo = make_training()
     (path,) = repo.cache.rglob(name)
@@ -605,7 +606,11 @@ MUST_NOT = {  # name: (code at the top level of train.py, what the sentence says
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", MUST_NOT)
+# One of each kind; tests/test_guard.py asks the guard itself about many more paths.
+RUN_WITH = "weights, and carries on if that fails", "the evaluation rows", "what another run left in the home", "a module beside it", "code in a file"
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.slow] * (what not in RUN_WITH)) for what in MUST_NOT])
 def test_a_run_reads_nothing_that_git_does_not_decide(make_training, python, what):
     code, says = MUST_NOT[what]
     repo = make_training(code, time_budget=1)

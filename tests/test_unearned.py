@@ -117,7 +117,7 @@ LEAKS |= {f"chunks of {n}": within_chunks(n) for n in (2, 8, 64)}
 LEAKS |= {f"distance {n}": at_distance(n) for n in (1, 2, 8, 32, 64)}
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.001, 0.02])
+@pytest.mark.parametrize("noise", [0.0, pytest.param(0.001, marks=pytest.mark.slow), 0.02])
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_worth_a_thousandth_of_a_bit_is_found(audited, text, name, noise):
     rows, table = text
