@@ -307,7 +307,11 @@ def make_output_safe():
 
 
 def choose_compile_cache():
-    """Compiled graphs go below the cache, so that they survive a reboot; if that is read-only, to a temporary folder."""
+    """Compiled graphs go below the cache, so that they survive a reboot; if that is read-only, to a temporary folder. A
+    cache that is all of $TMPDIR, say, moves one folder down: guard tells its files from what else is there by its name."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        if guard.is_shared(path := os.environ.get(name)):
+            os.environ[name] = os.path.join(path, "torchinductor")
     folder = cache_dir() / "compile"
     try:
         folder.mkdir(exist_ok=True)

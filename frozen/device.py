@@ -122,7 +122,15 @@ def fa3_kernel():
     refs = sorted(kernel_cache().glob(f"*--{name.replace('/', '--')}/refs/{FA3_KERNEL['revision']}"))
     if not refs:
         raise FileNotFoundError(f"{name} is not in {kernel_cache()}: run prepare.py on this machine, with a network")
-    return get_local_kernel(refs[0].parents[1] / "snapshots" / refs[0].read_text(encoding="utf-8").strip())
+    # A download that was cut off has noted its commit already. An older one that is whole still works.
+    noted, error = refs[0].read_text(encoding="utf-8").strip(), None
+    found = (refs[0].parents[1] / "snapshots").iterdir()
+    for snapshot in sorted(found, key=lambda path: (path.name != noted, -path.stat().st_mtime)):
+        try:
+            return get_local_kernel(snapshot)
+        except Exception as e:
+            error = error or e
+    raise error or FileNotFoundError(f"{refs[0]} names a download that is not there: run prepare.py with a network")
 
 
 def fetch_attention_kernel():
@@ -143,6 +151,8 @@ def fetch_attention_kernel():
         failure = one_line(e)
     if (why := fa3_in_a_run()) is None:
         print(f"FlashAttention-3 is available ({FA3_KERNEL['repo_id']})")
+    elif why.startswith("SystemExit"):
+        print(f"FlashAttention-3: a run that loads it would be refused: {why.partition(': ')[2]}", file=sys.stderr)
     else:
         print(f"FlashAttention-3 cannot be loaded ({failure or why}): training uses FlexAttention", file=sys.stderr)
 

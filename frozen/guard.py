@@ -37,6 +37,7 @@ FLAGS = re.IGNORECASE | re.MULTILINE  # of names, one a line
 WEIGHTS = re.compile(r"\.(pt|pth|ckpt|safetensors|gguf)(\.|$)", FLAGS)
 DATA = re.compile(r"\.(npy|npz|bin|dat|pkl|pickle|parquet|arrow|h5|hdf5|zip|tar)(\.|$)", FLAGS)
 CODE = tuple(all_suffixes())
+INSTALLED = re.compile(r"[/\\](site|dist)-packages([/\\]|$)")
 # Folders in the home or among temporary files where compilers of kernels (and matplotlib: its list of fonts) keep what
 # they made for the next process. Those with a variable of their own are in CACHES.
 COMPILED = re.compile(r"inductor|triton|torch_extensions|quack|cutlass|cute_dsl|flash_att|matplotlib", re.IGNORECASE)
@@ -44,7 +45,8 @@ CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", 
 TEMPORARY = "/tmp", "/var/tmp", "/dev/shm"
 SYSTEM = "/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/run", "/sbin", "/sys", "/usr", "/var"
 
-_state = SimpleNamespace(folder=None, since=0.0, refusal=None, hooked=False, packages=())
+_state = SimpleNamespace(folder=None, since=0.0, refusal=None, hooked=False, packages=(), logins=(), places=(), environment={})
+_older = set()  # files older than the run that it has opened to write without emptying them: their age no longer tells
 _thread = threading.local()
 
 
@@ -64,7 +66,8 @@ def forbid(train_file):
     _state.train_file = Path(train_file).name
     if not _state.hooked:
         _state.since = time.time() - process_age()
-        _state.packages = [path for path in sys.path if path]  # before train.py could add to it
+        _state.packages = [path for path in sys.path if path]  # before train.py could add to it or to the environment
+        _state.environment = dict(os.environ)
     _state.places = places(folder)
     _state.folder = os.path.realpath(folder) + os.sep
     if not _state.hooked:
@@ -76,8 +79,8 @@ def places(folder):
     """[(beginning of a path, kind)], the longest first: the first that a file's path has decides what the file is. Of two
     kinds for one path the first counts, so no variable makes a cache of the whole home, say.
 
-    folder: of the run. data: prepare's. temporary, home: what earlier runs may have left. packages. compiled: caches.
-    system: the rest."""
+    folder: of the run. data: prepare's. temporary, home: what earlier runs may have left. packages. sources: other
+    folders that Python imports from. compiled: caches. system: the rest."""
     found = {}
 
     def add(kind, *paths, end=os.sep):
@@ -85,25 +88,32 @@ def places(folder):
             for form in (os.path.abspath(path), os.path.realpath(path)):
                 found.setdefault(form.rstrip(os.sep) + end, kind)
 
-    home, get = os.path.expanduser("~"), os.environ.get
+    below = os.path.realpath(folder) + os.sep
+
+    def elsewhere(paths):  # what is beside train.py stays the run's folder, whatever a variable says
+        return [path for path in paths if path and not (os.path.realpath(path) + os.sep).startswith(below)]
+
+    home, get = os.path.expanduser("~"), _state.environment.get
     add("folder", folder)
     add("data", cache_dir())
     add("home", home)
-    add("temporary", *TEMPORARY, *map(get, ("TMPDIR", "TEMP", "TMP")))
+    add("temporary", *TEMPORARY, *elsewhere(map(get, ("TMPDIR", "TEMP", "TMP"))))
     add("system", *SYSTEM)
     if folder.parent != folder.parent.parent:
         add("home", folder.parent)  # the working trees beside this one
     add("packages", sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, Path(folder, ".venv"))
-    below = os.path.realpath(folder) + os.sep  # a folder beside train.py in PYTHONPATH is not installed
-    add("packages", sys.pycache_prefix, *(p for p in _state.packages if not os.path.realpath(p).startswith(below)))
-    add("compiled", *map(get, CACHES), cache_dir() / "compile")
+    for path in elsewhere(_state.packages):  # a wide PYTHONPATH may contain whole projects, with their checkpoints
+        add("packages" if INSTALLED.search(path) else "sources", path)
+    add("packages", sys.pycache_prefix, *(entry.partition("=")[2] for entry in get("LOCAL_KERNELS", "").split(":")))
+    add("compiled", *elsewhere(map(get, CACHES)), cache_dir() / "compile")
     hub, kernel = kernel_cache(), FA3_KERNEL["repo_id"].replace("/", "--")
     add("packages", hub / f"models--{kernel}")
     add("packages", hub / "kernels--", end="")
     # Its login, and what it knows of the agents that call it: huggingface_hub reads these whatever it is asked for.
-    login = get("HF_HOME") or Path(get("XDG_CACHE_HOME") or Path(home, ".cache"), "huggingface")
-    files = [Path(login, name) for name in ("token", "stored_tokens", ".agent_harnesses.json")]
-    add("packages", get("HF_TOKEN_PATH"), *files, end="")
+    login = get("HF_HOME") or os.path.join(get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    login = os.path.expanduser(os.path.expandvars(login))
+    files = [os.path.join(login, name) for name in ("token", "stored_tokens", ".agent_harnesses.json")]
+    _state.logins = [os.path.realpath(path) for path in (get("HF_TOKEN_PATH"), *files) if path]
     return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
@@ -119,12 +129,26 @@ def _on_event(event, args):
     if isinstance(path, int) or not (path := os.fspath(path)):
         return
     if mode is None:
-        writes = flags & (os.O_WRONLY | os.O_TRUNC)
+        writes, empties = flags & (os.O_WRONLY | os.O_TRUNC), flags & os.O_TRUNC
     else:
-        writes = not mode.startswith("r") and not ("a" in mode and "+" in mode)
+        writes, empties = not mode.startswith("r") and not ("a" in mode and "+" in mode), mode[:1] in "wx"
+    if writes:
+        note_older(os.fsdecode(path), empties)
     if not writes and (sentence := why_not(os.fsdecode(path))):
         _state.refusal = sentence
         raise SystemExit(sentence)
+
+
+def note_older(path, empties):
+    """A line that is appended makes a file new, but not what else is in it."""
+    path = os.path.realpath(path)
+    try:
+        if empties:
+            _older.discard(path)
+        elif os.stat(path).st_mtime < _state.since:
+            _older.add(path)
+    except (OSError, ValueError):
+        pass
 
 
 def place(path):
@@ -132,11 +156,17 @@ def place(path):
     return next((item for item in _state.places if path.startswith(item[0])), ("", "system"))
 
 
+def is_shared(path):
+    """Whether this folder is all of the home or of a folder for temporary files."""
+    return bool(path) and place(path := os.path.realpath(path) + os.sep) in ((path, "home"), (path, "temporary"))
+
+
 def why_not(path):
     """A sentence if a run may not read this file, else None."""
     named, path = os.path.abspath(path), os.path.realpath(path)
     (prefix, kind), name = place(path), f"{os.path.basename(named)}\n{os.path.basename(path)}"
-    if "packages" in (kind, place(named)[1]):  # named: a package's files may be links into the installer's cache
+    kinds = kind, place(named)[1]  # named: a package's files may be links into the installer's cache
+    if "packages" in kinds or "sources" in kinds and not WEIGHTS.search(name) or path in _state.logins:
         return None
     if kind == "data":
         return f"{path} is not for train.py to read: take data from make_dataloader, which prepare.py reads"
@@ -144,8 +174,8 @@ def why_not(path):
         status = os.stat(path)
     except OSError:
         return None
-    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= _state.since:  # a folder, a device; the run wrote it
-        return None
+    if not stat.S_ISREG(status.st_mode) or status.st_mtime >= _state.since and path not in _older:
+        return None  # a folder, a device; the run wrote it
     if WEIGHTS.search(name):
         return f"{path} holds weights: a run may not read any, it starts from fresh ones"
     if kind == "folder":

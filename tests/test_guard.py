@@ -39,6 +39,7 @@ FILES = {  # path: what the sentence says, None if a run may read it
     "home/.cache/matplotlib/fontlist.json": None,
     "home/.cache/huggingface/token": None,
     "home/.cache/huggingface/.agent_harnesses.json": None,
+    "home/.cache/huggingface/token_counts.npy": LEFT,
     "home/.cache/huggingface/stats.json": LEFT,
     f"{HUB}/kernels--a--b/snapshots/1/build/torch-cuda/__init__.py": None,
     f"{HUB}/kernels--a--b/snapshots/1/build/torch-cuda/table.npy": None,
@@ -170,3 +171,67 @@ print(guard.place("/somewhere/stats.json")[1])
     env = clean_environment("/", tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (0, "home\n"), done.stderr
+
+
+ASK_AGAIN = """
+import json, os, sys
+from frozen import guard
+guard.TEMPORARY = (os.environ["TMPDIR"],)
+guard.forbid(sys.argv[1])
+path = sys.argv[2]
+with guard.prepare_reads():
+    old = guard.why_not(path)
+exec(sys.stdin.read())
+print(json.dumps([old, guard.why_not(path)]))
+"""
+
+
+@pytest.mark.parametrize("code, is_read", [
+    ("open(path, 'a').write('a line')", False), ("os.close(os.open(path, os.O_WRONLY))\nos.utime(path)", False),
+    ("open(path, 'w').write('new')", True), ("os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))\nos.utime(path)", True),
+    ("os.remove(path)\nopen(path, 'a').write('new')", True),
+])  # fmt: skip
+def test_a_line_appended_makes_an_old_file_no_newer(tmp_path, code, is_read):
+    path = tmp_path / "home" / "history.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("what an earlier run has learned\n")
+    os.utime(path, (time.time() - 3600,) * 2)
+    env = clean_environment(tmp_path / "home", tmp_path / "cache", TMPDIR=str(tmp_path / "tmp"), PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_AGAIN, str(tmp_path / "work/tree/train.py"), str(path)], input=code, cwd=tmp_path, env=env,
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    old, now = json.loads(done.stdout)
+    assert LEFT in old and (now is None if is_read else LEFT in now)
+
+
+def test_what_a_variable_says_makes_no_cache_of_the_tree_nor_of_a_whole_home(tmp_path):
+    paths = ["work/tree/helpers/stats.json", "work/tree/helpers/helper.py", "home/stats.json", "tmp/ab/kernel.json"]
+    found = asked(tmp_path, paths, MPLCONFIGDIR="work/tree/helpers", TORCHINDUCTOR_CACHE_DIR="home", TRITON_CACHE_DIR="tmp")
+    assert [why for why in found.values() if why is None] == [], found
+    assert FOREIGN in found[paths[0]] and FOREIGN in found[paths[1]]
+
+
+def test_weights_of_a_project_in_a_wide_pythonpath_are_weights(tmp_path):
+    paths = ["home/code/other/checkpoint.pt", "home/code/other/module.py", "home/code/other/table.json"]
+    found = asked(tmp_path, paths, PYTHONPATH="home/code")
+    assert WEIGHTS in found[paths[0]] and found[paths[1]] is found[paths[2]] is None
+
+
+def test_a_compile_cache_that_is_all_of_tmpdir_moves_one_folder_down(tmp_path):
+    """Or its files would count as what an earlier run has left, and every run after the first would be refused."""
+    code = """
+import os
+import prepare
+prepare.guard.forbid("/work/tree/train.py")
+prepare.choose_compile_cache()
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"])
+"""
+    tmp = tmp_path / "job"
+    for folder in (tmp, tmp_path / "triton", tmp_path / "home"):
+        folder.mkdir(exist_ok=True)
+    env = clean_environment(tmp_path / "home", tmp_path / "cache", TMPDIR=str(tmp), TORCHINDUCTOR_CACHE_DIR=str(tmp))
+    env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "AUTORESEARCH_DATASET": "stdlib"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.stdout.split() == [str(tmp / "torchinductor"), str(tmp_path / "triton")], done.stderr

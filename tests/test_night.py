@@ -12,6 +12,7 @@ import pytest
 from conftest import kill_group
 
 from lab.base.processes import is_alive
+from lab.machine import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -313,6 +314,12 @@ def test_a_closed_terminal_does_not_end_the_night(tree):
 
 
 # --- several GPUs -------------------------------------------------------------
+
+
+def test_a_gpu_of_amd_that_a_container_hides_is_not_counted(tmp_path):
+    (tmp_path / "gpu_id").write_text("51234\n")
+    assert devices.number(tmp_path / "gpu_id") == "51234"
+    assert devices.number(tmp_path) == devices.number(tmp_path / "none") == "", "the kernel answers with an error"
 
 
 @pytest.mark.parametrize(

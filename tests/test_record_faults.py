@@ -236,6 +236,10 @@ ENDS = {  # what the log ends with: how the run ended, in which words
     OVERRAN.strip(): ("overran", "training overran its 300 s by 4.2 s, 3.0 s are allowed"),
     "AcceleratorError: CUDA error: unspecified launch failure (train.py, line 9, in train): if nvidia-smi": ("crash", None),
     "RuntimeError: CUDA driver error: out of memory (train.py, line 9): see nvidia-smi": ("crash", None),
+    "RuntimeError: CUDA driver error: an illegal memory access was encountered": ("crash", None),
+    "RuntimeError: CUDA driver version is insufficient for CUDA runtime version": ("machine", "CUDA driver version"),
+    "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)":
+        ("crash", None),
     "ValueError: size": ("crash", None),
     "UserWarning: Can't initialize NVML\n" + TRACE.format(code='assert x == 1, "No space left on device"', error="AssertionError"):
         ("crash", None),

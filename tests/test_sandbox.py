@@ -369,6 +369,37 @@ def test_a_cache_behind_a_link_and_one_inside_the_tree(tree, isolated, tmp_path,
         assert found == {"data": "'{}'", "all": repr(sorted(["compile", data.parent.name])), "of it": repr([data.name]), "compile": "1"}
 
 
+@needs_bubblewrap
+def test_links_in_a_tree_below_a_hidden_folder(tree, tmp_path):
+    """runs/ on another disk, and the environment of another tree."""
+    for name in ("runs", ".lab"):
+        real = tmp_path / "another disk" / name
+        real.mkdir(parents=True)
+        (real / "checkpoint.pt").write_text("weights")
+        shutil.rmtree(tree.path / name, ignore_errors=True)
+        (tree.path / name).symlink_to(real)
+    args = sandbox.arguments(tree.path)
+    done = subprocess.run([shutil.which("bwrap"), *args, "sh", "-c", "cat runs/* .lab/*; echo >> new && cat new"], text=True, capture_output=True)
+    assert done.returncode == 0 and "weights" not in done.stdout, done.stderr
+
+
+def test_a_tree_is_not_another_one_whatever_its_path(tree, tmp_path):
+    subprocess.run(["git", "init", "-q", str(tree.path)], check=True)
+    link = tmp_path / "link"
+    link.symlink_to(tree.path)
+    assert sandbox.other_trees(tree.path) == sandbox.other_trees(link) == []
+
+
+def test_a_checkpoint_that_a_run_in_progress_is_writing_stays(tree):
+    (tree.path / ".lab").mkdir(exist_ok=True)
+    (tree.path / "checkpoint.pt.tmp").write_text("half")
+    fd = os.open(tree.path, os.O_RDONLY)  # as a training does
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with sandbox.without_checkpoint(tree.path):
+        assert (tree.path / "checkpoint.pt.tmp").exists()
+    os.close(fd)
+
+
 def test_a_second_sandbox_leaves_the_checkpoint_where_the_first_has_put_it(tree):
     checkpoint = tree.path / "checkpoint.pt"
     (tree.path / ".lab").mkdir()

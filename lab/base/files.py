@@ -37,10 +37,14 @@ def disk_is_full(folder):
 
 
 def flush(path):
-    """Returns once the file is on the disk, where a power cut leaves it whole. Raises OSError."""
+    """Returns once the file is on the disk, where a power cut leaves it whole. Raises OSError. Some network file systems
+    refuse this to a file that was opened to be read: it is then as safe as they make it."""
     how = os.O_RDWR | os.O_BINARY if os.name == "nt" else os.O_RDONLY  # Windows flushes only what may be written
     fd = os.open(path, how)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOSYS):
+            raise
     finally:
         os.close(fd)

@@ -87,7 +87,7 @@ def tasks_of(args):
     """The program.md of each task. Without the one of an agent that feeds workers, which programs/*.md names too."""
     if args.workers is not None:
         return [names.PROGRAM] * args.workers
-    return [p for p in args.programs if Path(p).name != Path(names.TEAM_PROGRAM).name]
+    return [p for p in args.programs if Path(p).parts[-2:] != Path(names.TEAM_PROGRAM).parts]
 
 
 def existing(path, what, test):

@@ -121,15 +121,19 @@ class Keeper:
         self.stopped_by = number
 
     def over(self):
+        return not self.keeps_the_tree() or self.stopped_by or self.now() >= self.end
+
+    def keeps_the_tree(self):
+        """Whether no other night has begun in this tree. Takes the lock again where an agent has removed its file."""
         if not self.ousted and not self.lock.still_held():
             self.ousted = True
             self.say("another night has begun in this tree: this one ends")
-        return self.stopped_by or self.ousted or self.now() >= self.end
+        return not self.ousted
 
     def wait_while(self, busy, seconds):
         """Waits until busy() is false, the seconds have passed, or the night is stopped."""
         until = self.now() + seconds
-        while busy() and self.now() < until and not self.stopped_by:
+        while busy() and self.now() < until and not self.stopped_by and not self.ousted:
             self.sleep(POLL)
 
     # --- the agent ---
@@ -216,8 +220,8 @@ class Keeper:
         """After the hours are over: lets a training in progress finish, and the agent record it."""
         if run_in_progress(self.root):
             self.say("the hours are over: waiting for the training in progress and its record")
-            self.wait_while(lambda: run_in_progress(self.root), LONGEST_RUN)
-        self.wait_while(lambda: self.process.poll() is None and unrecorded(self.root), TIME_TO_RECORD)
+            self.wait_while(lambda: run_in_progress(self.root) and self.keeps_the_tree(), LONGEST_RUN)
+        self.wait_while(lambda: self.process.poll() is None and unrecorded(self.root) and self.keeps_the_tree(), TIME_TO_RECORD)
 
     def one_start(self):
         """Starts the agent and waits. Returns why it must be started again; None when the night is over."""
@@ -286,5 +290,5 @@ def run(args, now=time.monotonic, sleep=time.sleep):
             keeper.end_agent()
             raise
         finally:
-            if not keeper.ousted:  # or it would be the other night's agent
+            if not keeper.ousted and lock.still_held():  # or it would be the other night's agent
                 end(lambda: cleanup.orphans(root))  # on macOS an orphan is not among the descendants

@@ -27,7 +27,7 @@ from frozen.device import kernel_cache
 from frozen.guard import WEIGHTS
 from lab.base.errors import Refused
 from lab.base.git import read_only, worktrees
-from lab.base.locks import hold
+from lab.base.locks import hold, run_in_progress
 from lab.base.processes import children, is_alive, psutil, send
 from lab.store import names
 
@@ -111,8 +111,10 @@ def mounts(tree, archives):
     found = dict.fromkeys(hidden, (EMPTY, None))
 
     def places(path):
-        given, real = path.absolute(), path.resolve()  # a link in a hidden folder is gone: a folder stands for it
-        places = [real, given] if any(map(given.is_relative_to, hidden)) else [real]
+        given, real = path.absolute(), path.resolve()
+        # A link in a hidden folder is gone, so a folder stands for it. In the tree a link stays what it is.
+        gone = any(map(given.is_relative_to, hidden)) and not (given.is_relative_to(tree) and given != tree)
+        places = [real, given] if gone else [real]
         return [place for place in places if place.is_dir() and place != Path("/")]
 
     def put(option, *paths):
@@ -145,8 +147,7 @@ def mounts(tree, archives):
 
 def other_trees(tree):
     """The other working trees of this checkout that exist."""
-    own = (read_only(tree, "rev-parse", "--show-toplevel") or "").strip()
-    return [path for path in worktrees(tree) if path.is_dir() and str(path) != own]
+    return [path for path in worktrees(tree) if path.is_dir() and path.resolve() != tree.resolve()]
 
 
 def compile_cache(cache):
@@ -194,7 +195,7 @@ def without_checkpoint(tree):
     aside = tree / names.LAB / names.ASIDE
     aside.mkdir(exist_ok=True)
     with hold(tree / names.LAB / names.ASIDE_LOCK) as alone:
-        if not alone:  # another sandbox has moved it and will bring it back
+        if not alone or run_in_progress(tree):  # another sandbox brings it back; or a run without one is writing it
             yield
             return
         for path in tree.iterdir():
@@ -203,8 +204,9 @@ def without_checkpoint(tree):
         try:
             yield
         finally:
-            for path in aside.iterdir():
-                path.unlink() if (tree / path.name).exists() else os.replace(path, tree / path.name)
+            for path in list(aside.glob("*")):
+                with contextlib.suppress(FileNotFoundError):  # `lab record` has archived it
+                    path.unlink() if (tree / path.name).exists() else os.replace(path, tree / path.name)
 
 
 def signal_command(init, number):

@@ -188,7 +188,7 @@ def examine(repo, description, discard=False, simpler=False, proposed=False):
 def refuse_uncommitted(repo, history, log):
     """train.py has uncommitted changes: what to do depends on whose run is in run.log."""
     train, ran = repo.top / names.TRAIN, log and log.header and log.header["train_sha256"]
-    is_new = log and log.ended in ("complete", "crash") and not history.record_of(log)
+    is_new = log and log.ended in ("complete", "crash", *ends.COUNTED) and not history.record_of(log)
     if is_new and train.is_file() and ran == names.sha256(train):
         raise Refused(f"the last run is of train.py as it is now, which is not committed: {COMMIT_RUN}")
     committed = rules.commit(repo, "HEAD")(names.TRAIN)

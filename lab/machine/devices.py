@@ -39,7 +39,7 @@ def gpus():
             return name, ([] if given == ["-1"] else given), f"{name}={os.environ[name]}"
     if variables is ROCM:
         nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
-        count = sum(node.read_text().strip() not in ("", "0") for node in nodes)
+        count = sum(number(node) not in ("", "0") for node in nodes)
         return variable, [str(i) for i in range(count)], "/sys/class/kfd"
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -47,6 +47,14 @@ def gpus():
             if done.returncode == 0:
                 return variable, listed(done.stdout), "nvidia-smi"
     return variable, [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))], "/dev"
+
+
+def number(node):
+    """The id of a GPU of AMD's; "" if a container or a job hides it, which the kernel answers with an error."""
+    try:
+        return node.read_text().strip()
+    except OSError:
+        return ""
 
 
 def listed(text):

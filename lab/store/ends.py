@@ -2,7 +2,8 @@
 
 A machine that fails ends a run, and the run is repeated. But train.py may end its own process in a way that looks the same
 (too much memory, so that the system kills it), and would be repeated without end. `lab record` notes such a run when it
-refuses it. A night that is killed together with its run, and starts again, goes by `lab status`, which notes nothing.
+refuses it. A night that is killed together with its run, and starts again, goes by `lab status`, which notes nothing. A
+run that is killed before its header is not counted either: its log names no code.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ MACHINE = re.compile(
     r"No space left on device|Disk quota exceeded|Input/output error|Read-only file system|Stale file handle|"
     r"iostream error|unexpected pos \d+ vs \d+|PytorchStreamWriter failed|"
     r"Transport endpoint is not connected|Bus error|Cannot allocate memory|is not prepared|"
-    r"No CUDA GPUs are available|CUDA driver|cuda driver combination|(CUDA|ROCm)-capable device|cudaErrorDevicesUnavailable|"
+    r"No CUDA GPUs are available|CUDA driver (version|initiali[sz]ation)|cuda driver combination|(CUDA|ROCm)-capable device|cudaErrorDevicesUnavailable|"
     r"(CUDA|HIP) error: unknown error|ECC error|NVLink error|NVML|[Ff]allen off the bus|GPU is lost"
 )
 OVERRAN = re.compile(r"^training overran its .*?(?=:)", re.MULTILINE)  # in prepare.py; a stall of the machine may cause it
@@ -226,7 +226,7 @@ def why_it_crashed(error):
     if overran := OVERRAN.search(error):
         return "overran", overran[0]
     for line in error.split("\n"):
-        if line[:1].strip() and not re.search("Warning:|out of memory", line) and (found := MACHINE.search(line)):
+        if line[:1].strip() and not re.search("Warning:|out of memory|tried to allocate", line) and (found := MACHINE.search(line)):
             return "machine", found[0]
     return "crash", None
 
