@@ -76,7 +76,8 @@ QUIET_FILES = {"test_night.py", "test_preemption.py", "test_slurm.py"}
 # Groups and files with slow tests that take minutes: they begin first, so that no worker is left alone with one at the end.
 LONGEST = [
     "quiet", "test_night_scripted.py", "test_containers.py", "test_slurm_cluster.py", "test_damaged.py", "test_prove.py",
-    "test_queue_real.py", "test_queue_kill.py", "test_zoo.py", "test_doctor.py", "test_run.py",
+    "test_queue_real.py", "test_queue_kill.py", "test_zoo.py", "test_doctor.py", "test_run.py", "test_prepare.py",
+    "test_verdict.py", "test_profile.py",
 ]  # fmt: skip
 
 
