@@ -294,7 +294,7 @@ def test_a_depth_of_three_is_three_and_the_width_follows(make_training, python, 
     knobs = {"DEPTH": "3", "GPU": str(gpu)}
     if gpu:  # small enough for a CPU; what follows from the depth stays as it is
         knobs |= {name: TINY[name] for name in ("TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE", "COMPILE", "DTYPE")}
-    _, values, _, config = trained(python, make_training(knobs=knobs, time_budget=1))
+    _, values, _, config = trained(python, make_training(knobs=knobs, time_budget=4))
     assert values["depth"].strip() == "3" and len(config["windows"]) == 3
     assert config["n_embd"] == (256 if gpu else 128)  # 3 * 64 and 3 * 32, rounded up to whole heads
 
