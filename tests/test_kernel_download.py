@@ -138,7 +138,7 @@ device.fetch_attention_kernel()
 RUN = """
 from frozen import device, guard
 guard.forbid("train.py")
-print("loaded:", device.fa3_kernel().NAME)
+print("loaded:", devices.fa3_kernel().NAME)
 """
 
 
@@ -235,6 +235,29 @@ def test_the_commit_that_prepare_noted_is_loaded_from_the_folder_that_the_variab
     devices.fa3_kernel()
     assert loaded == [repo / "snapshots" / "1234"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_download_that_was_cut_off_leaves_the_one_before_it_in_use(loaded, tmp_path, monkeypatch):
+    """The ref names the new commit before its files are there."""
+    cached = tmp_path / f"kernels--{REPO.replace('/', '--')}"
+    for name in ("snapshots/old", "snapshots/new", "refs"):
+        (cached / name).mkdir(parents=True)
+    (cached / "refs" / BRANCH).write_text("new")
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+
+    def load(path):
+        if path.name not in whole:
+            raise FileNotFoundError(f"no build in {path.name}")
+        return path.name
+
+    monkeypatch.setattr(sys.modules["kernels"], "get_local_kernel", load)
+    whole = ["old"]
+    assert devices.fa3_kernel() == "old"
+    whole.append("new")
+    assert devices.fa3_kernel() == "new"
+    whole.clear()
+    with pytest.raises(FileNotFoundError, match="no build in new"):
+        devices.fa3_kernel()
 
 
 def test_a_kernel_that_was_not_downloaded_is_one_sentence_with_the_folder(loaded, tmp_path, monkeypatch):
