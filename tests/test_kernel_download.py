@@ -138,7 +138,7 @@ device.fetch_attention_kernel()
 RUN = """
 from frozen import device, guard
 guard.forbid("train.py")
-print("loaded:", devices.fa3_kernel().NAME)
+print("loaded:", device.fa3_kernel().NAME)
 """
 
 
