@@ -293,7 +293,7 @@ def test_a_claim_is_held_while_others_see_it_and_nobody_may_think_it_void(agent)
 def test_many_workers_begin_with_different_proposals_and_few_with_the_oldest(agent):
     worker = agent.worker()
     items = [SimpleNamespace(id=i, kind="open", state={"failed": []}) for i in range(40)]
-    worker.free = lambda queue: list(items)
+    worker.free = lambda queue, late: list(items)
     alone, many = (SimpleNamespace(workers=range(n), running=[]) for n in (1, 40))
     assert [item.id for item in worker.next(alone)] == list(range(40))
     tries = [[item.id for item in worker.next(many)] for _ in range(20)]

@@ -224,6 +224,39 @@ def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
     assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{best['commit']}:train.py").splitlines())
 
 
+@pytest.mark.parametrize("told", ["late", pytest.param("keep", marks=pytest.mark.slow)])
+def test_of_two_keeps_that_are_recorded_at_the_same_time_the_weaker_is_tried_again(agent, told):
+    """Neither knows the other when it judges. told: what the worker of the weaker one says, which is "keep" if it looks before
+    the better one is published; the order of two records that are made at the same time is that of their members' names."""
+    better, weaker = sorted([agent.worktree("w1"), agent.worktree("w2")], key=lambda tree: tree.member())
+    first, second = (weaker, better) if told == "late" else (better, weaker)
+    ideas = {weaker: ("more A", KEEP), better: ("much B", {"B": 0.05})}
+    for tree in (first, second):
+        agent.proposed(ideas[tree][0], **ideas[tree][1])
+    with inside(first):
+        worker = first.worker()
+        recorded = worker.recorded
+
+        def slow(*args, once=[1]):  # noqa: B006
+            if once:
+                once.clear()
+                with locks.hold(first.path / ".lab" / "worker.lock"):
+                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+                    second.work()
+                os.chdir(first.path)
+                assert agent.kinds()[ideas[second][0]] == "keep"
+            return recorded(*args)
+
+        worker.recorded = slow
+        worker.begin()
+        while worker.step():
+            pass
+    assert one_verdict_each(agent) == {"more A": "keep", "much B": "keep"}
+    assert ("late gain" in str(worker.said_all)) == (told == "late")
+    assert [(r["description"], bool(r.get("late"))) for r in agent.team.night.rows[1:]] == [("much B", False), ("more A", True), ("more A", False)]
+    assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{agent.team.best['commit']}:train.py").splitlines())
+
+
 @pytest.mark.slow
 def test_a_best_in_doubt_runs_again_once(agent):
     for i in range(30):

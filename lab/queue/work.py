@@ -214,7 +214,7 @@ class Worker:
         """The Item as this worker's; None if another was faster."""
         attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": doing, "since": now()}
         with contextlib.suppress(Lost):
-            return self.change(item, kind="claimed", **self.identity, **attempt, **changes)
+            return self.change(item, kind="claimed", verdict="", **self.identity, **attempt, **changes)
         return None
 
     def age(self, item):
@@ -253,10 +253,12 @@ class Worker:
     def is_mine(self, item):
         return item.state["worker"] == self.member.name
 
-    def free(self, queue):
-        """Proposals that may be taken, oldest first; those that failed here come last."""
+    def free(self, queue, late=()):
+        """Proposals that may be taken, oldest first; those that failed here come last. late: commits whose gain was a late one;
+        a proposal that was told as a keep by one of them, as two workers judged at the same time, is tried again."""
         found = [item for item in queue.of("open") if not item.unpublished]
         found += [item for item in queue.of("claimed") if self.is_mine(item) or self.board.is_void(item)]
+        found += [item for item in queue.of("decided") if item.state["verdict"] == "keep" and item.state["commit"] in late]
         return sorted(found, key=lambda item: (not self.is_claimed_here(item), self.failed_here(item), item.state["seq"], item.id))
 
     def is_claimed_here(self, item):
@@ -486,12 +488,21 @@ class Worker:
                 item, r, said = self.experiment(item, code, description, self.seed_of(team.night, code), newer=newer)
             except Refused as refused:
                 return self.give_back(item, f"it could not be recorded: {refused}")
+            if r["verdict"] == "keep" and (late := self.late_by_now(code)):
+                r, said = {**r, **late}, late["why"]
             if not r.get("late") or attempt == ROUNDS - 1:
                 return self.settle(item, r, said)
             self.publish()
             self.say(f"a late gain: {description[: checks.BRIEF]}: it is tried again on the team's best")
             item, team, brought = self.renew(item, "a late gain, tried again on the team's best", ""), None, None
         return None
+
+    def late_by_now(self, code):
+        """What makes a keep of this worker a late gain: {"verdict", "late", "why"}, or None. Another worker may have recorded a
+        better one meanwhile. If it publishes that even later, step sees it."""
+        self.board.fetch()
+        r = self.team(self.board.refs).night.latest(code)
+        return {key: r[key] for key in ("verdict", "late", "why")} if r and r.get("late") else None
 
     def goes_on(self, item, team):
         """Whether HEAD is this claim's experiment, of a worker that was killed."""
@@ -666,17 +677,18 @@ class Worker:
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]
         if not mine and self.repeat_best(queue, team):
             return True
-        for item in self.next(queue)[:3]:
+        late = {r["commit"] for r in team.night.records if r.get("late")}
+        for item in self.next(queue, late)[:3]:
             brought = self.brought(item, team)
             if claimed := self.claim(item, "run 1", running=brought.code) if brought else self.claim(item):
                 self.take(claimed, team if brought else None, brought)
                 return True
         return False
 
-    def next(self, queue):
+    def next(self, queue, late=()):
         """Proposals to try to claim, in this order: the oldest first. With many workers one of the oldest, or all of them
         would try to claim the same one."""
-        found, workers = self.free(queue), max(len(queue.workers), len(queue.running))
+        found, workers = self.free(queue, late), max(len(queue.workers), len(queue.running))
         few = found[: 1 + (workers // SPREAD if workers >= CROWD else 0)]
         if all(item.kind == "open" and not self.failed_here(item) for item in few):
             random.shuffle(few)
