@@ -1,6 +1,7 @@
 """A look at the team, a claim, a record with its verdict: few git processes, and nothing less safe for it."""
 
 import errno
+import signal
 import sys
 from argparse import Namespace
 from types import SimpleNamespace
@@ -256,6 +257,37 @@ def test_a_worker_that_returns_before_the_remote_does_leaves_the_verdict_to_the_
     assert not worker.behind and far.records()[-1]["lost"]
     for tree in (agent, far, heir_tree):
         assert tree.queue.notes == () and [(r["description"], r["verdict"]) for r in tree.team.night.rows[1:]] == [("more A", "discard")]
+
+
+@pytest.mark.parametrize("lost", ["answer", "push"])
+def test_a_verdict_that_the_remote_did_not_answer_survives_a_worker_that_is_stopped(apart, lost, monkeypatch):
+    """The remote answers again when the worker puts its claim back: it may have the verdict, or the claim as it was."""
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    push = exchange.push
+    with inside(far):
+        worker, tries = far.worker(), []
+        settle = worker.settle
+
+        def unanswered(*args, **kwargs):
+            tries.append(1)
+            if lost == "answer":
+                push(*args, **kwargs)
+            if len(tries) == 3:
+                worker.stopped_by = signal.SIGTERM
+                monkeypatch.setattr(exchange, "push", push)
+            raise GitError(("push",), "no answer within 15 s")
+
+        worker.settle = lambda *args: (monkeypatch.setattr(exchange, "push", unanswered), settle(*args))
+        worker.begin()
+        with pytest.raises(work.Stopped):
+            worker.step()
+    assert len(tries) == 3 and [item.kind for item in agent.queue.items] == ["decided" if lost == "answer" else "open"]
+    assert list(published(far, hub)) == [worker.member.ref("far")], "for whoever takes the proposal"
+    assert agent.worktree("w1").work().done == (lost == "push")
+    (item,) = agent.queue.items
+    assert (item.kind, item.state["verdict"], item.state["commit"]) == ("decided", "keep", far.records()[-1]["commit"])
+    assert [r["description"] for r in agent.team.night.records[3:]] == ["more A"], "it does not run again"
 
 
 # --- a worker -----------------------------------------------------------------

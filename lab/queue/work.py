@@ -536,15 +536,19 @@ class Worker:
         self.say(f"handed back: {item.state['description'][: checks.BRIEF]}: {one_line(why, 200)}")
 
     def release(self, item, why=None):
-        """Puts the proposal back into the queue, for this or another worker. why: this machine's fault, which counts."""
+        """Puts the proposal back into the queue, for this or another worker. why: this machine's fault, which counts. If its
+        run is recorded and only the verdict was not published, the next one finds the record by `running`."""
+        recorded = self.own_night().latest(item.state["running"])
+        is_decided = recorded is not None and recorded["row"] is not None
         attempts = item.state["attempts"] + bool(why)
         failed = [*item.state["failed"], f"{self.tag}: {one_line(why, 200)}"][-20:] if why else item.state["failed"]
-        nobody = dict.fromkeys(("worker", "worker_branch", "host", "machine", "tree", "attempt", "doing", "running"), "")
+        nobody = dict.fromkeys(("worker", "worker_branch", "host", "machine", "tree", "attempt", "doing"), "")
+        nobody |= {} if is_decided else {"running": ""}
         if attempts >= ATTEMPTS:
             text = f"workers failed to run it {attempts} times:\n" + "\n".join(failed)
             self.change(item, kind="returned", text=text, when=now(), attempts=attempts, failed=failed, doing="", running="")
         else:
-            self.change(item, kind="open", attempts=attempts, failed=failed, **nobody)
+            self.change(item, publish=is_decided, kind="open", attempts=attempts, failed=failed, **nobody)
 
     # --- runs that nobody proposed ---
 
@@ -600,7 +604,8 @@ class Worker:
     def latest(self, item):
         """The claim as it is in the queue, if it is this worker's."""
         there = self.board.look(fresh=0).find(item.id)
-        return there if there and there.state["attempt"] == item.state["attempt"] else item
+        is_here = there and there.kind == "claimed" and there.state["attempt"] == item.state["attempt"]
+        return there if is_here else item  # a change of `item` then fails: another worker has it, or its verdict was published
 
     # --- the night ---
 
