@@ -859,6 +859,23 @@ def test_a_remote_that_vanishes_during_a_run_costs_neither_the_run_nor_the_verdi
     assert one_verdict_each(agent) == {"more A": "keep"} and len(far.records()) == 1
 
 
+@pytest.mark.parametrize("restarts", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_a_worker_left_that_was_killed_before_there_was_a_remote_blocks_nobody(tmp_path, restarts):
+    """Its claim on a run of the baseline, and the sign that it is there."""
+    if not restarts and not machine():
+        pytest.skip("this system does not name its boot, so a worker is gone for others after a quarter of an hour")
+    agent = Proposer(tmp_path / "agent")
+    dead, other = agent.worktree("w1"), agent.worktree("w2")
+    dead.killed("run_slot")
+    prefix, hub = names.queue_ref("gpus") + "/", agent.hub()
+    assert len(base_git.refs(agent.path, prefix)) == 2
+    agent.git("config", names.REMOTE, str(hub))
+    tree = dead if restarts else other
+    tree.work(most=10)
+    assert sorted(r["header"]["seed"] for r in tree.records()) == [42, 43, 44]
+    assert base_git.refs(agent.path, prefix) == base_git.refs(hub, prefix) == {}
+
+
 # --- reading ------------------------------------------------------------------
 
 
