@@ -876,6 +876,41 @@ def test_what_a_worker_left_that_was_killed_before_there_was_a_remote_blocks_nob
     assert base_git.refs(agent.path, prefix) == base_git.refs(hub, prefix) == {}
 
 
+@pytest.mark.parametrize("moved", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["by a look", "by the worker"])
+def test_a_worker_takes_over_a_remote_that_is_configured_while_it_runs(agent, moved):
+    """moved: who takes its claim to the remote: an agent that looks at the queue during the run, or nobody before the worker."""
+    agent.proposed("more A", **KEEP)
+    agent.proposed("worse B", B=-0.02)
+    tree, hub = agent.worktree("w1"), agent.hub()
+    (tree.path / ".lab").mkdir()
+    with inside(tree), locks.hold(tree.path / ".lab" / "worker.lock"):
+        worker = tree.worker()
+        train = worker.train
+
+        def during(seed, once=[1]):  # noqa: B006
+            status = train(seed)
+            if once:
+                once.clear()
+                agent.git("config", names.REMOTE, str(hub))
+                assert not moved or [item.unpublished for item in agent.queue.running] == [False]
+            return status
+
+        worker.train = during
+        worker.begin()
+        while worker.step():
+            pass
+        assert [line for line in worker.said_all if "discarded" in line] == [] and worker.done == 2
+        assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard"} and len(tree.records()) == 2
+        prefix = names.queue_ref("gpus") + "/"
+        assert base_git.refs(agent.path, prefix) == {} and len(base_git.refs(hub, prefix)) == 3, "two proposals and one worker"
+        assert list(base_git.refs(hub, worker.member.refs + worker.member.name + "/")) == [worker.member.ref("w1")]
+        agent.git("config", "--unset", names.REMOTE)
+        agent.proposed("worse C", C=-0.02)
+        while worker.step():
+            pass
+        assert agent.kinds() == {"worse C": "discard"} and worker.done == 3
+
+
 # --- reading ------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ from lab.queue.board import LONGEST, Board, machine, now
 from lab.queue.bring import bring
 from lab.queue.propose import member_of
 from lab.share import exchange
+from lab.share.membership import membership, remote_of
 from lab.share.queue_refs import Item
 from lab.share.team import team_night
 from lab.store import ends, journal, names, rules, run_log
@@ -164,6 +165,28 @@ class Worker:
 
     # --- the queue ---
 
+    def follow(self):
+        """Takes over the team's remote, if another one was configured since the last call, or none any more. Whether so."""
+        try:
+            if remote_of(self.repo) == self.member.remote:
+                return False
+            member = membership(self.repo)
+        except (Stop, OSError):  # the old one is good enough until git answers
+            return False
+        if not member or member[:2] != self.member[:2] or member.remote == self.member.remote:
+            return False
+        self.member = self.repo.member = self.board.member = member
+        self.board.refs, self.behind = None, True
+        self.say(f"from now on the team shares through {exchange.clean(member.remote) if member.remote else 'this checkout alone'}")
+        return True
+
+    def taken_along(self, refs):
+        """Takes what is only here to a remote that is new, and raises Stop as long as it does not have these refs."""
+        queue = self.board.look(fresh=0)
+        left = [item for item in (*queue.items, *queue.slots, *queue.workers) if item.unpublished and item.ref in refs]
+        if self.board.note or left:
+            raise Stop(self.board.note or "the remote did not take this worker's claim")
+
     def team(self, refs=None):
         """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own, and nothing
         does before its first run has said which device it has. refs: the team's refs, if just read."""
@@ -192,6 +215,8 @@ class Worker:
     def swap(self, changes, publish=False):
         """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, what was recorded
         goes there by itself."""
+        if not self.member.remote and self.follow():  # the claim may be there by now, and nothing that runs is lost
+            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]))
         refused = False
         if publish and self.member.remote:
             with contextlib.suppress(Stop, OSError):
@@ -664,6 +689,7 @@ class Worker:
 
     def step(self):
         """Does one thing of what is to be done. Whether there was something."""
+        self.follow()
         queue, self.own = self.board.look(), None
         if self.board.note:
             self.say(self.board.note, once=True)
