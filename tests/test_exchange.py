@@ -2,7 +2,9 @@
 
 import errno
 import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -257,6 +259,33 @@ def test_a_worker_that_returns_before_the_remote_does_leaves_the_verdict_to_the_
     assert not worker.behind and far.records()[-1]["lost"]
     for tree in (agent, far, heir_tree):
         assert tree.queue.notes == () and [(r["description"], r["verdict"]) for r in tree.team.night.rows[1:]] == [("more A", "discard")]
+
+
+def test_a_push_that_takes_too_long_leaves_no_lock_in_a_remote_that_is_a_folder(apart, monkeypatch):
+    """The remote's git runs on this machine then, and ends with the push: here while it waits for a hook."""
+    agent, _, hub = apart
+    repo, ref = agent.repo, names.queue_ref("gpus", "1")
+    hook, at, communicate = hub / "hooks" / "reference-transaction", hub / "at", subprocess.Popen.communicate
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f'#!/bin/sh\n[ "$1" = prepared ] && touch {at} && exec sleep 600\nexit 0\n')
+    hook.chmod(0o755)
+
+    def late(process, input=None, timeout=None):
+        if "push" in process.args and not at.exists():
+            deadline = time.monotonic() + 100
+            while not at.exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            assert (hub / f"{ref}.lock").exists()
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return communicate(process, input, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", late)
+    with pytest.raises(GitError, match="no answer within 15 s"):
+        exchange.swap(repo, checks.member_of(repo), [(ref, agent.git("rev-parse", "HEAD"), None)])
+    assert not [*hub.rglob("*.lock")] and base_git.refs(hub, ref) == {}
+    hook.unlink()
+    assert exchange.swap(repo, checks.member_of(repo), [(ref, agent.git("rev-parse", "HEAD"), None)]) == "done"
 
 
 @pytest.mark.parametrize("lost", ["answer", "push"])
