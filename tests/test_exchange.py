@@ -288,6 +288,44 @@ def test_a_push_that_takes_too_long_leaves_no_lock_in_a_remote_that_is_a_folder(
     assert exchange.swap(repo, checks.member_of(repo), [(ref, agent.git("rev-parse", "HEAD"), None)]) == "done"
 
 
+def test_a_lock_that_a_killed_git_left_in_the_remote_keeps_one_proposal_waiting_and_not_for_ever(apart, monkeypatch):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    agent.proposed("worse B", B=-0.02)
+    lock = hub / f"{agent.queue.items[0].ref}.lock"
+    lock.touch()
+    with inside(far):
+        worker = far.worker()
+        worker.pause = lambda seconds: pytest.fail("it is tried again and again, and nothing else is")
+        worker.begin()
+        assert worker.step() and agent.kinds() == {"more A": "open", "worse B": "discard"}
+        with pytest.raises(GitError, match="File exists"):
+            worker.step()
+        assert lock.exists(), "another git may hold it for so long"
+        monkeypatch.setattr(exchange, "STALE_LOCK", -1)
+        with subprocess.Popen(["git", "cat-file", "--batch"], cwd=hub, stdin=subprocess.PIPE) as running:
+            with pytest.raises(GitError, match="File exists"):
+                worker.step()
+            assert lock.exists()
+            running.stdin.close()
+        assert worker.step() and not lock.exists()
+    assert agent.kinds() == {"more A": "keep", "worse B": "discard"}
+
+
+def test_no_lock_is_removed_that_is_not_in_the_remotes_folder(apart, monkeypatch, tmp_path):
+    """The remote names it in its message."""
+    agent, _, hub = apart
+    monkeypatch.setattr(exchange, "STALE_LOCK", -1)
+    own, other = hub / "refs" / "x.lock", tmp_path / "x.lock"
+    for lock in (own, other, hub / ".." / "x.lock"):
+        lock.touch()
+        for _ in range(2):
+            exchange.unlock(agent.repo, str(hub), f"Unable to create '{lock}': File exists.")
+    assert not own.exists() and other.exists()
+    exchange.unlock(agent.repo, "ssh://example.org/x.git", f"Unable to create '{other}': File exists.")
+    assert other.exists()
+
+
 @pytest.mark.parametrize("lost", ["answer", "push"])
 def test_a_verdict_that_the_remote_did_not_answer_survives_a_worker_that_is_stopped(apart, lost, monkeypatch):
     """The remote answers again when the worker puts its claim back: it may have the verdict, or the claim as it was."""

@@ -29,6 +29,7 @@ from lab.analysis import verdict
 from lab.analysis.history import label
 from lab.base import files, locks
 from lab.base.errors import Again, Refused, Stop, os_reason
+from lab.base.git import GitError
 from lab.base.processes import psutil
 from lab.base.text import one_line
 from lab.keeper import cleanup
@@ -148,14 +149,15 @@ class Worker:
         while self.now() < until and not self.stopped_by:
             self.sleep(min(0.2, seconds))
 
-    def patiently(self, change):
-        """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped."""
+    def patiently(self, change, patient=True):
+        """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped. patient=False:
+        it is called once, and what it raises is raised."""
         wait = BACKOFF
         while True:
             try:
                 return change()
             except (Stop, OSError) as error:
-                if isinstance(error, Refused) or isinstance(error, Again):
+                if not patient or isinstance(error, Refused) or isinstance(error, Again):
                     raise
                 if self.stopped_by or self.now() > self.end + LONGEST:
                     raise Stopped from None
@@ -202,18 +204,19 @@ class Worker:
             self.own = checks.night_of(self.repo)
         return self.own
 
-    def change(self, item, publish=False, **changes):
+    def change(self, item, publish=False, patient=True, **changes):
         """Moves the item to its state with these changes; the Item as it is then. publish: what was recorded goes to the
-        remote in the same push. Raises Lost if the item is not as it was."""
+        remote in the same push. patient: see patiently. Raises Lost if the item is not as it was."""
         began = self.now(), time.time()
-        commit, state = self.patiently(lambda: self.board.written(item.state, item.state["experiment"] or "HEAD", **changes))
-        if not self.swap([(item.ref, commit, item.commit)], publish):
+        parent = item.state["experiment"] or "HEAD"
+        commit, state = self.patiently(lambda: self.board.written(item.state, parent, **changes), patient)
+        if not self.swap([(item.ref, commit, item.commit)], publish, patient):
             raise Lost
         self.shown = commit, *began
         return item._replace(commit=commit, state=state)
 
-    def swap(self, changes, publish=False):
-        """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, what was recorded
+    def swap(self, changes, publish=False, patient=True):
+        """Board.swap, for as long as it takes. publish, patient: see change; if the remote does not take both at once, what was recorded
         goes there by itself."""
         if not self.member.remote and self.follow():  # the claim may be there by now, and nothing that runs is lost
             self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]))
@@ -225,7 +228,7 @@ class Worker:
                 refused = True  # the item was lost: nothing is published before catch_up has looked who has it
             if not refused:
                 self.publish()
-        done = self.patiently(lambda: self.board.swap(changes))
+        done = self.patiently(lambda: self.board.swap(changes), patient)
         if done and refused:
             self.publish()
         return done
@@ -236,10 +239,11 @@ class Worker:
             self.say(note, once=True)
 
     def claim(self, item, doing="begins", **changes):
-        """The Item as this worker's; None if another was faster."""
+        """The Item as this worker's; None if another was faster. Raises GitError if the remote does not take it, or does not
+        answer: should it have it, it is the first that this worker tries next."""
         attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": doing, "since": now()}
         with contextlib.suppress(Lost):
-            return self.change(item, kind="claimed", verdict="", **self.identity, **attempt, **changes)
+            return self.change(item, patient=False, kind="claimed", verdict="", **self.identity, **attempt, **changes)
         return None
 
     def age(self, item):
@@ -708,12 +712,19 @@ class Worker:
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]
         if not mine and self.repeat_best(queue, team):
             return True
-        late = {r["commit"] for r in team.night.records if r.get("late")}
+        late, failed = {r["commit"] for r in team.night.records if r.get("late")}, None
         for item in self.next(queue, late)[:3]:
             brought = self.brought(item, team)
-            if claimed := self.claim(item, "run 1", running=brought.code) if brought else self.claim(item):
+            try:
+                claimed = self.claim(item, "run 1", running=brought.code) if brought else self.claim(item)
+            except GitError as error:  # of this proposal alone, such as a lock in the remote: others can run
+                failed = error
+                continue
+            if claimed:
                 self.take(claimed, team if brought else None, brought)
                 return True
+        if failed:
+            raise failed
         return False
 
     def next(self, queue, late=()):
