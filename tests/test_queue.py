@@ -257,6 +257,37 @@ def test_of_two_keeps_that_are_recorded_at_the_same_time_the_weaker_is_tried_aga
     assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{agent.team.best['commit']}:train.py").splitlines())
 
 
+def test_a_late_gain_may_be_the_first_experiment_of_a_tree_that_ran_a_part_of_the_baseline(tmp_path):
+    """Such a run has no row of its own by which the verdict could name it."""
+    agent = Proposer(tmp_path / "agent")
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        worker.begin()
+        assert worker.step()
+        with locks.hold(first.path / ".lab" / "worker.lock"):
+            (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+            second.work()
+        agent.proposed("more A", **KEEP)
+        agent.proposed("much B", B=0.05)
+        train = worker.train
+
+        def slow(seed, once=[1]):  # noqa: B006
+            status = train(seed)
+            if once:
+                once.clear()
+                with locks.hold(first.path / ".lab" / "worker.lock"):
+                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+                    second.work()
+                os.chdir(first.path)
+            return status
+
+        worker.train = slow
+        assert [r["row"] for r in first.records()] == [None] and worker.step()
+    assert one_verdict_each(agent) == {"more A": "keep", "much B": "keep"}
+    assert "which it is based" in [r for r in first.records() if r.get("late")][0]["why"]
+
+
 @pytest.mark.slow
 def test_a_best_in_doubt_runs_again_once(agent):
     for i in range(30):
