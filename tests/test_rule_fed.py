@@ -220,6 +220,33 @@ def test_the_branch_steps_back_by_a_new_commit_and_everybody_sees_it(doubted):
     night.check()
 
 
+def test_a_doubted_tip_whose_repeats_crash_gets_new_seeds_and_after_two_crashes_no_more_runs(doubted):
+    night, _ = doubted
+    train, rows = night.read("train.py"), night.rows()
+    night.run(tail="FAIL: loss is nan\n", seed=43)
+    once = night.recorded()
+    assert once.verdict == "crash" and AGAIN.replace("43", "44") in once.out and "crashed, so" not in once.out
+    assert night.lab("status").out.rstrip().endswith(AGAIN.replace("43", "44"))
+    night.run(tail="FAIL: loss is nan\n", seed=44)
+    twice = night.recorded()
+    dropped = "doubt: 2 more runs of row 0003 crashed, so 1 run alone decided it and it does not run again"
+    assert twice.verdict == "crash" and dropped in twice.out and "Edit train.py" in twice.out
+    shown = night.lab("status").out
+    assert dropped in shown and "edit train.py" in shown and "best: 0.996500 (mean of 1), row 0003" in shown
+    assert night.read("train.py") == train and night.rows() == rows
+    night.check()
+
+
+def test_crashes_before_a_commit_was_kept_do_not_end_the_doubt_of_it():
+    found = made(("keep", 0.995, 1), *[("discard", 1.02 + i / 100, 1) for i in range(12)])
+    assert Night(records=found).doubted
+    crash = again(found, 2, 1.0, "crash", "crash") | {"summary": None}
+    crashes = [{**crash, "run_id": f"crash {i}"} for i in range(2)]
+    assert Night(records=[*found, crashes[0]]).doubted and not Night(records=[*found, *crashes]).doubted
+    place = next(i for i, r in enumerate(found) if r["row"] == 2)
+    assert Night(records=[*found[:place], *crashes, *found[place:]]).doubted
+
+
 def test_what_was_given_up_can_be_tried_again_under_a_new_seed_only(doubted):
     night, _ = doubted
     until_stepped_back(night)

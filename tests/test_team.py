@@ -165,6 +165,18 @@ def test_another_tree_may_find_that_a_gain_does_not_hold():
     assert line(trees.seen("b")) == ["base", "deep"]
 
 
+def test_repeats_of_the_best_that_crashed_in_another_tree_count_for_everybody():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.996, "keep", on="base", seed=42)
+    for i in range(12):
+        trees.add("a", f"worse{i}", 1.02 + i / 100, "discard", on="wide")
+    assert trees.seen("a").night.doubted
+    trees.add("b", "wide", None, "crash", on="base", row=False, seed=43)
+    night = trees.seen("a").night
+    assert night.doubted and night.seeds("wide") == [42, 43]
+    night = trees.add("a", "wide", None, "crash", on="base", row=False, seed=44).seen("b").night
+    assert not night.doubted and night.crashed_repeats == 2 and night.tip["code"] == "wide"
+
+
 def test_results_of_other_hardware_are_ideas_and_never_values():
     trees = Trees("a", "b").baseline()
     for value in (0.5, 0.51, 0.52):

@@ -6,7 +6,7 @@ from statistics import median
 
 from lab.analysis import verdict
 from lab.analysis.history import SLOWED, label, speed, steps_per_second
-from lab.loop.next_step import RECORD
+from lab.loop.next_step import RECORD, doubt
 from lab.store import names
 
 STEPS_OFF = 1.5  # steps: in a short run a difference this small is rounding
@@ -150,6 +150,8 @@ def lines(case, record, history, changed, team=None):
     said, history = [], team.night if team else history
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]
+        if history.tip and record["code"] == history.tip["code"] and not history.doubted and (why := doubt(history)):
+            said.append(f"doubt: {why}")
     else:
         gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]

@@ -76,7 +76,7 @@ def gather(path, fetch=False):
         "sigma": history.sigma, "dof": round(search.dof) if search else 0,
         "keep_below": verdict.bar(search).keep if history.tip else None,
         "lately": report.lately(history), "to_beat": report.to_beat(history), "plateau": report.plateau(history),
-        "cost": report.cost(own), "doubt": doubt(history) if history.doubted else None,
+        "cost": report.cost(own), "doubt": doubt(history),
         "given_up": [row(r) | {"why": r["why"]} for r in history.given_up],
         "counts": Counter(r["verdict"] for r in rows),
         "runs": len(own.records), "runs_an_hour": own.runs_per_hour,
