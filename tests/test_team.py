@@ -394,6 +394,24 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     second.check_team()
 
 
+def test_an_experiment_on_an_own_baseline_that_the_team_completed_names_it_as_the_team_does(tmp_path):
+    """The tree ran the baseline once, and has no row of it."""
+    a = Teammate(tmp_path / "a")
+    b = a.worktree("b")
+    a.run(1.0, seed=42)
+    a.recorded("baseline")
+    b.run(1.002, seed=50)
+    b.recorded("baseline")
+    a.run(0.998, seed=43)
+    assert a.recorded().verdict == "keep"
+    a.experiment("gain", 0.98)
+    _, late = b.experiment("own idea", 0.985)
+    assert late.verdict == "discard" and "it beats test/0001, on which it is based, but not test/0002" in late.out
+    base = b.git("rev-parse", "--short", "HEAD")
+    _, worse = b.experiment("worse", 1.2)
+    assert worse.verdict == "discard" and f"based on: test/0001 {base} (1.000000); the best is another by now" in worse.out
+
+
 def test_two_machines_share_through_a_remote(shared):
     first, second, hub = shared
     assert fetch(second) is None

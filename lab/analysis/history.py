@@ -359,8 +359,8 @@ def steps_per_second(run):
 
 
 def label(r):
-    """What to call a record's experiment: its row, or in a team the tree and the row there."""
-    return r.get("label") or f"row {r['row']:04d}"
+    """What to call a record's experiment: its row, in a team the tree and the row there, and without a row its commit."""
+    return r.get("label") or (f"row {r['row']:04d}" if r["row"] else r["short"])
 
 
 def kept_record(experiment):

@@ -131,7 +131,8 @@ def late_gain(case, history, record, values):
         return None
     record["late"] = True
     tip, gain = history.tip, (verdict.belief(history.search) - record["mean"]) / history.sigma if history.sigma else None
-    why = f"it beats {label(case.anchor)}, on which it is based, but not {label(tip)}, the best since: it is tried again there"
+    base = label(history.replayed[1][place])  # the team's record: the own one has no row if others completed the baseline
+    why = f"it beats {base}, on which it is based, but not {label(tip)}, the best since: it is tried again there"
     return verdict.Verdict("discard", gain, why)
 
 

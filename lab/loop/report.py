@@ -162,6 +162,7 @@ def lines(case, record, history, changed, team=None):
                 "explain that, the machine was busy, and the verdict says little"
             )
         base = case.anchor if team and case.edits else None
+        base = base and next((r for r in history.rows if r["code"] == base["code"]), base)  # the own record may have no row
         if base and record["row"] and not record.get("late") and history.tip and history.tip["code"] not in (base["code"], record["code"]):
             value = f" ({base['mean']:.6f})" if base["mean"] is not None else ""
             said.append(f"based on: {label(base)} {base['short']}{value}; the best is another by now")
