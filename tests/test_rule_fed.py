@@ -220,6 +220,30 @@ def test_the_branch_steps_back_by_a_new_commit_and_everybody_sees_it(doubted):
     night.check()
 
 
+def test_a_doubted_tip_that_holds_is_shown_with_the_mean_of_all_its_runs_and_keeps_its_row(doubted):
+    from lab.loop import many_trees
+
+    night, _ = doubted
+    rows, tip = night.rows(), night.read("train.py")
+    night.run(0.9971, seed=43)
+    assert "keep: val_bpb 0.996800 (mean of 2)" in night.recorded().out and night.read("train.py") == tip
+    shown = night.lab("status").out
+    assert "best: 0.996800 (mean of 2), row 0003" in shown and "0.003200 below the baseline" in shown
+    known = many_trees.read(night.path)
+    assert known["best"]["mean"] == pytest.approx(0.9968) and known["best"]["n"] == 2 and known["baseline"] == pytest.approx(1.0)
+    assert night.rows() == rows and rows[2][1] == "0.996500"
+
+
+def test_a_run_that_was_ignored_stays_so_when_its_keep_runs_again():
+    """As the rule has it: a slowed run does not count once there is one that is not."""
+    found = made(("keep", 0.99, 2))
+    found[-2]["slowed"], found[-1]["mean"], found[-1]["n"] = 0.5, found[-1]["summary"]["val_bpb"], 1
+    night = Night(records=found)
+    assert night.mean_of(night.best_record) == {"mean": 0.991, "n": 1}
+    night = Night(records=[*found, again(found, 2, 0.993, "a")])
+    assert night.mean_of(night.best_record) == {"mean": pytest.approx(0.992), "n": 2} and night.search.tip.mean == pytest.approx(0.992)
+
+
 def test_a_doubted_tip_whose_repeats_crash_gets_new_seeds_and_after_two_crashes_no_more_runs(doubted):
     night, _ = doubted
     train, rows = night.read("train.py"), night.rows()
@@ -329,6 +353,9 @@ def test_a_discard_that_a_slow_machine_could_explain_is_run_again_and_the_slow_r
             with_speeds([1_648_000] * 20, 0.99, 43)
             assert night.recorded().verdict == "keep" and night.records()[-1]["mean"] == 0.99
     assert read_night(night.path).replayed[0].line[1].values == (0.99,)
+    with_speeds([1_648_000] * 20, 0.992, 44)
+    assert "keep: val_bpb 0.991000 (mean of 2)" in night.recorded().out, "the slowed run counts again"
+    assert "best: 0.991000 (mean of 2)" in night.lab("status").out
 
 
 def test_a_slowed_run_counts_where_all_are_slow():

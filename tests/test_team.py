@@ -165,6 +165,15 @@ def test_another_tree_may_find_that_a_gain_does_not_hold():
     assert line(trees.seen("b")) == ["base", "deep"]
 
 
+def test_the_bests_value_is_the_mean_of_all_its_runs_whoever_made_them():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.99, "keep", on="base")
+    trees.add("b", "wide", 0.992, "keep", on="base", row=False).add("b", "base", 1.004, "keep", row=False)
+    for tag in "ab":
+        night = trees.seen(tag).night
+        assert night.mean_of(night.best_record) == {"mean": pytest.approx(0.991), "n": 2} and night.best_record["mean"] == 0.99
+        assert night.mean_of(night.kept[0]) == {"mean": pytest.approx(1.001), "n": 4}
+
+
 def test_repeats_of_the_best_that_crashed_in_another_tree_count_for_everybody():
     trees = Trees("a", "b").baseline().add("a", "wide", 0.996, "keep", on="base", seed=42)
     for i in range(12):

@@ -175,6 +175,16 @@ class Night:
         """Records of the keeps that the branch stepped back from, in the order of their rows."""
         return [r for r in self.rows if r.get("given_up") and r["verdict"] == "discard"]
 
+    def kept_values(self, code):
+        """val_bpb of the runs that count of a keep in the line, those made after it was kept, too; () of other code."""
+        search, line = self.replayed
+        return next((search.line[i].values for i, keep in enumerate(line) if keep["code"] == code), ())
+
+    def mean_of(self, r):
+        """{"mean": val_bpb, "n": runs} of the keep that r records, by all its runs. The row has those that decided it."""
+        values = self.kept_values(r["code"])
+        return {"mean": verdict.mean(values), "n": len(values)} if values else {"mean": r["mean"], "n": r["n"]}
+
     @cached_property
     def estimates(self):
         """{row number: what the rule believes it to be worth, in val_bpb} of the keeps in the records."""
