@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakenight import PROGRESS, SUMMARY, TRAIN, FakeNight
+from fakenight import CLOSE, PROGRESS, SUMMARY, TRAIN, FakeNight
 from test_one_best import records
 
 from lab.analysis import holdout, verdict
@@ -350,6 +350,8 @@ def test_a_discard_that_a_slow_machine_could_explain_is_run_again_and_the_slow_r
         assert result.verdict == expected, result.out
         assert ("slowed: its steps were" in result.out) == slow
         if expected == "confirm":
+            keep, short = verdict.bar(read_night(night.path).search).keep, night.head()[:7]
+            assert f"keep below {keep:.6f}: one more run of {short}, if the machine does not slow it, too" in result.out
             with_speeds([1_648_000] * 20, 0.99, 43)
             assert night.recorded().verdict == "keep" and night.records()[-1]["mean"] == 0.99
     assert read_night(night.path).replayed[0].line[1].values == (0.99,)
@@ -385,6 +387,18 @@ def test_after_a_confirm_it_is_the_number_for_the_mean_of_two(tmp_path):
     commit, result = night.close_call()
     keep = verdict.bar(read_night(night.path).search, 2).keep
     assert f"keep below {keep:.6f}: the mean of 2 runs of {commit[:7]}" in result.out
+
+
+def test_the_number_after_a_confirm_is_for_the_runs_that_will_count(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.baseline()
+    commit, _ = night.close_call()
+    night.run(CLOSE + 1e-5, seed=43, steps=880)
+    result, keep = night.recorded(), verdict.bar(read_night(night.path).search, 2).keep
+    assert result.verdict == "confirm" and f"keep below {keep:.6f}: the mean of 2 runs of {commit[:7]}" in result.out
+    night.run(keep - (CLOSE - keep) - 1e-5, seed=44)
+    result = night.recorded()
+    assert result.verdict == "keep" and f"the mean of 2 runs must be below {keep:.6f}" in result.out
 
 
 def test_the_cost_of_a_run_and_how_many_fit_are_told(monkeypatch):

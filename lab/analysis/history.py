@@ -359,7 +359,11 @@ def kind(header):
 def measured(runs):
     """The runs of an experiment that count: those that the machine slowed are ignored once there is one that it did not
     slow. The choice depends on speed and not on value, so it adds no bias."""
-    return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED] or list(runs)
+    return not_slowed(runs) or list(runs)
+
+
+def not_slowed(runs):
+    return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED]
 
 
 def steps_per_second(run):
