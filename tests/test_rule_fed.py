@@ -401,6 +401,28 @@ def test_the_number_after_a_confirm_is_for_the_runs_that_will_count(tmp_path):
     assert result.verdict == "keep" and f"the mean of 2 runs must be below {keep:.6f}" in result.out
 
 
+@pytest.mark.parametrize("simpler", [False, True])
+def test_a_close_call_whose_repeats_are_all_slowed_ends_after_three_runs(tmp_path, simpler):
+    night = FakeNight(tmp_path / "night")
+    night.baseline()
+    if simpler:
+        night.change_train(night.read("train.py").replace("WIDTH = 512\n", ""))
+        night.commit("no width")
+        night.run(1.0)
+        assert night.recorded("no width", "--simpler").verdict == "confirm"
+    else:
+        night.close_call()
+    row = len(night.rows()) + 1
+    said = []
+    for seed in (43, 44):
+        night.run(CLOSE + seed * 1e-6, seed=seed, steps=880)
+        said.append(night.recorded())
+    assert [result.verdict for result in said] == ["confirm", "discard"]
+    assert "3 runs did not decide it, as the machine slowed 2 of them" in said[1].out
+    assert len(night.rows()) == row and night.rows()[-1][3] == "discard"
+    night.check()
+
+
 def test_the_cost_of_a_run_and_how_many_fit_are_told(monkeypatch):
     found = made(("discard", 1.02, 1))
     for i, r in enumerate(found):

@@ -116,6 +116,9 @@ def judge(case, history, record):
             judged = verdict.Verdict("discard", judged.gain, "as you say")
         elif judged.status == "discard" and len(runs) == 1:
             judged = doubt_the_machine(search, judged, record)
+        elif judged.status == "confirm" and len(runs) >= verdict.MOST_RUNS:
+            why = f"{len(runs)} runs did not decide it, as the machine slowed {len(runs) - len(counted)} of them"
+            judged = verdict.Verdict("discard", judged.gain, why)
         if case.team and judged.status == "discard" and not record["discard"]:
             judged = late_gain(case, history, record, values) or judged
     record.update(verdict=judged.status, gain=judged.gain, why=judged.why)
