@@ -23,6 +23,8 @@ from lab.analysis.history import replay
 from lab.base.errors import Refused
 from lab.base.git import GitError, change_refs, refs
 from lab.loop import team_status
+from lab.queue import wait
+from lab.queue.board import Board
 from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
@@ -401,6 +403,16 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     shown = first.lab("status").out
     assert "best: 0.970000 (mean of 1), b/0002" in shown and "found by b" in shown
     second.check_team()
+
+
+def test_adopt_and_wait_name_the_mean_of_all_runs_of_the_best(first):
+    first.run(0.992, seed=43)
+    assert first.recorded().verdict == "keep"
+    second = first.worktree("b")
+    second.adopted()
+    assert "val_bpb 0.991000 (mean of 2), found by test" in second.git("log", "-1", "--format=%b")
+    queue = Board(second.repo, membership(second.repo)).look(fresh=0)
+    assert wait.situation(second.repo, queue)[0][0].startswith("best: 0.991000, test/0002")
 
 
 def test_an_experiment_on_an_own_baseline_that_the_team_completed_names_it_as_the_team_does(tmp_path):
