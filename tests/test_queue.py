@@ -172,6 +172,20 @@ def test_without_a_baseline_the_workers_measure_it_first(tmp_path):
     assert one_verdict_each(agent) == {"more A": "keep"} and worker.done == 0
 
 
+def test_the_baseline_does_not_run_again_under_a_seed_that_it_crashed_under(tmp_path, monkeypatch):
+    agent = Proposer(tmp_path / "agent")
+    agent.run(1.0)
+    agent.recorded("baseline")
+    agent.run(tail="FAIL: loss is nan\n", seed=43)
+    assert agent.recorded().verdict == "crash"
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker, asked = tree.worker(), []
+        monkeypatch.setattr(worker, "slot", lambda queue, id, *args: asked.append(id))
+        worker.measure_baseline(worker.board.look(), worker.team())
+    assert asked == ["baseline-44", "baseline-45"]
+
+
 @pytest.mark.slow
 def test_what_the_rule_wants_repeated_is_repeated_under_a_new_seed(agent):
     agent.simplified()

@@ -177,6 +177,17 @@ def test_a_crash_of_the_baseline_is_mended_first(tmp_path):
     assert status(night)[1] == f"the baseline has not run: {RUN}"
 
 
+def test_a_repeat_of_the_baseline_that_crashed_runs_under_another_seed(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.run(1.0)
+    night.recorded("baseline")
+    for seed in (43, 44):
+        assert status(night)[1].endswith(f"AUTORESEARCH_SEED={seed} {RUN}")
+        night.run(tail="FAIL: loss is nan\n", seed=seed)
+        assert night.recorded().verdict == "crash"
+    assert status(night)[1].endswith(f"AUTORESEARCH_SEED=45 {RUN}")
+
+
 @pytest.mark.parametrize("value, verdict", [(0.99, "keep"), (1.02, "discard"), (CLOSE, "confirm"), (None, "crash")])
 def test_record_ends_with_what_status_says(begun, value, verdict):
     begun.fails()

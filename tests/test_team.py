@@ -23,6 +23,8 @@ from lab.analysis.history import replay
 from lab.base.errors import Refused
 from lab.base.git import GitError, change_refs, refs
 from lab.loop import team_status
+from lab.queue import wait
+from lab.queue.board import Board
 from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
@@ -163,6 +165,27 @@ def test_another_tree_may_find_that_a_gain_does_not_hold():
     assert trees.records["a"][-2]["verdict"] == "keep", "a tree has changed another's record"
     trees.add("a", "deep", 0.97, "keep", on="wide", beat="base")
     assert line(trees.seen("b")) == ["base", "deep"]
+
+
+def test_the_bests_value_is_the_mean_of_all_its_runs_whoever_made_them():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.99, "keep", on="base")
+    trees.add("b", "wide", 0.992, "keep", on="base", row=False).add("b", "base", 1.004, "keep", row=False)
+    for tag in "ab":
+        night = trees.seen(tag).night
+        assert night.mean_of(night.best_record) == {"mean": pytest.approx(0.991), "n": 2} and night.best_record["mean"] == 0.99
+        assert night.mean_of(night.kept[0]) == {"mean": pytest.approx(1.001), "n": 4}
+
+
+def test_repeats_of_the_best_that_crashed_in_another_tree_count_for_everybody():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.996, "keep", on="base", seed=42)
+    for i in range(12):
+        trees.add("a", f"worse{i}", 1.02 + i / 100, "discard", on="wide")
+    assert trees.seen("a").night.doubted
+    trees.add("b", "wide", None, "crash", on="base", row=False, seed=43)
+    night = trees.seen("a").night
+    assert night.doubted and night.seeds("wide") == [42, 43]
+    night = trees.add("a", "wide", None, "crash", on="base", row=False, seed=44).seen("b").night
+    assert not night.doubted and night.crashed_repeats == 2 and night.tip["code"] == "wide"
 
 
 def test_results_of_other_hardware_are_ideas_and_never_values():
@@ -380,6 +403,34 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     shown = first.lab("status").out
     assert "best: 0.970000 (mean of 1), b/0002" in shown and "found by b" in shown
     second.check_team()
+
+
+def test_adopt_and_wait_name_the_mean_of_all_runs_of_the_best(first):
+    first.run(0.992, seed=43)
+    assert first.recorded().verdict == "keep"
+    second = first.worktree("b")
+    second.adopted()
+    assert "val_bpb 0.991000 (mean of 2), found by test" in second.git("log", "-1", "--format=%b")
+    queue = Board(second.repo, membership(second.repo)).look(fresh=0)
+    assert wait.situation(second.repo, queue)[0][0].startswith("best: 0.991000, test/0002")
+
+
+def test_an_experiment_on_an_own_baseline_that_the_team_completed_names_it_as_the_team_does(tmp_path):
+    """The tree ran the baseline once, and has no row of it."""
+    a = Teammate(tmp_path / "a")
+    b = a.worktree("b")
+    a.run(1.0, seed=42)
+    a.recorded("baseline")
+    b.run(1.002, seed=50)
+    b.recorded("baseline")
+    a.run(0.998, seed=43)
+    assert a.recorded().verdict == "keep"
+    a.experiment("gain", 0.98)
+    _, late = b.experiment("own idea", 0.985)
+    assert late.verdict == "discard" and "it beats test/0001, on which it is based, but not test/0002" in late.out
+    base = b.git("rev-parse", "--short", "HEAD")
+    _, worse = b.experiment("worse", 1.2)
+    assert worse.verdict == "discard" and f"based on: test/0001 {base} (1.000000); the best is another by now" in worse.out
 
 
 def test_two_machines_share_through_a_remote(shared):

@@ -78,7 +78,8 @@ def adopt(repo, team):
         raise Refused(f"train.py of {best['short']} is not what its record says: nothing was changed")
     author = (repo.ask("show", "--no-patch", "--format=%an%x00%ae", best["commit"]) or "").split("\0")
     title = one_line(f"adopt {best['short']}: {best['description']}", TITLE)
-    value = "" if best["mean"] is None else f"val_bpb {best['mean']:.6f} (mean of {best['n']}), "
+    known = team.night.mean_of(best)
+    value = "" if known["mean"] is None else f"val_bpb {known['mean']:.6f} (mean of {known['n']}), "
     message = f"{title}\n\n{value}found by {team.who(best)}\n"
     name_author(repo)
     blob = repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
