@@ -1,6 +1,7 @@
 """One agent, many workers: lab propose, lab work, lab wait. Made-up trainings, real git."""
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from fakequeue import Proposer, inside, scores
 
 from lab.base import files, locks
 from lab.base import git as base_git
+from lab.keeper import night
 from lab.loop import checks, record
 from lab.queue import wait, work
 from lab.queue.board import Board, machine
@@ -130,15 +132,20 @@ def test_a_propose_that_was_killed_before_the_branch_moved_is_completed(agent):
 
 
 def test_a_worker_runs_what_was_proposed_and_wait_tells_it_once(agent):
+    progress = [night.recorded(agent.path)]  # as `lab night` sees it, which ends an agent without any
     agent.proposed("more A", **KEEP)
+    progress.append(night.recorded(agent.path))
     agent.proposed("worse B", B=-0.02)
     agent.proposed("an error", END="crash")
     agent.proposed("less A", A=-0.01)
+    progress.append(night.recorded(agent.path))
     assert "no worker is running, and 4 proposals wait" in waits(agent, rc=1)
     tree = agent.worktree("w1")
     tree.work()
     assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard", "an error": "crash", "less A": "returned"}
     told = waits(agent)
+    progress.append(night.recorded(agent.path))
+    assert all(before != after for before, after in itertools.pairwise(progress)), progress
     for words in ["keep: 0.98", "discard: 1.0", "crash: an error", "ValueError: made up", "handed back: less A", "A = 0.01\n",
                   "A = -0.01\n", "[w1/0001]", "queue: 0 proposals wait", "next: uv run -m lab adopt"]:  # fmt: skip
         assert words in told, told
