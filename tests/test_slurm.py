@@ -247,6 +247,7 @@ def test_what_it_says_after_writing(cluster):
         ([], {"tag": "a..b"}, "--tag"),
         ([], {"tag": "x.lock"}, "--tag"),
         ([], {"tag": "a/b"}, "--tag"),
+        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "--tag"),
         ([], {"hours": 0}, "--hours 0"),
         ([], {"hours": "nan"}, "--hours nan"),
         ([], {"hours": "inf"}, "--hours inf"),
