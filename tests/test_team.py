@@ -241,9 +241,10 @@ def test_a_near_miss_that_was_tried_with_another_is_known_by_tree_and_number():
     for tag in "ab":
         trees.add(tag, f"x{tag}", 1.001, "discard", on="base").add(tag, f"y{tag}", 1.001, "discard", on="base")
     trees.add("a", "both", 1.0, "discard", on="base", description="0002 and b/0002 together")
+    trees.add("a", "decay", 1.01, "discard", on="base", description="weight decay 0.001 -> .0003, 0.0003 for wte")
     night = trees.seen("a").night
     tried = team_status.is_tried_together(night.rows)
-    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"]
+    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"], "a number is not a row"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def tried_again(r, rows):
 
 def combined(r, rows):
     """Whether a later description names the row, as in "0012 and 0015 together"."""
-    named = re.compile(rf"(?<!\d){r['row']:04d}(?!\d)")
+    named = re.compile(rf"(?<![\d.]){r['row']:04d}(?!\d)")
     return any(named.search(other["description"]) for other in rows if other["row"] > r["row"])
 
 

@@ -14,7 +14,7 @@ from lab.store.names import PREFIX
 
 SHOWN_TREES, SHOWN_IDEAS = 8, 4
 BRIEF = 60  # characters of what a tree runs
-TOKEN = re.compile(r"(?<![\w/])(?:[\w.-]+/)?\d{4}(?!\d)|(?<!\w)[0-9a-f]{7,40}(?!\w)")
+TOKEN = re.compile(r"(?<![\w/.])(?:[\w.-]+/)?\d{4}(?!\d)|(?<!\w)[0-9a-f]{7,40}(?!\w)")
 
 
 def gather(repo, team):
