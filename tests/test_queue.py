@@ -333,6 +333,29 @@ def test_what_a_worker_that_is_gone_left_of_itself_is_removed_and_not_counted(ag
     assert seen() == [[], ["w2"]]
 
 
+def test_status_and_propose_show_no_worker_that_can_be_seen_to_be_gone(agent):
+    """One on this machine, before it was rebooted, and one on a machine that nobody can look into. Nothing is changed."""
+    agent.proposed("more A", **KEEP)
+    trees = [agent.worktree("w1"), agent.worktree("w2")]
+    near, far = (tree.worker() for tree in trees)
+    near.identity["machine"], lock = "the boot before", trees[0].path / ".lab" / "worker.lock"
+    far.identity |= {"machine": "another", "host": "elsewhere"}
+    with locks.hold(lock):
+        lock.write_text(near.member.name)
+        for worker in (near, far):
+            worker.sign(worker.board.look())
+        assert near.slot(near.board.look(), "baseline-45", "baseline", "baseline") and near.claim(near.board.look().items[0])
+        shown = agent.lab("status").out
+        assert "queue: 0 proposals wait, 2 run, 0 decided; workers: 2\n" in shown and "\n  w1: more A (begins)\n" in shown
+    before = agent.git("for-each-ref")
+    shown = agent.lab("status").out
+    assert "queue: 1 proposals wait, 0 run, 0 decided; workers: 1\n  waits: more A\n" in shown and "1 workers run, 1 proposals" in shown
+    assert agent.git("for-each-ref") == before
+    agent.git("update-ref", "-d", names.queue_ref("gpus", f"worker-{far.member.name}"))
+    said = agent.proposed("more B", B=0.01).out
+    assert "queue: 2 wait, 0 run" in said and "note: no worker is running yet" in said
+
+
 def taken_over(worker, tree):
     """While the worker trains, one in the other tree sees that its lock is free, and takes its claim."""
     train = worker.train

@@ -277,10 +277,12 @@ def shared(first):
     return first, second, hub
 
 
-def publish(night):
+def publish(night, minutes=0):
+    """minutes: how long ago it said what it does."""
     repo = night.repo
-    tag = repo.tag()
-    return exchange.publish(repo, membership(repo), tag, exchange.state_of(repo, tag, "makes the next experiment"))
+    tag, when = repo.tag(), datetime.now(timezone.utc) - timedelta(minutes=minutes)
+    state = exchange.state_of(repo, tag, "makes the next experiment") | {"when": when.isoformat()}
+    return exchange.publish(repo, membership(repo), tag, state)
 
 
 def fetch(night, **kwargs):
@@ -397,6 +399,20 @@ def test_two_machines_share_through_a_remote(shared):
     fetch(first)
     assert seen(first).best["description"] == "deeper" and "deeper" in first.next()
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
+
+
+def test_what_a_tree_said_that_it_does_is_shown_for_an_hour_and_only_if_nobody_can_look(shared):
+    first, second, _ = shared
+    third = first.worktree("c")
+    third.adopted()
+    assert third.experiment("narrow", 1.02)[1].verdict == "discard" and publish(third) is None
+    for minutes, shown in ((1, "makes the next experiment"), (61, "")):
+        assert publish(first, minutes) is None and fetch(second) is None
+        found = {tree["name"]: tree for tree in team_status.gather(second.repo, seen(second))["trees"]}
+        assert found["test"]["runs"] == shown and not found["test"]["here"]
+    first.git("worktree", "remove", "--force", str(third.path))
+    found = {tree["name"]: tree for tree in team_status.gather(first.repo, seen(first))["trees"]}
+    assert found["c"]["runs"] == "" and found["c"]["here"]
 
 
 def test_a_tree_that_ran_on_another_device_has_a_baseline_of_its_own(first):
