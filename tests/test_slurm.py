@@ -205,6 +205,28 @@ def test_workers_are_tasks_of_one_team_on_one_remote(cluster):
     assert cluster.lab("--workers", "2").rc == 2 and "not allowed with argument" in cluster.lab("--workers", "2").err
 
 
+@pytest.mark.parametrize("given", ["hub", "../hub.git", "rewritten:hub.git"])
+def test_the_remote_of_workers_means_in_their_clones_what_it_means_here(cluster, given):
+    """In a clone there is no remote "hub", no folder beside it, and nothing of the user's configuration."""
+    hub = cluster.repo.path.parent / "hub.git"
+    cluster.git(f"init -q --bare {shlex.quote(str(hub))}")
+    cluster.git("remote add hub ../hub.git")
+    cluster.git(f"config url.{shlex.quote(str(hub.parent))}/.insteadOf rewritten:")
+    cluster.git(f"config autoresearch.remote {given}")
+    result = cluster.lab("--workers", "1", agent=None)
+    assert result.rc == 0, result.err
+    assert f"; git config autoresearch.remote {shlex.quote(str(hub))}\n" in result.out
+    assert f"\nremote={shlex.quote(str(hub))}\n" in (cluster.folder / "array.sbatch").read_text()
+    assert not (cluster.folder / "team.git").exists()
+
+
+def test_a_remote_that_is_nothing_here_is_refused_before_workers_idle(cluster):
+    cluster.git("config autoresearch.remote huv")
+    assert_refused(cluster.lab("--workers", "1", agent=None), "autoresearch.remote is 'huv'")
+    assert not any(cluster.scratch.iterdir()), "nothing was changed"
+    assert cluster.lab().rc == 0, "nights need none"
+
+
 def test_what_it_says_after_writing(cluster):
     first = cluster.lab()
     assert first.rc == 0 and f"next: sbatch {shlex.quote(str(cluster.folder / 'array.sbatch'))}" in first.out
@@ -225,6 +247,7 @@ def test_what_it_says_after_writing(cluster):
         ([], {"tag": "a..b"}, "--tag"),
         ([], {"tag": "x.lock"}, "--tag"),
         ([], {"tag": "a/b"}, "--tag"),
+        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "--tag"),
         ([], {"hours": 0}, "--hours 0"),
         ([], {"hours": "nan"}, "--hours nan"),
         ([], {"hours": "inf"}, "--hours inf"),

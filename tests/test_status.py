@@ -254,6 +254,8 @@ def test_near_misses_are_listed_until_they_were_tried_together(begun):
     known = as_json(begun)
     assert [r["description"] for r in known["near_misses"]] == ["almost", "nearly"]
     assert [r["description"] for r in known["dead_ends"]] == ["no good"]
+    begun.experiment("embedding lr 0.0002, x0 .0003", 1.01)
+    assert len(as_json(begun)["near_misses"]) == 2, "a number is not a row"
     begun.experiment("0002 and 0003 together", 1.01)
     assert as_json(begun)["near_misses"] == []
 

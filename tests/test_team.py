@@ -264,9 +264,10 @@ def test_a_near_miss_that_was_tried_with_another_is_known_by_tree_and_number():
     for tag in "ab":
         trees.add(tag, f"x{tag}", 1.001, "discard", on="base").add(tag, f"y{tag}", 1.001, "discard", on="base")
     trees.add("a", "both", 1.0, "discard", on="base", description="0002 and b/0002 together")
+    trees.add("a", "decay", 1.01, "discard", on="base", description="weight decay 0.001 -> .0003, 0.0003 for wte")
     night = trees.seen("a").night
     tried = team_status.is_tried_together(night.rows)
-    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"]
+    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"], "a number is not a row"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -299,10 +300,12 @@ def shared(first):
     return first, second, hub
 
 
-def publish(night):
+def publish(night, minutes=0):
+    """minutes: how long ago it said what it does."""
     repo = night.repo
-    tag = repo.tag()
-    return exchange.publish(repo, membership(repo), tag, exchange.state_of(repo, tag, "makes the next experiment"))
+    tag, when = repo.tag(), datetime.now(timezone.utc) - timedelta(minutes=minutes)
+    state = exchange.state_of(repo, tag, "makes the next experiment") | {"when": when.isoformat()}
+    return exchange.publish(repo, membership(repo), tag, state)
 
 
 def fetch(night, **kwargs):
@@ -447,6 +450,20 @@ def test_two_machines_share_through_a_remote(shared):
     fetch(first)
     assert seen(first).best["description"] == "deeper" and "deeper" in first.next()
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
+
+
+def test_what_a_tree_said_that_it_does_is_shown_for_an_hour_and_only_if_nobody_can_look(shared):
+    first, second, _ = shared
+    third = first.worktree("c")
+    third.adopted()
+    assert third.experiment("narrow", 1.02)[1].verdict == "discard" and publish(third) is None
+    for minutes, shown in ((1, "makes the next experiment"), (61, "")):
+        assert publish(first, minutes) is None and fetch(second) is None
+        found = {tree["name"]: tree for tree in team_status.gather(second.repo, seen(second))["trees"]}
+        assert found["test"]["runs"] == shown and not found["test"]["here"]
+    first.git("worktree", "remove", "--force", str(third.path))
+    found = {tree["name"]: tree for tree in team_status.gather(first.repo, seen(first))["trees"]}
+    assert found["c"]["runs"] == "" and found["c"]["here"]
 
 
 def test_a_tree_that_ran_on_another_device_has_a_baseline_of_its_own(first):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,8 @@ def test_hostile_refs_are_notes_and_text(first, tmp_path):
     """A branch whose name is markup, refs that are no member's, a ref that is no commit, a state that is a script."""
     twin = first.copy(tmp_path / "twin")
     ref = next(ref for ref in Repo(twin.path).refs(f"{names.TEAM_REFS}gpus/") if ref.endswith("/b"))
-    state = twin.git("hash-object", "-w", "--stdin", stdin=json.dumps(dict.fromkeys(("tree", "host", "branch", "next", "code"), NASTY) | {"when": "2026-11-21T16:00:00+00:00"}))
+    state = dict.fromkeys(("tree", "host", "branch", "next", "code"), NASTY) | {"when": datetime.now(timezone.utc).isoformat()}
+    state = twin.git("hash-object", "-w", "--stdin", stdin=json.dumps(state))
     folder = twin.git("mktree", stdin=f"100644 blob {state}\t{names.STATE}\n")
     commit = twin.git("commit-tree", folder, "-m", "x")
     where = f"{names.MIRROR_REFS}gpus"

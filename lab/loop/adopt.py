@@ -11,7 +11,7 @@ from lab.analysis.history import label
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.base.text import one_line
-from lab.loop import checks
+from lab.loop import checks, team_status
 from lab.loop.next_step import next_step
 from lab.loop.record import name_author
 from lab.share import exchange, queue_refs
@@ -103,6 +103,6 @@ def run(args):
     if note:
         print(f"note: {note}")
     step = next_step(Repo(repo.top))
-    queue = queue_refs.read(repo, member)
+    queue = team_status.living(queue_refs.read(repo, member))
     print(f"next: {queue_refs.instead(queue, member, bool(checks.night_of(repo).records), step) or step.sentence}")
     return 0

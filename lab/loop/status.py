@@ -60,7 +60,7 @@ def gather(path, fetch=False):
     team = checks.team_of(repo, own)
     notes += [*team.notes, team_status.behind(repo, member)] if team else []
     history = team.night if team else own
-    queue, step = queue_refs.read(repo, member) if team else None, next_step(repo)
+    queue, step = team_status.living(queue_refs.read(repo, member)) if team else None, next_step(repo)
     best, waiting, search = history.best_record, checks.waiting(own, team), history.search
     is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
     rows = own.rows or history.rows  # who feeds workers has no rows of its own, and wants to see theirs
@@ -121,7 +121,7 @@ def tried_again(r, rows):
 
 def combined(r, rows):
     """Whether a later description names the row, as in "0012 and 0015 together"."""
-    named = re.compile(rf"(?<!\d){r['row']:04d}(?!\d)")
+    named = re.compile(rf"(?<![\d.]){r['row']:04d}(?!\d)")
     return any(named.search(other["description"]) for other in rows if other["row"] > r["row"])
 
 
