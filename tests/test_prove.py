@@ -5,6 +5,7 @@ so are the holdout's scores; one slow test trains for real, on an injected clock
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from fakenight import FakeNight
 
 from lab.base import processes
 from lab.base.errors import Again, Refused, Unfinished
-from lab.verify import comparison, prove, scoring
+from lab.verify import commits, comparison, prove, scoring
 
 SIGMA = 0.002
 TRAINING = '''
@@ -242,9 +243,35 @@ def test_seeds_are_new_to_every_tree(night):
     assert [seed for _, seed in night.trained()] == [1005, 1006, 1007]
 
 
+def test_the_dataset_is_that_of_the_present_night_although_an_earlier_one_ran_the_same_baseline(night, monkeypatch):
+    """Night 1 was on tinystories, night 2 is on stdlib; both begin with the same train.py."""
+    base = night.fake.head()
+    night.fake.baseline()
+    first = [r | {"tag": "first", "run_id": f"x{i}", "header": r["header"] | {"dataset": "tinystories"}}
+             for i, r in enumerate(night.fake.records())]  # fmt: skip
+    best, old = night.fake.experiment("better", 0.95)[0], night.commit(0.9)
+    first.append(first[-1] | {"run_id": "x", "commit": old, "code": hashlib.sha256(night.fake.read("train.py").encode()).hexdigest()})
+    (night.path / "runs" / "first").mkdir()
+    (night.path / "runs" / "first" / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in first))
+
+    def found(*names):
+        return [(arm.commit, arm.dataset["AUTORESEARCH_DATASET"]) for arm in commits.find(names, [night.path])[0]]
+
+    assert found() == [(base, "stdlib"), (best, "stdlib")]
+    assert found(base) == [(base, "stdlib")]
+    assert found(base, old) == [(base, "tinystories"), (old, "tinystories")]
+    with pytest.raises(Refused, match="different datasets"):
+        found(best, old)
+    night.fake.git("switch", "-q", "--detach")  # on no night's branch the shell's dataset decides, if the commit ran on it
+    monkeypatch.setenv("AUTORESEARCH_DATASET", "stdlib")
+    assert found(base) == [(base, "stdlib")]
+    monkeypatch.setenv("AUTORESEARCH_DATASET", "tinystories")
+    assert found(base) == [(base, "tinystories")] and found(best) == [(best, "stdlib")]
+
+
 def test_refusals(night, monkeypatch):
     a = night.commit(1.0)
-    for commits, options, says in [
+    for given, options, says in [
         ([a], {"seeds": 2}, "fewer than 3"),
         (["nothing"], {}, "there is no commit nothing"),
         (["--help"], {}, "is not a commit"),
@@ -253,7 +280,7 @@ def test_refusals(night, monkeypatch):
         ([a], {"clocks": ("monotonic",)}, "injected clock"),
     ]:
         with pytest.raises(Refused, match=says):
-            night.prove(*commits, **options)
+            night.prove(*given, **options)
     (night.path / "constants.py").write_text("TIME_BUDGET = 600\n")
     b = night.commit(0.9)
     with pytest.raises(Refused, match="different rules"):

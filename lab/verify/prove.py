@@ -167,7 +167,8 @@ def run(args, clocks=("monotonic",)):
         it = Proof(top, found, used, args.seeds, clocks)
         todo, minutes = it.todo(), it.minutes()
         cost = f"about {minutes:.0f} minutes" if minutes else "duration unknown, because none of these commits has a recorded run"
-        print(f"{len(todo)} runs to do, {len(found) * args.seeds - len(todo)} done: {cost}", flush=True)
+        where = next((f" on {arm.dataset[commits.DATASET]}" for arm in found if arm.dataset), "")
+        print(f"{len(todo)} runs to do{where}, {len(found) * args.seeds - len(todo)} done: {cost}", flush=True)
         if args.dry_run:
             return 0
         it.place.mkdir(parents=True, exist_ok=True)
