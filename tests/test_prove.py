@@ -61,7 +61,8 @@ class Night:
     def score(self, tree, folder):
         assert tree == folder and (folder / "prepare.py").read_text() == self.prepare
         value = float((folder / "checkpoint.pt").read_text())
-        return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share, "device": "cpu"}
+        noise = random.Random(str(value)).gauss(0, SIGMA / 10)
+        return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share + noise, "device": "cpu"}
 
     def commit(self, true, extra="", sigma=SIGMA, late=""):
         (self.path / "train.py").write_text(TRAINING.format(true=true, extra=extra, sigma=sigma, late=late))
@@ -335,7 +336,23 @@ def test_a_report_of_made_up_runs():
     runs = [{"code": "c", "seed": s, "val": rng.gauss(1, SIGMA), "holdout": None, "tokens_per_second": 10.0, "refused": "it peeks"}
             for s in range(3)]  # fmt: skip
     text = comparison.report([arm], runs, range(3))
-    assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: 0 values are too few" in text
+    assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: too few runs to tell" in text
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-9])  # of the holdout's sums, which a GPU may add in another order
+def test_equal_values_under_all_seeds_prove_nothing(jitter):
+    """A train.py that seeds a generator itself has one training under all seeds."""
+    arms = [argparse.Namespace(code=c, short=c * 7, description="") for c in "abc"]
+    runs = [{"code": c, "seed": s, "val": val, "holdout": val + s * jitter, "tokens_per_second": 1.0}
+            for c, mean in (("a", 1.0), ("b", 0.9999), ("c", 0.8)) for s in range(3)
+            for val in [mean if c < "c" else mean + 0.001 * s]]  # fmt: skip
+    text = comparison.report(arms, runs, range(3))
+    for split in ("val", "holdout"):
+        assert f"bbbbbbb against aaaaaaa on {split}: the seed changes nothing in aaaaaaa and bbbbbbb: cannot be told" in text
+        assert f"ccccccc against aaaaaaa on {split}: the seed changes nothing in aaaaaaa: cannot be told" in text
+    assert "real" not in text and "aaaaaaa: 2 of 3 runs had the val of another seed: equal values count as one" in text
+    text = comparison.report(arms[:1], runs, range(3))
+    assert "val: the seed changes nothing in aaaaaaa: cannot be told" in text and "σ of one run" not in text
 
 
 @pytest.mark.slow
