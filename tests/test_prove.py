@@ -20,6 +20,7 @@ from fakenight import FakeNight
 
 from lab.base import processes
 from lab.base.errors import Again, Refused, Unfinished
+from lab.store import ends
 from lab.verify import commits, comparison, prove, scoring
 
 SIGMA = 0.002
@@ -33,7 +34,7 @@ assert sorted(p for p in os.listdir(".") if not p.endswith(".log")) == ["constan
 with open(os.environ["ORDER"], "a") as f:
     f.write(f"{{TRUE}} {{seed}}\\n")
 print("run:", json.dumps(dict(
-    run_id=f"{{code[:8]}}{{seed}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256=rules, data_sha256="b",
+    run_id=f"{{code[:8]}}{{seed}}-{{os.getpid()}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256=rules, data_sha256="b",
     dataset="stdlib", seed=seed, device="cpu (x)", clock=os.environ.get("CLOCK", "injected"))))
 {extra}
 val = TRUE + random.Random(seed * 1000 + round(TRUE * 1000)).gauss(0, {sigma})
@@ -235,6 +236,28 @@ def test_a_training_that_the_machine_ended_is_run_again_and_no_crash(night):
         night.prove(a)
     assert night.prove(a) == 0
     assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
+
+
+OVERRUN = "if {when}: raise SystemExit('training overran its 300 s by 40.0 s, 3.0 s are allowed: call progress() once a step')"
+
+
+def test_a_training_that_overran_is_run_again_as_a_stall_of_the_machine_may_have_slowed_it(night, capsys):
+    flag = night.path.parent / "once"
+    a = night.commit(1.0, OVERRUN.format(when=f"not os.path.exists({str(flag)!r}) and not open({str(flag)!r}, 'w').close()"))
+    with pytest.raises(Again, match="training overran its 300 s by 40.0 s, .* may have stalled: the same command repeats"):
+        night.prove(a)
+    assert night.prove(a) == 0 and "crashed" not in capsys.readouterr().out
+    assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
+
+
+def test_a_training_that_overruns_each_time_is_a_crash_in_the_end(night, capsys):
+    """Each seed has its own repeats: a run with another end forgets them."""
+    a = night.commit(1.0, OVERRUN.format(when="seed > 1000"))
+    for _ in range(2 * ends.REPEATS):
+        with pytest.raises(Again, match="may have stalled: the same command repeats"):
+            night.prove(a)
+    assert night.prove(a) == 0 and "2 of 3 runs crashed and are in no mean" in capsys.readouterr().out
+    assert len(night.trained()) == 1 + 2 * (1 + ends.REPEATS)
 
 
 def test_seeds_are_new_to_every_tree(night):
