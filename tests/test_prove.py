@@ -20,7 +20,7 @@ from fakenight import FakeNight
 
 from lab.base import processes
 from lab.base.errors import Again, Refused, Unfinished
-from lab.store import ends
+from lab.store import ends, run_log
 from lab.verify import commits, comparison, prove, scoring
 
 SIGMA = 0.002
@@ -291,6 +291,28 @@ def test_the_dataset_is_that_of_the_present_night_although_an_earlier_one_ran_th
     assert found(base) == [(base, "stdlib")]
     monkeypatch.setenv("AUTORESEARCH_DATASET", "tinystories")
     assert found(base) == [(base, "tinystories")] and found(best) == [(best, "stdlib")]
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", scoring.SAME), ("bfloat16", scoring.OTHER)])
+def test_a_score_stands_if_a_few_rows_have_it_in_a_process_of_their_own(tmp_path, monkeypatch, dtype, limit):
+    header = {key: "x" for key in run_log.HEADER} | {"start": "2026-01-01T00:00:00+00:00", "seed": 1, "device": "cpu (x)"}
+    (tmp_path / "run.log").write_text(f"run: {json.dumps(header)}\ndtype: {dtype} (why)\n")
+    among = {"device": "cpu", "data_sha256": "b", "val": 0.9, "holdout": 0.91, "rows": [7, 3], "of_rows": 0.905}
+    result, asked = {key: among[key] for key in ("device", "data_sha256", "val", "holdout")}, []
+
+    def scored(alone):
+        def in_process(tree, folder, device, time_limit, rows=()):
+            asked.append(rows)
+            return among | alone if rows else dict(among)
+
+        monkeypatch.setattr(scoring, "in_process", in_process)
+        return scoring.score(tmp_path, tmp_path)
+
+    assert scored({"of_rows": 0.905 + 0.9 * limit}) == scored({"of_rows": 0.905 - 0.9 * limit}) == result
+    assert asked == [(), [7, 3]] * 2
+    for difference in (1.1 * limit, -1.1 * limit):
+        assert f"after other rows ({difference:+.6f} bpb" in scored({"of_rows": 0.905 + difference})["refused"]
+    assert scored({"refused": "not finite"})["refused"] == "not finite"
 
 
 def test_refusals(night, monkeypatch):
