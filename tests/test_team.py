@@ -498,9 +498,9 @@ def test_prove_and_the_notebook_read_the_team_as_one_night(shared):
     assert [e.description for e in night.experiments] == ["baseline", "wider"] and night.best.val_bpb == 0.99
     assert night.sigma == pytest.approx(0.002) and night.by_estimate
     assert commits.default(second.repo) == [first.records()[0]["commit"], first.records()[-1]["commit"]]
-    assert {r["run_id"] for r in commits.of_the_team(second.repo)} == {r["run_id"] for r in first.records()}
+    assert {r["run_id"] for r in commits.present(second.repo)} == {r["run_id"] for r in first.records()}
     second.git("switch", "-q", "main")
-    assert team.read_night(second.path).experiments == () and commits.of_the_team(second.repo) == ()
+    assert team.read_night(second.path).experiments == () and commits.present(second.repo) == ()
 
 
 def test_members_with_one_branch_name_do_not_overwrite_each_other(first):
