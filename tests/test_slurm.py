@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_refused, kill_group
 
+ROOT = Path(__file__).resolve().parent.parent
 FAKES = {
     "squeue": 'echo "$*" >> "$FAKES/squeue.called"; cat "$FAKES/state" 2> /dev/null',
     "scontrol": 'echo "$*" >> "$FAKES/scontrol.called"',
@@ -466,3 +467,63 @@ def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_the
     assert Repo(tree).own_edits("nov21-0") == [], "lab record would ask for the baseline without this edit"
     cluster.end(process)
     assert json.loads(cluster.recorded()[0]) == {}
+
+
+# --- a night on the login node --------------------------------------------------
+
+# jobs: one file for each job that exists. srun prints the job that it was given.
+OF_A_LOGIN_NODE = {
+    "sinfo": "",
+    "sleep": "exec /bin/sleep 0.01",
+    "salloc": 'n=$(($(cat "$FAKES/granted" 2> /dev/null || echo 100) + 1)); echo $n > "$FAKES/granted"; mkdir -p "$FAKES/jobs"; '
+    'echo "$*" >> "$FAKES/salloc.called"; touch "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
+    "squeue": 'for job in "$FAKES"/jobs/*; do [ -e "$job" ] || continue; job=${job##*/}; case "$*" in *--jobs=$job\\ *|*--user*) echo "$job";; esac; done',
+    "scancel": 'echo "$*" >> "$FAKES/scancel.called"; rm -f "$FAKES/jobs/$1"',
+    "srun": 'echo "$*" >> "$FAKES/srun.called"; echo "val_bpb: 1.0"',
+    "uv": 'shift; case "$1" in *.sh) PATH=${REAL_PYTHON%/*}:$PATH exec "$@";; esac; exec "$REAL_PYTHON" "$@"',
+}
+
+
+@pytest.fixture
+def login_night(cluster):
+    """Starts login-night.sh with an agent, a shell command."""
+    for name in ("deploy", "agents"):
+        shutil.copytree(ROOT / name, cluster.repo.path / name)
+    cluster.git("add -A")
+    cluster.git("commit -q -m deploy")
+    for name, body in OF_A_LOGIN_NODE.items():
+        cluster.fake(name, body)
+
+    def start(agent, **env):
+        process = subprocess.Popen(
+            ["deploy/slurm/login-night.sh", "nov21", "1", agent], cwd=cluster.repo.path, env=cluster.env | env, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        cluster.started.append(process)
+        return process
+
+    return start
+
+
+def test_a_lost_allocation_is_replaced_and_the_next_training_uses_the_new_one(cluster, login_night):
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1 || echo failed >> failed"
+    process = login_night(f'{train}; rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    assert [re.search(r"--jobid=(\d+)", line)[1] for line in cluster.called("srun")] == ["101", "102"]
+    assert not (cluster.tree("login") / "failed").exists()
+    first, second = (int(re.search(r"--time (\d+)", line)[1]) for line in cluster.called("salloc"))
+    assert first == 85 and 0 < second <= first, "the new one is for the rest of the night"
+    out = cluster.end(process)[1]
+    assert cluster.called("scancel") == ["102"] and "job 101 is lost" in out
+    assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "the file with the job's id is gone"
+
+
+def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
+    cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && exit 1; {OF_A_LOGIN_NODE["salloc"]}')
+    process = login_night(f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
+    log = (cluster.tree("login") / "run.log").read_text()
+    assert "the allocation is lost" in log and log.endswith("\npreempted\n")
+    cluster.end(process)
