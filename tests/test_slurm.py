@@ -371,6 +371,21 @@ def test_a_clone_that_was_cut_short_is_made_again(cluster):
     assert cluster.git("branch --show-current", cluster.tree()) == "autoresearch/nov21-0"
 
 
+@pytest.fixture
+def signing(tmp_path):
+    """Settings of a person who signs commits, where nobody can type the passphrase."""
+    (tmp_path / "gitconfig").write_text("[commit]\n\tgpgsign = true\n[gpg]\n\tprogram = false\n")
+    return {"GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}
+
+
+def test_a_task_commits_its_program_without_a_signature(cluster, signing):
+    (cluster.repo.path / "other.md").write_text("Tune the optimizer.\n")
+    script = cluster.write("--programs", "program.md", "other.md")
+    cluster.until_at_work(process := cluster.start(script, 1, **signing), 1)
+    assert cluster.git("log -1 --format=%s", cluster.tree(1)) == "task 1: other.md"
+    cluster.end(process)
+
+
 def test_two_jobs_do_not_work_in_one_tree(cluster):
     script = cluster.write()
     work = cluster.folder / "0"
@@ -526,4 +541,11 @@ def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
     assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
     log = (cluster.tree("login") / "run.log").read_text()
     assert "the allocation is lost" in log and log.endswith("\npreempted\n")
+    cluster.end(process)
+
+
+def test_a_login_night_commits_the_run_command_without_a_signature(cluster, login_night, signing):
+    process = login_night("echo {} >> runs.jsonl; exec /bin/sleep 100", **signing)
+    cluster.until_at_work(process, "login")
+    assert cluster.git("log -1 --format=%s", cluster.tree("login")) == "runs go to a compute node"
     cluster.end(process)

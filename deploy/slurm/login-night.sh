@@ -24,7 +24,7 @@ if [ ! -d "$work/tree" ]; then
     # The agents' permission files contain the run command too, once for each seed.
     sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' \
         "$new"/program.md "$new"/agents/claude.json "$new"/agents/codex/rules/*.rules
-    git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost \
+    git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost -c commit.gpgsign=false \
         commit --quiet -m "runs go to a compute node" -- program.md agents
     git -C "$new" switch --quiet -c "autoresearch/$tag-login"
     mv "$new" "$work/tree"

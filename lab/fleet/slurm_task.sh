@@ -75,7 +75,8 @@ if [ ! -d "$tree" ]; then
     cp "$program" "$new/program.md"
     [ -z "$from" ] || cp "$from/runs/best/train.py" "$new/train.py"
     if ! git -C "$new" diff --quiet; then
-        git -C "$new" commit --quiet -m "task $task: $(basename "$program")${from:+, train.py from $from}" -- program.md train.py
+        git -C "$new" -c commit.gpgsign=false \
+            commit --quiet -m "task $task: $(basename "$program")${from:+, train.py from $from}" -- program.md train.py
     fi
     if [ -n "$team" ]; then
         git -C "$new" config autoresearch.team "$team"
