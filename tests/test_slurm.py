@@ -435,6 +435,18 @@ def test_data_are_copied_to_the_node_and_removed_with_the_task(cluster, tmp_path
     assert not local.exists()
 
 
+def test_data_that_a_killed_task_copied_in_part_are_copied_anew(cluster, tmp_path):
+    """A requeued job may start on the same node again, with the same id."""
+    prepared = next(cluster.data.rglob("manifest.json")).parent
+    (left := tmp_path / "autoresearch-500" / prepared.relative_to(cluster.data)).mkdir(parents=True)
+    (left / "manifest.json").write_text("cut sho")
+    script = cluster.write("--copy-data")
+    cluster.until_at_work(process := cluster.start(script, TMPDIR=str(tmp_path)))
+    assert {path.name for path in left.iterdir()} == {path.name for path in prepared.iterdir()}
+    assert (left / "manifest.json").read_bytes() == (prepared / "manifest.json").read_bytes()
+    cluster.end(process)
+
+
 def test_a_node_without_room_for_the_data_reads_them_where_they_are(cluster, tmp_path):
     script = cluster.write("--copy-data")
     cluster.fake("cp", 'case "$*" in *-R*) echo "cp: no space" >&2; exit 1;; esac; exec /bin/cp "$@"')

@@ -103,6 +103,7 @@ unset VIRTUAL_ENV PYTHONPATH HF_HOME
 if [ -n "$copy" ]; then
     local_data=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/autoresearch-$SLURM_JOB_ID
     trap 'rm -rf "$local_data"' EXIT
+    rm -rf "$local_data" # half a copy, if this job was killed on this node before
     mkdir -p "$(dirname "$local_data/$copy")"
     if cp -R "$data/$copy" "$local_data/$copy"; then
         AUTORESEARCH_CACHE=$local_data
