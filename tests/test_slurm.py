@@ -386,6 +386,25 @@ def test_a_task_commits_its_program_without_a_signature(cluster, signing):
     cluster.end(process)
 
 
+@pytest.fixture
+def settings(cluster):
+    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there."""
+    made = {".codex/rules/own.rules": "RUNS = uv run train.py\n", ".claude/settings.json": '"Bash(uv run train.py)"\n',
+            ".agents/skills/SKILL.md": "a skill\n"}  # fmt: skip
+    for name, text in {**made, ".claude/worktrees/one/train.py": "another tree\n"}.items():
+        (cluster.repo.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (cluster.repo.path / name).write_text(text)
+    return made
+
+
+def test_a_task_has_the_agents_settings_of_the_checkout(cluster, settings):
+    cluster.until_at_work(process := cluster.start(cluster.write()))
+    tree = cluster.tree()
+    assert {name: (tree / name).read_text() for name in settings} == settings
+    assert not (tree / ".claude" / "worktrees").exists()
+    cluster.end(process)
+
+
 def test_two_jobs_do_not_work_in_one_tree(cluster):
     script = cluster.write()
     work = cluster.folder / "0"
@@ -560,4 +579,17 @@ def test_a_login_night_commits_the_run_command_without_a_signature(cluster, logi
     process = login_night("echo {} >> runs.jsonl; exec /bin/sleep 100", **signing)
     cluster.until_at_work(process, "login")
     assert cluster.git("log -1 --format=%s", cluster.tree("login")) == "runs go to a compute node"
+    cluster.end(process)
+
+
+def test_a_login_night_has_the_agents_settings_with_its_own_run_command(cluster, login_night, settings):
+    process = login_night("echo {} >> runs.jsonl; exec /bin/sleep 100")
+    cluster.until_at_work(process, "login")
+    tree, train = cluster.tree("login"), "uv run deploy/slurm/train-under-srun.sh"
+    assert {name: (tree / name).read_text() for name in settings} == {
+        name: text.replace("uv run train.py", train) for name, text in settings.items()
+    }
+    for name in ("program.md", "agents/claude.json", "agents/codex/rules/autoresearch.rules"):
+        text = (tree / name).read_text()
+        assert train in text and "uv run train.py" not in text
     cluster.end(process)

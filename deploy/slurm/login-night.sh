@@ -21,9 +21,13 @@ if [ ! -d "$work/tree" ]; then
     git clone --quiet "$source" "$new"
     git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
     cp "$program" "$new/program.md"
+    for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
+        [ ! -d "$settings" ] || tar --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+    done
     # The agents' permission files contain the run command too, once for each seed.
+    shopt -s nullglob
     sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' \
-        "$new"/program.md "$new"/agents/claude.json "$new"/agents/codex/rules/*.rules
+        "$new"/program.md "$new"/agents/claude.json "$new"/.claude/*.json "$new"/{agents/codex,.codex}/rules/*.rules
     git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost -c commit.gpgsign=false \
         commit --quiet -m "runs go to a compute node" -- program.md agents
     git -C "$new" switch --quiet -c "autoresearch/$tag-login"

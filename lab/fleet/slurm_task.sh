@@ -83,6 +83,9 @@ if [ ! -d "$tree" ]; then
         git -C "$new" config autoresearch.remote "$remote"
     fi
     git -C "$new" switch --quiet -c "autoresearch/$tag-$task"
+    for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
+        [ ! -d "$source/$settings" ] || tar -C "$source" --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+    done
     mv "$new" "$tree"
 fi
 cd "$tree"
