@@ -733,6 +733,19 @@ def test_a_training_in_progress_is_seen(tmp_path):
     assert not machine.in_progress()
 
 
+@pytest.mark.parametrize("kind, expected", [("cpu", ["keeps memory", "builds"]), ("cuda", ["builds"])])
+def test_a_cpu_is_measured_as_runs_train_on_it(kind, expected, monkeypatch):
+    device, events = SimpleNamespace(type=kind), []
+    monkeypatch.setattr("frozen.device.keep_freed_memory", lambda: events.append("keeps memory"))
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda text: None)
+    prepare = SimpleNamespace(pick_device=lambda: device, Run=lambda *_: SimpleNamespace(device=device, device_name="a device"))
+    session = measurements.Session({})
+    model = SimpleNamespace(attention=SimpleNamespace(name="sdpa"))
+    session.core = lambda: (prepare, SimpleNamespace(warm_up=lambda *_: 8))
+    session.build = lambda: events.append("builds") or (model, None)
+    assert session.setup()["device_batch"] == 8 and events == expected
+
+
 def test_a_back_end_that_attends_other_keys_or_has_wrong_gradients_is_found():
     import torch
 
