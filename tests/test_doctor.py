@@ -502,7 +502,8 @@ def test_programs_that_a_night_may_use(prepared):
     machine.answers = {("bwrap", "--ro-bind", "/", "/", "true"): (1, "bwrap: No permissions to create new namespace")}
     found, lines = examine(machine, agent="myagent --yes")
     assert lines["agent"].startswith("FAIL") and "No permissions to create new namespace" in lines["bubblewrap"]
-    assert examine(Described(), agent="myagent --yes")[1]["agent"] == "ok    agent        /usr/bin/myagent"
+    for command in ("myagent --yes", "HOME=$REAL_HOME A='b c' myagent --yes", "myagent \"it's"):
+        assert examine(Described(), agent=command)[1]["agent"] == "ok    agent        /usr/bin/myagent"
     machine.missing = {"/dev/shm"}
     assert examine(machine)[1]["/dev/shm"].startswith("warn")
 
