@@ -566,13 +566,15 @@ def test_a_lost_allocation_is_replaced_and_the_next_training_uses_the_new_one(cl
 
 def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
     train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
-    cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && exit 1; {OF_A_LOGIN_NODE["salloc"]}')
+    waiting = 'touch "$FAKES/asked"; exec /bin/sleep 1000'  # in the queue
+    cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && {{ {waiting}; }}; {OF_A_LOGIN_NODE["salloc"]}')
     process = login_night(f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
     cluster.until_at_work(process, "login")
     assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
     log = (cluster.tree("login") / "run.log").read_text()
     assert "the allocation is lost" in log and log.endswith("\npreempted\n")
-    cluster.end(process)
+    cluster.until((cluster.fakes / "asked").exists, process)
+    cluster.end(process)  # waits until nothing holds its output: a salloc left behind would be granted a job for nobody
 
 
 def test_a_login_night_commits_the_run_command_without_a_signature(cluster, login_night, signing):
