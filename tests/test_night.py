@@ -132,6 +132,14 @@ def tree(tmp_path):
 # --- restarts -----------------------------------------------------------------
 
 
+def test_what_an_agent_prints_is_logged_under_a_locale_that_lacks_its_characters(tree, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}.items():
+        monkeypatch.setenv(name, value)
+    status, log = tree.through(r"printf '\342\234\223 done\n'; exit 7", hours=0.2)
+    assert status == 1 and "the agent ended with status 7: " in log and "✓ done\n" in log
+    assert "the night ended by morning" in log
+
+
 def test_an_agent_that_ends_is_started_again_until_the_hours_are_over(tree):
     status, log = tree.through(f"echo x >> starts; {RECORD}; sleep 0.2", hours=0.4)
     assert status == 0

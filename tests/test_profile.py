@@ -267,6 +267,9 @@ def test_it_refuses_where_a_fleet_has_an_agent_without_a_gpu(tmp_path, monkeypat
     monkeypatch.delenv(names.FEEDER)
     with pytest.raises(Refused, match="^measured$"):
         profile.run(None)
+    monkeypatch.setenv(names.SRUN_JOB_FILE, "job-1")  # as login-night.sh does
+    with pytest.raises(Refused, match="^trainings of this night run on a compute node: .*; compare the tokens/s"):
+        profile.run(None)
 
 
 # --- the parts ----------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Keeper:
         """Writes the sentence to night.log and to the terminal."""
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
         with contextlib.suppress(OSError):  # a full disk
-            with open(self.log, "a") as f:
+            with open(self.log, "a", encoding="utf-8", errors="replace") as f:
                 f.write(line + "\n")
         with contextlib.suppress(OSError):  # the terminal was closed, the log is still written
             print(line, flush=True)

@@ -29,6 +29,7 @@ ASIDE, ASIDE_LOCK, BLANK = "aside", "aside.lock", "blank"  # of the sandbox: che
 
 NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
 FEEDER = "AUTORESEARCH_FEEDER"  # environment variable of an agent that feeds a fleet's workers and has no GPU
+SRUN_JOB_FILE = "SRUN_JOB_FILE"  # environment variable of an agent on a cluster's login node: where its trainings run
 
 PREFIX = "autoresearch/"  # of a night's branch
 LOG_REF = "log"  # beside the numbers of recorded commits
