@@ -1,7 +1,10 @@
 """A look at the team, a claim, a record with its verdict: few git processes, and nothing less safe for it."""
 
 import errno
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -258,6 +261,102 @@ def test_a_worker_that_returns_before_the_remote_does_leaves_the_verdict_to_the_
         assert tree.queue.notes == () and [(r["description"], r["verdict"]) for r in tree.team.night.rows[1:]] == [("more A", "discard")]
 
 
+def test_a_push_that_takes_too_long_leaves_no_lock_in_a_remote_that_is_a_folder(apart, monkeypatch):
+    """The remote's git runs on this machine then, and ends with the push: here while it waits for a hook."""
+    agent, _, hub = apart
+    repo, ref = agent.repo, names.queue_ref("gpus", "1")
+    hook, at, communicate = hub / "hooks" / "reference-transaction", hub / "at", subprocess.Popen.communicate
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f'#!/bin/sh\n[ "$1" = prepared ] && touch {at} && exec sleep 600\nexit 0\n')
+    hook.chmod(0o755)
+
+    def late(process, input=None, timeout=None):
+        if "push" in process.args and not at.exists():
+            deadline = time.monotonic() + 100
+            while not at.exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            assert (hub / f"{ref}.lock").exists()
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return communicate(process, input, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", late)
+    with pytest.raises(GitError, match="no answer within 15 s"):
+        exchange.swap(repo, checks.member_of(repo), [(ref, agent.git("rev-parse", "HEAD"), None)])
+    assert not [*hub.rglob("*.lock")] and base_git.refs(hub, ref) == {}
+    hook.unlink()
+    assert exchange.swap(repo, checks.member_of(repo), [(ref, agent.git("rev-parse", "HEAD"), None)]) == "done"
+
+
+def test_a_lock_that_a_killed_git_left_in_the_remote_keeps_one_proposal_waiting_and_not_for_ever(apart, monkeypatch):
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    agent.proposed("worse B", B=-0.02)
+    lock = hub / f"{agent.queue.items[0].ref}.lock"
+    lock.touch()
+    with inside(far):
+        worker = far.worker()
+        worker.pause = lambda seconds: pytest.fail("it is tried again and again, and nothing else is")
+        worker.begin()
+        assert worker.step() and agent.kinds() == {"more A": "open", "worse B": "discard"}
+        with pytest.raises(GitError, match="File exists"):
+            worker.step()
+        assert lock.exists(), "another git may hold it for so long"
+        monkeypatch.setattr(exchange, "STALE_LOCK", -1)
+        with subprocess.Popen(["git", "cat-file", "--batch"], cwd=hub, stdin=subprocess.PIPE) as running:
+            with pytest.raises(GitError, match="File exists"):
+                worker.step()
+            assert lock.exists()
+            running.stdin.close()
+        assert worker.step() and not lock.exists()
+    assert agent.kinds() == {"more A": "keep", "worse B": "discard"}
+
+
+def test_no_lock_is_removed_that_is_not_in_the_remotes_folder(apart, monkeypatch, tmp_path):
+    """The remote names it in its message."""
+    agent, _, hub = apart
+    monkeypatch.setattr(exchange, "STALE_LOCK", -1)
+    own, other = hub / "refs" / "x.lock", tmp_path / "x.lock"
+    for lock in (own, other, hub / ".." / "x.lock"):
+        lock.touch()
+        for _ in range(2):
+            exchange.unlock(agent.repo, str(hub), f"Unable to create '{lock}': File exists.")
+    assert not own.exists() and other.exists()
+    exchange.unlock(agent.repo, "ssh://example.org/x.git", f"Unable to create '{other}': File exists.")
+    assert other.exists()
+
+
+@pytest.mark.parametrize("lost", ["answer", "push"])
+def test_a_verdict_that_the_remote_did_not_answer_survives_a_worker_that_is_stopped(apart, lost, monkeypatch):
+    """The remote answers again when the worker puts its claim back: it may have the verdict, or the claim as it was."""
+    agent, far, hub = apart
+    agent.proposed("more A", A=0.01)
+    push = exchange.push
+    with inside(far):
+        worker, tries = far.worker(), []
+        settle = worker.settle
+
+        def unanswered(*args, **kwargs):
+            tries.append(1)
+            if lost == "answer":
+                push(*args, **kwargs)
+            if len(tries) == 3:
+                worker.stopped_by = signal.SIGTERM
+                monkeypatch.setattr(exchange, "push", push)
+            raise GitError(("push",), "no answer within 15 s")
+
+        worker.settle = lambda *args: (monkeypatch.setattr(exchange, "push", unanswered), settle(*args))
+        worker.begin()
+        with pytest.raises(work.Stopped):
+            worker.step()
+    assert len(tries) == 3 and [item.kind for item in agent.queue.items] == ["decided" if lost == "answer" else "open"]
+    assert list(published(far, hub)) == [worker.member.ref("far")], "for whoever takes the proposal"
+    assert agent.worktree("w1").work().done == (lost == "push")
+    (item,) = agent.queue.items
+    assert (item.kind, item.state["verdict"], item.state["commit"]) == ("decided", "keep", far.records()[-1]["commit"])
+    assert [r["description"] for r in agent.team.night.records[3:]] == ["more A"], "it does not run again"
+
+
 # --- a worker -----------------------------------------------------------------
 
 
@@ -293,7 +392,7 @@ def test_a_claim_is_held_while_others_see_it_and_nobody_may_think_it_void(agent)
 def test_many_workers_begin_with_different_proposals_and_few_with_the_oldest(agent):
     worker = agent.worker()
     items = [SimpleNamespace(id=i, kind="open", state={"failed": []}) for i in range(40)]
-    worker.free = lambda queue: list(items)
+    worker.free = lambda queue, late: list(items)
     alone, many = (SimpleNamespace(workers=range(n), running=[]) for n in (1, 40))
     assert [item.id for item in worker.next(alone)] == list(range(40))
     tries = [[item.id for item in worker.next(many)] for _ in range(20)]

@@ -245,6 +245,39 @@ def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
     assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{best['commit']}:train.py").splitlines())
 
 
+@pytest.mark.parametrize("told", ["late", pytest.param("keep", marks=pytest.mark.slow)])
+def test_of_two_keeps_that_are_recorded_at_the_same_time_the_weaker_is_tried_again(agent, told):
+    """Neither knows the other when it judges. told: what the worker of the weaker one says, which is "keep" if it looks before
+    the better one is published; the order of two records that are made at the same time is that of their members' names."""
+    better, weaker = sorted([agent.worktree("w1"), agent.worktree("w2")], key=lambda tree: tree.member())
+    first, second = (weaker, better) if told == "late" else (better, weaker)
+    ideas = {weaker: ("more A", KEEP), better: ("much B", {"B": 0.05})}
+    for tree in (first, second):
+        agent.proposed(ideas[tree][0], **ideas[tree][1])
+    with inside(first):
+        worker = first.worker()
+        recorded = worker.recorded
+
+        def slow(*args, once=[1]):  # noqa: B006
+            if once:
+                once.clear()
+                with locks.hold(first.path / ".lab" / "worker.lock"):
+                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+                    second.work()
+                os.chdir(first.path)
+                assert agent.kinds()[ideas[second][0]] == "keep"
+            return recorded(*args)
+
+        worker.recorded = slow
+        worker.begin()
+        while worker.step():
+            pass
+    assert one_verdict_each(agent) == {"more A": "keep", "much B": "keep"}
+    assert ("late gain" in str(worker.said_all)) == (told == "late")
+    assert [(r["description"], bool(r.get("late"))) for r in agent.team.night.rows[1:]] == [("much B", False), ("more A", True), ("more A", False)]
+    assert {"A = 0.01", "B = 0.05"} <= set(agent.git("show", f"{agent.team.best['commit']}:train.py").splitlines())
+
+
 @pytest.mark.slow
 def test_a_best_in_doubt_runs_again_once(agent):
     for i in range(30):
@@ -868,6 +901,58 @@ def test_a_remote_that_vanishes_during_a_run_costs_neither_the_run_nor_the_verdi
         while worker.step():
             pass
     assert one_verdict_each(agent) == {"more A": "keep"} and len(far.records()) == 1
+
+
+@pytest.mark.parametrize("restarts", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_a_worker_left_that_was_killed_before_there_was_a_remote_blocks_nobody(tmp_path, restarts):
+    """Its claim on a run of the baseline, and the sign that it is there."""
+    if not restarts and not machine():
+        pytest.skip("this system does not name its boot, so a worker is gone for others after a quarter of an hour")
+    agent = Proposer(tmp_path / "agent")
+    dead, other = agent.worktree("w1"), agent.worktree("w2")
+    dead.killed("run_slot")
+    prefix, hub = names.queue_ref("gpus") + "/", agent.hub()
+    assert len(base_git.refs(agent.path, prefix)) == 2
+    agent.git("config", names.REMOTE, str(hub))
+    tree = dead if restarts else other
+    tree.work(most=10)
+    assert sorted(r["header"]["seed"] for r in tree.records()) == [42, 43, 44]
+    assert base_git.refs(agent.path, prefix) == base_git.refs(hub, prefix) == {}
+
+
+@pytest.mark.parametrize("moved", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["by a look", "by the worker"])
+def test_a_worker_takes_over_a_remote_that_is_configured_while_it_runs(agent, moved):
+    """moved: who takes its claim to the remote: an agent that looks at the queue during the run, or nobody before the worker."""
+    agent.proposed("more A", **KEEP)
+    agent.proposed("worse B", B=-0.02)
+    tree, hub = agent.worktree("w1"), agent.hub()
+    (tree.path / ".lab").mkdir()
+    with inside(tree), locks.hold(tree.path / ".lab" / "worker.lock"):
+        worker = tree.worker()
+        train = worker.train
+
+        def during(seed, once=[1]):  # noqa: B006
+            status = train(seed)
+            if once:
+                once.clear()
+                agent.git("config", names.REMOTE, str(hub))
+                assert not moved or [item.unpublished for item in agent.queue.running] == [False]
+            return status
+
+        worker.train = during
+        worker.begin()
+        while worker.step():
+            pass
+        assert [line for line in worker.said_all if "discarded" in line] == [] and worker.done == 2
+        assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard"} and len(tree.records()) == 2
+        prefix = names.queue_ref("gpus") + "/"
+        assert base_git.refs(agent.path, prefix) == {} and len(base_git.refs(hub, prefix)) == 3, "two proposals and one worker"
+        assert list(base_git.refs(hub, worker.member.refs + worker.member.name + "/")) == [worker.member.ref("w1")]
+        agent.git("config", "--unset", names.REMOTE)
+        agent.proposed("worse C", C=-0.02)
+        while worker.step():
+            pass
+        assert agent.kinds() == {"worse C": "discard"} and worker.done == 3
 
 
 # --- reading ------------------------------------------------------------------

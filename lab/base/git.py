@@ -169,12 +169,10 @@ def talked(path, args, seconds, stdin, config):
     try:
         out, err = process.communicate(stdin.encode() if stdin else None, timeout=seconds)
     except subprocess.TimeoutExpired:
-        kill_group(process)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # on a dead network file system not even SIGKILL ends it
-            process.communicate(timeout=1)
+        end_group(process)
         raise GitError(args, f"no answer within {seconds:g} s") from None
     except BaseException:  # an interrupt
-        kill_group(process)
+        end_group(process)
         raise
     shown = out.decode(errors="replace")
     if process.returncode:
@@ -229,13 +227,23 @@ def feed(pipe, text):
             step()
 
 
-def kill_group(process):
-    """Kills the process and everything that it started."""
+def kill_group(process, number=signal.SIGKILL):
+    """Kills the process and everything that it started, by this signal."""
     if process.returncode is None:
         try:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, number)
         except OSError:  # it has ended
-            process.kill()
+            process.send_signal(number)
+
+
+def end_group(process):
+    """Ends the process and everything that it started: by SIGTERM, at which the git of a remote that is a folder removes its
+    lock files, or else by SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        kill_group(process, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # on a dead network file system not even SIGKILL ends it
+            process.communicate(timeout=1)
+            return
 
 
 def worktrees(path):

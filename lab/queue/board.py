@@ -48,14 +48,15 @@ class Board:
     # --- looking ---
 
     def look(self, fresh=FETCH_AGE):
-        """The queue_refs.Queue after a fetch, after proposals that are only here were taken to the remote, and after bury()."""
+        """The queue_refs.Queue after a fetch, after what is only here was taken to the remote, and after bury(): proposals that did
+        not reach it, and all that workers of this checkout had claimed before there was a remote."""
         self.fetch(fresh)
         queue = queue_refs.read(self.repo, self.member, self.refs)
         if self.note:  # the workers may not have reached the remote either: what was not seen to change may be alive
             self.seen.clear()
         else:
             self.forget_copies()
-            late = [item for item in queue.items if item.unpublished]
+            late = [item for item in (*queue.items, *queue.slots, *queue.workers) if item.unpublished]
             if late and self.publish(late) is None:
                 queue = queue_refs.read(self.repo, self.member)
         self.watch(queue)
@@ -79,7 +80,7 @@ class Board:
             self.note = None
 
     def publish(self, items):
-        """Takes proposals that are only here to the remote. Returns a sentence if it did not take them, or None."""
+        """Takes items that are only here to the remote. Returns a sentence if it did not take them, or None."""
         for item in items:
             try:
                 done = exchange.swap(self.repo, self.member, [(item.ref, item.commit, None)], PROPOSE_SECONDS)

@@ -29,6 +29,7 @@ from lab.analysis import verdict
 from lab.analysis.history import label
 from lab.base import files, locks
 from lab.base.errors import Again, Refused, Stop, os_reason
+from lab.base.git import GitError
 from lab.base.processes import psutil
 from lab.base.text import one_line
 from lab.keeper import cleanup
@@ -37,6 +38,7 @@ from lab.queue.board import LONGEST, Board, machine, now
 from lab.queue.bring import bring
 from lab.queue.propose import member_of
 from lab.share import exchange
+from lab.share.membership import membership, remote_of
 from lab.share.queue_refs import Item
 from lab.share.team import team_night
 from lab.store import ends, journal, names, rules, run_log
@@ -147,14 +149,15 @@ class Worker:
         while self.now() < until and not self.stopped_by:
             self.sleep(min(0.2, seconds))
 
-    def patiently(self, change):
-        """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped."""
+    def patiently(self, change, patient=True):
+        """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped. patient=False:
+        it is called once, and what it raises is raised."""
         wait = BACKOFF
         while True:
             try:
                 return change()
             except (Stop, OSError) as error:
-                if isinstance(error, Refused) or isinstance(error, Again):
+                if not patient or isinstance(error, Refused) or isinstance(error, Again):
                     raise
                 if self.stopped_by or self.now() > self.end + LONGEST:
                     raise Stopped from None
@@ -163,6 +166,28 @@ class Worker:
             wait = min(2 * wait, LONGEST_BACKOFF)
 
     # --- the queue ---
+
+    def follow(self):
+        """Takes over the team's remote, if another one was configured since the last call, or none any more. Whether so."""
+        try:
+            if remote_of(self.repo) == self.member.remote:
+                return False
+            member = membership(self.repo)
+        except (Stop, OSError):  # the old one is good enough until git answers
+            return False
+        if not member or member[:2] != self.member[:2] or member.remote == self.member.remote:
+            return False
+        self.member = self.repo.member = self.board.member = member
+        self.board.refs, self.behind = None, True
+        self.say(f"from now on the team shares through {exchange.clean(member.remote) if member.remote else 'this checkout alone'}")
+        return True
+
+    def taken_along(self, refs):
+        """Takes what is only here to a remote that is new, and raises Stop as long as it does not have these refs."""
+        queue = self.board.look(fresh=0)
+        left = [item for item in (*queue.items, *queue.slots, *queue.workers) if item.unpublished and item.ref in refs]
+        if self.board.note or left:
+            raise Stop(self.board.note or "the remote did not take this worker's claim")
 
     def team(self, refs=None):
         """The Team of what compares with most of its runs, which this worker's must; with --ideas, with its own, and nothing
@@ -179,19 +204,22 @@ class Worker:
             self.own = checks.night_of(self.repo)
         return self.own
 
-    def change(self, item, publish=False, **changes):
+    def change(self, item, publish=False, patient=True, **changes):
         """Moves the item to its state with these changes; the Item as it is then. publish: what was recorded goes to the
-        remote in the same push. Raises Lost if the item is not as it was."""
+        remote in the same push. patient: see patiently. Raises Lost if the item is not as it was."""
         began = self.now(), time.time()
-        commit, state = self.patiently(lambda: self.board.written(item.state, item.state["experiment"] or "HEAD", **changes))
-        if not self.swap([(item.ref, commit, item.commit)], publish):
+        parent = item.state["experiment"] or "HEAD"
+        commit, state = self.patiently(lambda: self.board.written(item.state, parent, **changes), patient)
+        if not self.swap([(item.ref, commit, item.commit)], publish, patient):
             raise Lost
         self.shown = commit, *began
         return item._replace(commit=commit, state=state)
 
-    def swap(self, changes, publish=False):
-        """Board.swap, for as long as it takes. publish: see change; if the remote does not take both at once, what was recorded
+    def swap(self, changes, publish=False, patient=True):
+        """Board.swap, for as long as it takes. publish, patient: see change; if the remote does not take both at once, what was recorded
         goes there by itself."""
+        if not self.member.remote and self.follow():  # the claim may be there by now, and nothing that runs is lost
+            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]))
         refused = False
         if publish and self.member.remote:
             with contextlib.suppress(Stop, OSError):
@@ -200,7 +228,7 @@ class Worker:
                 refused = True  # the item was lost: nothing is published before catch_up has looked who has it
             if not refused:
                 self.publish()
-        done = self.patiently(lambda: self.board.swap(changes))
+        done = self.patiently(lambda: self.board.swap(changes), patient)
         if done and refused:
             self.publish()
         return done
@@ -211,10 +239,11 @@ class Worker:
             self.say(note, once=True)
 
     def claim(self, item, doing="begins", **changes):
-        """The Item as this worker's; None if another was faster."""
+        """The Item as this worker's; None if another was faster. Raises GitError if the remote does not take it, or does not
+        answer: should it have it, it is the first that this worker tries next."""
         attempt = {"attempt": secrets.token_hex(8), "renewed": 0, "doing": doing, "since": now()}
         with contextlib.suppress(Lost):
-            return self.change(item, kind="claimed", **self.identity, **attempt, **changes)
+            return self.change(item, patient=False, kind="claimed", verdict="", **self.identity, **attempt, **changes)
         return None
 
     def age(self, item):
@@ -253,10 +282,12 @@ class Worker:
     def is_mine(self, item):
         return item.state["worker"] == self.member.name
 
-    def free(self, queue):
-        """Proposals that may be taken, oldest first; those that failed here come last."""
+    def free(self, queue, late=()):
+        """Proposals that may be taken, oldest first; those that failed here come last. late: commits whose gain was a late one;
+        a proposal that was told as a keep by one of them, as two workers judged at the same time, is tried again."""
         found = [item for item in queue.of("open") if not item.unpublished]
         found += [item for item in queue.of("claimed") if self.is_mine(item) or self.board.is_void(item)]
+        found += [item for item in queue.of("decided") if item.state["verdict"] == "keep" and item.state["commit"] in late]
         return sorted(found, key=lambda item: (not self.is_claimed_here(item), self.failed_here(item), item.state["seq"], item.id))
 
     def is_claimed_here(self, item):
@@ -486,12 +517,21 @@ class Worker:
                 item, r, said = self.experiment(item, code, description, self.seed_of(team.night, code), newer=newer)
             except Refused as refused:
                 return self.give_back(item, f"it could not be recorded: {refused}")
+            if r["verdict"] == "keep" and (late := self.late_by_now(code)):
+                r, said = {**r, **late}, late["why"]
             if not r.get("late") or attempt == ROUNDS - 1:
                 return self.settle(item, r, said)
             self.publish()
             self.say(f"a late gain: {description[: checks.BRIEF]}: it is tried again on the team's best")
             item, team, brought = self.renew(item, "a late gain, tried again on the team's best", ""), None, None
         return None
+
+    def late_by_now(self, code):
+        """What makes a keep of this worker a late gain: {"verdict", "late", "why"}, or None. Another worker may have recorded a
+        better one meanwhile. If it publishes that even later, step sees it."""
+        self.board.fetch()
+        r = self.team(self.board.refs).night.latest(code)
+        return {key: r[key] for key in ("verdict", "late", "why")} if r and r.get("late") else None
 
     def goes_on(self, item, team):
         """Whether HEAD is this claim's experiment, of a worker that was killed."""
@@ -525,15 +565,19 @@ class Worker:
         self.say(f"handed back: {item.state['description'][: checks.BRIEF]}: {one_line(why, 200)}")
 
     def release(self, item, why=None):
-        """Puts the proposal back into the queue, for this or another worker. why: this machine's fault, which counts."""
+        """Puts the proposal back into the queue, for this or another worker. why: this machine's fault, which counts. If its
+        run is recorded and only the verdict was not published, the next one finds the record by `running`."""
+        recorded = self.own_night().latest(item.state["running"])
+        is_decided = recorded is not None and recorded["row"] is not None
         attempts = item.state["attempts"] + bool(why)
         failed = [*item.state["failed"], f"{self.tag}: {one_line(why, 200)}"][-20:] if why else item.state["failed"]
-        nobody = dict.fromkeys(("worker", "worker_branch", "host", "machine", "tree", "attempt", "doing", "running"), "")
+        nobody = dict.fromkeys(("worker", "worker_branch", "host", "machine", "tree", "attempt", "doing"), "")
+        nobody |= {} if is_decided else {"running": ""}
         if attempts >= ATTEMPTS:
             text = f"workers failed to run it {attempts} times:\n" + "\n".join(failed)
             self.change(item, kind="returned", text=text, when=now(), attempts=attempts, failed=failed, doing="", running="")
         else:
-            self.change(item, kind="open", attempts=attempts, failed=failed, **nobody)
+            self.change(item, publish=is_decided, kind="open", attempts=attempts, failed=failed, **nobody)
 
     # --- runs that nobody proposed ---
 
@@ -588,7 +632,8 @@ class Worker:
     def latest(self, item):
         """The claim as it is in the queue, if it is this worker's."""
         there = self.board.look(fresh=0).find(item.id)
-        return there if there and there.state["attempt"] == item.state["attempt"] else item
+        is_here = there and there.kind == "claimed" and there.state["attempt"] == item.state["attempt"]
+        return there if is_here else item  # a change of `item` then fails: another worker has it, or its verdict was published
 
     # --- the night ---
 
@@ -647,6 +692,7 @@ class Worker:
 
     def step(self):
         """Does one thing of what is to be done. Whether there was something."""
+        self.follow()
         queue, self.own = self.board.look(), None
         if self.board.note:
             self.say(self.board.note, once=True)
@@ -665,17 +711,25 @@ class Worker:
         mine = [item for item in queue.of("claimed") if self.is_mine(item)]
         if not mine and self.repeat_best(queue, team):
             return True
-        for item in self.next(queue)[:3]:
+        late, failed = {r["commit"] for r in team.night.records if r.get("late")}, None
+        for item in self.next(queue, late)[:3]:
             brought = self.brought(item, team)
-            if claimed := self.claim(item, "run 1", running=brought.code) if brought else self.claim(item):
+            try:
+                claimed = self.claim(item, "run 1", running=brought.code) if brought else self.claim(item)
+            except GitError as error:  # of this proposal alone, such as a lock in the remote: others can run
+                failed = error
+                continue
+            if claimed:
                 self.take(claimed, team if brought else None, brought)
                 return True
+        if failed:
+            raise failed
         return False
 
-    def next(self, queue):
+    def next(self, queue, late=()):
         """Proposals to try to claim, in this order: the oldest first. With many workers one of the oldest, or all of them
         would try to claim the same one."""
-        found, workers = self.free(queue), max(len(queue.workers), len(queue.running))
+        found, workers = self.free(queue, late), max(len(queue.workers), len(queue.running))
         few = found[: 1 + (workers // SPREAD if workers >= CROWD else 0)]
         if all(item.kind == "open" and not self.failed_here(item) for item in few):
             random.shuffle(few)

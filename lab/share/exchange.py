@@ -17,6 +17,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 from lab.base import git as base_git
 from lab.base import locks
@@ -30,6 +31,7 @@ from lab.store.names import PREFIX
 FETCH_SECONDS, PUSH_SECONDS = 15, 15  # of one call; a queue's call may use other limits
 LOOSE = 200  # refs of the queue with a file each, after which they are packed
 LOCK_SECONDS = 20  # that another working tree's fetch may take
+STALE_LOCK = 60  # seconds that a lock file of the remote is in the way: every push is ended sooner, here and elsewhere
 PARENTS = 12  # recorded commits that one commit carries: git limits a commit's parents to 16
 UNNAMED = "autoresearch-team"  # what a push calls a remote that the configuration has no name for
 REASON = 200  # characters of git's message in a note
@@ -126,9 +128,26 @@ def push(repo, member, refspecs, seconds, *options):
             repo.top, "-c", "core.hooksPath=/dev/null", "push", "--porcelain", "--no-verify", "--atomic", *options, "--",
             name, *refspecs, seconds=seconds, config=config,
         )  # fmt: skip
-    except GitError:
+    except GitError as error:
         _urls.pop((repo.top, member.remote), None)
+        unlock(repo, url or member.remote, str(error))
         raise
+
+
+_locks = {}  # a lock file that was in the way: (which file that was, when it was first met)
+
+
+def unlock(repo, url, message):
+    """Removes the lock file that git's message names, if a killed git left it in a remote that is a folder."""
+    found, folder = re.search(r"'([^']+\.lock)': File exists", message), (repo.top / url).resolve()
+    if not found or not folder.is_dir() or not (lock := Path(found[1]).resolve()).is_relative_to(folder):
+        return
+    known, now = base_git.identity(lock), time.monotonic()
+    before, since = _locks.get(lock, (None, now))
+    if known != before:
+        _locks[lock] = known, now
+    elif known and now - since > STALE_LOCK:
+        base_git.remove_stale(folder, lock, patience=0)
 
 
 _urls = {}  # (top, a remote): its URL; asked again after a call that failed

@@ -56,7 +56,7 @@ def membership(repo):
     if not team:
         return None
     own, common = repo.git("rev-parse", "--absolute-git-dir", "--git-common-dir").splitlines()
-    remote = (repo.ask("config", names.REMOTE) or "").strip() or None
+    remote = remote_of(repo)
     if remote and remote.startswith("-"):
         raise Refused(f"{remote[:80]!r} is not a git remote: git config {names.REMOTE} NAME-OR-PATH-OR-URL")
     shared = (repo.top / common).resolve() / names.SHARE
@@ -69,6 +69,11 @@ def team_name(repo):
     if team and not TEAM.fullmatch(team):
         raise Refused(f"a team's name has letters, digits, - and _ only: git config {names.TEAM} gpus (it is {team[:80]!r})")
     return team or None
+
+
+def remote_of(repo):
+    """The git remote that the configuration names for the team; None without one."""
+    return (repo.ask("config", names.REMOTE) or "").strip() or None
 
 
 def apart(own, shared, remote):

@@ -11,7 +11,7 @@ moves the ref by compare-and-swap, so a proposal has one state, one claim and on
 
 IDs that are not random: worker-MEMBER says that a worker is running; baseline-SEED and again-... are claims on runs that the
 rule wants and nobody proposed. With a remote, its refs are what counts, as the mirror has them after a fetch; a ref of the
-queue that is only here is a proposal that did not reach the remote yet.
+queue that is only here has not reached the remote yet, or was made before there was one.
 """
 
 import json
