@@ -129,7 +129,7 @@ class Worker:
         self.said = sentence
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
         with contextlib.suppress(OSError):  # a full disk
-            with open(self.repo.top / names.NIGHT_LOG, "a", encoding="utf-8") as f:
+            with open(self.repo.top / names.NIGHT_LOG, "a", encoding="utf-8", errors="replace") as f:
                 f.write(line + "\n")
         with contextlib.suppress(OSError):  # the terminal was closed
             print(line, flush=True)
