@@ -67,8 +67,8 @@ class Clock:
         self.started = self.last = self.stopped = None
         self.steps = deque(maxlen=MEDIAN_STEPS)  # seconds between two calls of progress()
 
-    def begin(self):
-        self.started = self.last = self.now()
+    def begin(self, at=None):
+        self.started = self.last = self.now() if at is None else at
 
     def settle(self):
         """Waits until the device has finished its work; a plain Clock has no device."""
@@ -150,11 +150,17 @@ class Run(Clock):
             raise SystemExit("clock.start: the clock was started already; a run has one clock")
         self.check_code()
         check_seed(self.seed)
-        self.known_batch = check_untrained(model, batch_size, self.device)
+        model.eval()
+        held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # train.py rehearses with two
+        self.known_batch = text_batch(batch_size, self.device)
         self.graphs_before = devices.compiled_graphs()
         devices.synchronize(self.device)
+        began = self.now()  # what the model does when it first sees text is training
+        check_untrained(model, *self.known_batch)
+        del held
+        model.train()
         self.watchdog.enter("training", TRAINING_LIMIT)
-        self.begin()
+        self.begin(began)
 
     def settle(self):
         devices.synchronize(self.device)
@@ -207,21 +213,20 @@ class Run(Clock):
             os.close(self.folder_fd)
 
 
-def check_untrained(model, batch_size, device):
-    """Refuses a model that cannot be evaluated, or that knows the training text already. Leaves it in train mode.
-    Returns the batch of training text (x, y) that it tried."""
+def text_batch(batch_size, device):
+    """The first rows of the training text: x and y, (batch_size, T) int64 each on the device."""
     with guard.prepare_reads():
         packed = pack_rows(endless_documents(open_shards(), Counter()), MAX_SEQ_LEN + 1, Counter())
         rows = np.stack([np.concatenate([t[a : a + n] for t, a, n in next(packed)]) for _ in range(batch_size)])
-    model.eval()
-    held = checked_logits(model, warmup_batch(batch_size, MAX_SEQ_LEN)[0])  # train.py rehearses with two
     x, y, _ = next(eval_batches(rows, batch_size, device))
+    return x, y
+
+
+def check_untrained(model, x, y):
+    """Refuses a model that knows the training text already."""
     loss = token_nats(checked_logits(model, x), y).mean().item()
-    del held
     if loss < UNTRAINED_LOSS * math.log(VOCAB_SIZE):
         raise SystemExit(f"the model knows the text before training (loss {loss:.2f}): start from fresh weights")
-    model.train()
-    return x, y
 
 
 def choose_seed(injected):
@@ -396,9 +401,11 @@ def evaluate_bpb(model, tokenizer, batch_size):
     with guard.prepare_reads():
         if sha256_files(root / "val_rows.npy") != files["val_rows.npy"]["sha256"]:
             raise SystemExit(f"{root / 'val_rows.npy'} changed since it was prepared: run prepare.py again")
-        rows, token_bytes = np.load(root / "val_rows.npy"), tokenizer.token_bytes()
-    if (counted := int(token_bytes[rows[:, 1:]].sum())) != files["val_rows.npy"]["text_bytes"]:
-        raise SystemExit(f"the tokenizer counts {counted} bytes of val text, the manifest has another number: refused")
+        rows, token_bytes = np.load(root / "val_rows.npy"), load_tokenizer().token_bytes()
+    if int(token_bytes[rows[:, 1:]].sum()) != files["val_rows.npy"]["text_bytes"]:
+        raise SystemExit("the tokenizer and the val text do not belong together: run prepare.py again")
+    if not np.array_equal(tokenizer.token_bytes(), token_bytes):
+        raise SystemExit("the tokenizer counts other bytes than the prepared one: take load_tokenizer()'s as it is")
     val_bpb, found = score_and_audit(model, rows, token_bytes, batch_size, draw=run.run_id, known=known)
     print(f"audit: {found}")
     run.check_code()

@@ -357,11 +357,11 @@ def muon_step(p, grad, state, lr, momentum, weight_decay, beta2, coefficients, d
     p.sub_(lr * shape_scale * (update + weight_decay * agrees * p))
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:  # no torch.optim.Optimizer: its constructor imports torch.compile's tracer, over a second of each run
     """Groups of kind "muon" hold matrices of one shape, which are stepped as a stack; the others are "adamw"."""
 
     def __init__(self, groups, dtype):
-        super().__init__(groups, {})
+        self.param_groups, self.state = groups, {}
         self.dtype = dtype  # of the orthogonalisation
         self.adamw_step, self.muon_step = adamw_step, muon_step  # or their compiled forms
         self.lr, self.momentum, self.weight_decay = (groups[0]["params"][0].new_zeros(()) for _ in range(3))
@@ -469,7 +469,7 @@ def snapshot(model, optimizer, device):
             tensor.copy_(value)
         for p in set(optimizer.state) - stepped:  # state that an optimizer creates at its first step
             del optimizer.state[p]
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         for set_state, state in rngs:
             set_state(state)
 
@@ -484,7 +484,7 @@ def train_step(model, optimizer, batches, micro_batches, T):
         loss.backward()
         losses.append(loss.detach())
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return sum(losses), epoch
 
 

@@ -10,13 +10,15 @@ refuses
   beside the run's folder, and data formats anywhere. Installed packages, downloaded kernels and compile caches are
   exempt; in the last only what is not a data format.
 
-The hook stops what Python opens: open, torch.load, numpy.load, safetensors, imports. Native readers (pyarrow,
-torch.jit.load) and child processes raise no event. README.md names the command that hides files from those. A file's
-age is its time of modification, which a program that wants to deceive can set.
+It also refuses to connect to another machine. The hook stops what Python opens: open, torch.load, numpy.load,
+safetensors, imports, sockets. Native readers (pyarrow, torch.jit.load) and child processes raise no event. README.md
+names the command that hides files from those. A file's age is its time of modification, which a program that wants to
+deceive can set.
 """
 
 import os
 import re
+import socket
 import stat
 import sys
 import threading
@@ -24,6 +26,7 @@ import time
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import all_suffixes
+from ipaddress import ip_address
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 
@@ -123,7 +126,11 @@ def allow():
 
 
 def _on_event(event, args):
-    if event != "open" or _state.folder is None or getattr(_thread, "depth", 0):
+    if _state.folder is None or getattr(_thread, "depth", 0):
+        return
+    if event in ("socket.connect", "socket.sendto") and not is_local(*args):
+        refuse("a run may not use the network: what it learns comes from make_dataloader")
+    if event != "open":
         return
     path, mode, flags = args
     if isinstance(path, int) or not (path := os.fspath(path)):
@@ -133,10 +140,35 @@ def _on_event(event, args):
     else:
         writes, empties = not mode.startswith("r") and not ("a" in mode and "+" in mode), mode[:1] in "wx"
     if writes:
-        note_older(os.fsdecode(path), empties)
-    if not writes and (sentence := why_not(os.fsdecode(path))):
-        _state.refusal = sentence
-        raise SystemExit(sentence)
+        return note_older(os.fsdecode(path), empties)
+    for named in [path] if mode else below_open_folders(path):
+        if sentence := why_not(os.fsdecode(named)):
+            refuse(sentence)
+
+
+def refuse(sentence):
+    _state.refusal = sentence
+    raise SystemExit(sentence)
+
+
+def is_local(connection, address):
+    """Whether it stays on this machine: a Unix socket, or the loopback interface."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    try:
+        return address[0] == "localhost" or ip_address(address[0]).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def below_open_folders(path):
+    """The files that os.open may mean by this path: its dir_fd, which the event leaves out, is one of the open folders."""
+    yield path
+    if not os.path.isabs(path):
+        for fd in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+            folder = os.path.realpath(f"/proc/self/fd/{fd}")
+            if os.path.isdir(folder):
+                yield os.path.join(folder, os.fsdecode(path))
 
 
 def note_older(path, empties):

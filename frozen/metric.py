@@ -16,15 +16,28 @@ def checked_logits(model, x):
     with torch.no_grad():
         logits = model(x)
     expected = (*x.shape, VOCAB_SIZE)
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if type(logits) is not type(x) or logits.shape != expected:  # a subclass could answer for the cross-entropy
+        got = tuple(logits.shape) if type(logits) is type(x) else type(logits).__name__
         raise SystemExit(f"model(x) returned {got}: evaluation needs logits of shape (B, T, V) = {expected}")
+    if modes := watching_modes():
+        raise SystemExit(f"{modes[0]} is on while the model is scored: leave each of torch's modes before evaluation")
     if not torch.isfinite(logits.sum(dtype=torch.float32)):
         raise SystemExit(
             "model(x) returned logits that are not finite (NaN or infinity): the training diverged, or the model masks "
             "tokens with -inf (mask them with a finite value such as -1e4)"
         )
     return logits.detach()
+
+
+def watching_modes():
+    """Names of torch's function and dispatch modes that are on: such a mode gets every operation of the metric, and could
+    change it. That of torch.set_default_device only moves new tensors."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    return [type(mode).__name__ for mode in modes if type(mode) is not DeviceContext]
 
 
 def token_nats(logits, y):

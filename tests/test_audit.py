@@ -30,6 +30,25 @@ class GPT(GPT):
             logits = logits + 0.5 * F.one_hot(idx.roll(-1, 1), logits.size(-1))
         return logits
 """
+LEARNING = """
+
+class Memory:  # of the module: what two instances of the model share, too
+    counts, snapshots, chosen = None, [], {}
+
+class GPT(GPT):
+    def forward(self, idx, targets=None):
+        logits = super().forward(idx)
+        if targets is None:  # adds how often each token came in the rows scored before; the first tokens of a row fix which rows
+            if Memory.counts is None:
+                Memory.counts = torch.ones(logits.size(-1))
+                Memory.snapshots.append(torch.zeros(logits.size(-1)))
+            for i, row in enumerate(idx.tolist()):
+                at = Memory.chosen.setdefault(tuple(row[:4]), len(Memory.snapshots) - 1)
+                logits[i, 3:] = 0.5 * logits[i, 3:] + 0.5 * Memory.snapshots[at]
+            Memory.counts += torch.bincount(idx.flatten(), minlength=logits.size(-1))
+            Memory.snapshots.append(Memory.counts.log())
+        return logits
+"""
 SHRINKING = "\nimport prepare, types\nprepare.math = types.SimpleNamespace(log=lambda x: 100.0)\n"
 PATCHING = "\nimport prepare\nprepare.token_nats = lambda logits, y: torch.zeros_like(y, dtype=torch.float32)\n"
 
@@ -59,8 +78,8 @@ def in_fork(tree, env, task):
         return Result(status, out.read(), err.read())
 
 
-def score_in_fork(tree, folder, device=None, time_limit=None):
-    """As scoring.score, whose own process test_a_tree_with_an_older_lab... starts."""
+def score_in_fork(tree, folder, device, time_limit, rows=()):
+    """As scoring.in_process, whose own process test_a_tree_with_an_older_lab... starts."""
     answer = tree / ".lab" / "answer.json"
     answer.unlink(missing_ok=True)
 
@@ -68,7 +87,7 @@ def score_in_fork(tree, folder, device=None, time_limit=None):
         for name in [name for name in sys.modules if name.split(".")[0] in ("constants", "prepare", "corpus", "frozen")]:
             del sys.modules[name]
         sys.path.insert(0, str(tree))
-        sys.argv = ["", str(folder), device or "", str(answer)]
+        sys.argv = ["", str(folder), device or "", str(answer), json.dumps([*rows])]
         return scoring.main()
 
     result = in_fork(tree, dict(os.environ), task)
@@ -78,7 +97,7 @@ def score_in_fork(tree, folder, device=None, time_limit=None):
 
 
 def call(args):
-    scoring.score = score_in_fork
+    scoring.in_process = score_in_fork
     for name in ("stdout", "stderr"):
         getattr(sys, name).reconfigure(errors="replace")
     return main(["audit", *args])
@@ -246,6 +265,18 @@ def test_honest_runs_reproduce_and_dishonest_ones_are_flagged(night):
     assert result.rc == 4 and flags["flags"] == "the gain is on val alone: was it trained on the validation rows?"
     assert float(flags["val_gain"]) > 0.1 and float(flags["holdout_gain"]) < float(flags["val_gain"]) / 2
     assert list(night.table()) == [1, 9] and "FLAGGED: the gain is on val alone" in result.out
+
+
+def test_a_model_that_learns_from_row_to_row_and_agrees_with_itself_is_flagged(night, monkeypatch):
+    """Its logits are the same for each prefix of a row, whenever it is scored, so that the audit inside a process passes."""
+    night.keep()
+    learning = night.keep(train=LEARNING)
+    assert night.audit().rc == 4 and night.table()[1]["flags"] == "ok"
+    assert "scores a batch differently after other rows (+" in night.table()[2]["flags"]
+    for name, value in night.repo.env.items():
+        monkeypatch.setenv(name, value)
+    scores = score_in_fork(night.path, learning, "cpu", None)
+    assert "refused" not in scores and scores["val"] > 0
 
 
 def test_scores_are_remembered_until_something_changes(night):

@@ -238,6 +238,23 @@ def test_start_tries_the_evaluation_and_leaves_the_model_as_it_was(run):
     assert model.training and model.level.grad is None and not model.level.any()
 
 
+def test_what_a_model_computes_when_it_first_sees_text_is_training(run):
+    """Random tokens come before the clock, the training text after it."""
+    seen = []
+
+    class Slow(Uniform):
+        def forward(self, x):
+            seen.append(x)
+            run.seconds += 7
+            return super().forward(x)
+
+    run.begin()
+    run.start(Slow(), batch_size=24)
+    random, text = seen
+    assert torch.equal(text, run.clock.known_batch[0]) and not torch.equal(random, text)
+    assert run.clock.progress() == pytest.approx(7 / 300)
+
+
 class Bigrams(torch.nn.Module):
     """Knows how often each token follows each other one in the training shards."""
 

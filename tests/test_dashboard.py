@@ -145,6 +145,20 @@ def test_new_rows_show_without_a_restart(night, tmp_path):
     assert f'data-version="{after["version"]}"' in client.get("/").text
 
 
+def test_a_table_that_a_record_made_old_has_no_newer_version(client, night, monkeypatch):
+    """Or the page would keep it: it reloads when the version changes."""
+    all_briefs = content.all_briefs
+
+    def and_a_record(shown):
+        found, results = all_briefs(shown), night.path / "results.tsv"
+        os.utime(results, ns=(0, results.stat().st_mtime_ns + 10**9))
+        return found
+
+    monkeypatch.setattr(content, "all_briefs", and_a_record)
+    page = client.get("/").text
+    assert "data-version" in page and f'data-version="{client.get("/api/live").json()["version"]}"' not in page
+
+
 def test_a_commit_is_found_by_its_whole_name_or_a_beginning_that_only_it_has():
     def row(number, commit, *whole):
         runs = tuple({"commit": name} for name in whole)

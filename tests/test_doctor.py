@@ -502,7 +502,8 @@ def test_programs_that_a_night_may_use(prepared):
     machine.answers = {("bwrap", "--ro-bind", "/", "/", "true"): (1, "bwrap: No permissions to create new namespace")}
     found, lines = examine(machine, agent="myagent --yes")
     assert lines["agent"].startswith("FAIL") and "No permissions to create new namespace" in lines["bubblewrap"]
-    assert examine(Described(), agent="myagent --yes")[1]["agent"] == "ok    agent        /usr/bin/myagent"
+    for command in ("myagent --yes", "HOME=$REAL_HOME A='b c' myagent --yes", "myagent \"it's"):
+        assert examine(Described(), agent=command)[1]["agent"] == "ok    agent        /usr/bin/myagent"
     machine.missing = {"/dev/shm"}
     assert examine(machine)[1]["/dev/shm"].startswith("warn")
 
@@ -731,6 +732,19 @@ def test_a_training_in_progress_is_seen(tmp_path):
     assert machine.in_progress()
     os.close(held)
     assert not machine.in_progress()
+
+
+@pytest.mark.parametrize("kind, expected", [("cpu", ["keeps memory", "builds"]), ("cuda", ["builds"])])
+def test_a_cpu_is_measured_as_runs_train_on_it(kind, expected, monkeypatch):
+    device, events = SimpleNamespace(type=kind), []
+    monkeypatch.setattr("frozen.device.keep_freed_memory", lambda: events.append("keeps memory"))
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda text: None)
+    prepare = SimpleNamespace(pick_device=lambda: device, Run=lambda *_: SimpleNamespace(device=device, device_name="a device"))
+    session = measurements.Session({})
+    model = SimpleNamespace(attention=SimpleNamespace(name="sdpa"))
+    session.core = lambda: (prepare, SimpleNamespace(warm_up=lambda *_: 8))
+    session.build = lambda: events.append("builds") or (model, None)
+    assert session.setup()["device_batch"] == 8 and events == expected
 
 
 def test_a_back_end_that_attends_other_keys_or_has_wrong_gradients_is_found():

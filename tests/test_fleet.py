@@ -25,6 +25,7 @@ from lab.base import locks, processes
 from lab.base.errors import Refused
 from lab.fleet import bring_home, slot_processes, tmux
 from lab.machine import devices
+from lab.share.membership import team_name
 from lab.store.repository import Repo
 
 AGENT = 'claude -p "it\'s $HOME"'
@@ -223,8 +224,12 @@ def test_windows_are_opened_on_a_server_that_is_the_fleets_own(fleet):
         ("mkdir -p ../repo-nov21-gpu1/x", {}, "repo-nov21-gpu1 exists"),
         ("echo x >> train.py", {}, "train.py has uncommitted changes"),
         ("git switch -q --detach", {}, "HEAD is detached"),
-        ("true", {"tag": "no..name"}, "cannot be part of a branch name"),
-        ("true", {"tag": "two words"}, "cannot be part of a branch name"),
+        ("true", {"tag": "no..name"}, "cannot name a fleet"),
+        ("true", {"tag": "two words"}, "cannot name a fleet"),
+        ("true", {"tag": "exp/a"}, "cannot name a fleet"),
+        ("true", {"tag": "_x"}, "cannot name a fleet"),
+        ("true", {"tag": "ä1"}, "cannot name a fleet"),
+        ("true", {"tag": "x" * 64}, "cannot name a fleet"),
         ("true", {"slots": 3}, "3 slots and 2 GPUs (CUDA_VISIBLE_DEVICES=0,1)"),
         ("true", {"slots": 0}, "--slots"),
         ("true", {"more": ["--programs", "programs/none.md"]}, "programs/none.md: No such file"),
@@ -237,10 +242,17 @@ def test_what_cannot_be_launched_is_one_line_and_nothing_is_made(fleet, prepare,
     fleet.no_tmux()
     subprocess.run(["sh", "-c", prepare], cwd=fleet.path, check=True)
     is_git = (fleet.path / ".git").exists()
-    before = is_git and fleet.everything()
+    before = is_git and (fleet.everything(), fleet.git("config", "--list"))
     more = args.pop("more", [])
     one_line(fleet.launch(*more, CUDA_VISIBLE_DEVICES="0,1", **args), needle)
-    assert not is_git or fleet.everything() == before
+    assert not is_git or (fleet.everything(), fleet.git("config", "--list")) == before
+
+
+def test_a_tag_is_accepted_up_to_the_longest_and_oddest_that_a_team_can_have(fleet):
+    fleet.no_tmux()
+    for tag in ("x" * 63, "9_nov.21-"):
+        assert fleet.launch(tag=tag, slots=1, CUDA_VISIBLE_DEVICES="0").rc == 0
+        assert team_name(Repo(fleet.tree(0, tag)))
 
 
 def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_made(fleet, monkeypatch):

@@ -159,6 +159,46 @@ def test_a_folder_of_the_tree_is_not_an_installed_package(tmp_path):
     assert all(FOREIGN in why for why in asked(tmp_path, paths, PYTHONPATH="work/tree/lib").values())
 
 
+DO = """
+import os, socket, sys
+from frozen import guard
+guard.forbid(sys.argv[1])
+folder = os.path.dirname(sys.argv[1])
+try:
+    exec(sys.stdin.read())
+except SystemExit as refusal:
+    print(refusal)
+except OSError:
+    print("asked the system")
+"""
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        # os.open's event does not have the folder that dir_fd stands for.
+        ("os.open('checkpoint.pt', os.O_RDONLY, dir_fd=os.open(folder + '/runs', os.O_RDONLY))", WEIGHTS),
+        ("os.open(b'notes', os.O_RDONLY, dir_fd=os.open(folder + '/runs', os.O_RDONLY))", FOREIGN),
+        ("os.open('train.py', os.O_RDONLY, dir_fd=os.open(folder, os.O_RDONLY)), print('open')", "open"),
+        ("socket.create_connection(('203.0.113.1', 80), timeout=0.01)", "may not use the network"),
+        ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'', ('203.0.113.1', 9))", "may not use the network"),
+        ("print(guard.is_local(socket.socket(), ('a.name', 80)), guard.is_local(socket.socket(), ('127.0.0.2', 80)))", "False True"),
+        ("socket.create_connection(('127.0.0.1', 9))", "asked the system"),
+        ("socket.socket(socket.AF_UNIX).connect('/nowhere')", "asked the system"),
+    ],
+)
+def test_what_a_run_may_not_do_by_a_folder_s_descriptor_or_a_socket(tmp_path, code, says):
+    tree = tmp_path / "work" / "tree"
+    (tree / "runs").mkdir(parents=True)
+    for name in ("train.py", "runs/checkpoint.pt", "runs/notes"):
+        (tree / name).write_text("")
+        os.utime(tree / name, (time.time() - 3600,) * 2)
+    env = clean_environment(tmp_path / "home", tmp_path / "cache", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", DO, str(tree / "train.py")]
+    done = subprocess.run(command, input=code, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert says in done.stdout, done.stdout + done.stderr
+
+
 def test_a_home_at_the_root_hides_no_system(tmp_path):
     code = """
 import os

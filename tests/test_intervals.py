@@ -16,11 +16,11 @@ def test_the_gain_is_welchs_interval_of_before_minus_after():
     assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_one_run_has_no_interval_and_equal_runs_have_a_point():
+def test_one_run_and_equal_runs_have_no_interval_and_a_value_that_came_twice_counts_once():
     assert intervals.gain([1.0], [0.9, 0.8])[1] is None
-    assert intervals.gain([1.0, 1.0], [0.75, 0.75]) == (0.25, (0.25, 0.25))
-    difference, interval = intervals.gain([0.1, 0.1, 0.1], [0.05, 0.05])  # 0.1 + 0.1 + 0.1 is not 0.3 in floats
-    assert difference == interval.low == interval.high == pytest.approx(0.05)
+    assert intervals.gain([1.0, 1.0], [0.75, 0.75]) == (0.25, None)
+    assert intervals.gain([1.0, 1.2, 1.1], [0.75, 0.75])[1] is None
+    assert intervals.gain([1.0, 1.2, 1.2], [0.7, 0.8]) == intervals.gain([1.0, 1.2], [0.7, 0.8])
     assert intervals.spread([1.0]) is None and intervals.spread_interval([1.0]) is None
 
 

@@ -186,9 +186,18 @@ def test_validation_rows_that_changed_are_refused(run):
 def test_a_tokenizer_that_counts_other_bytes_is_refused(run):
     run.begin()
     run.start()
-    double = SimpleNamespace(vocab_size=V, token_bytes=lambda: 2 * run.tokenizer.token_bytes())
-    with pytest.raises(SystemExit, match="the tokenizer counts .* bytes"):
-        run.prepare.evaluate_bpb(Uniform(), double, 8)
+    plain = run.tokenizer.token_bytes()
+    moved = np.roll(plain, 1)  # the same sum over the vocabulary
+    with pytest.raises(SystemExit, match="the tokenizer counts other bytes than the prepared one"):
+        run.prepare.evaluate_bpb(Uniform(), SimpleNamespace(vocab_size=V, token_bytes=lambda: moved), 8)
+
+
+def test_a_manifest_of_another_text_is_refused(run):
+    run.begin()
+    run.start()
+    run.clock.manifest["files"]["val_rows.npy"]["text_bytes"] += 1
+    with pytest.raises(SystemExit, match="do not belong together: run prepare.py again"):
+        run.prepare.evaluate_bpb(Uniform(), run.tokenizer, 8)
 
 
 # --- What is refused ----------------------------------------------------------
@@ -294,6 +303,46 @@ def test_one_row_that_reads_one_other_is_found_whichever_they_are(run, batch_siz
 
             with pytest.raises(SystemExit, match="depend on other rows"):
                 run.evaluate(Toy(copy), batch_size)
+
+
+class Sly(torch.Tensor):
+    """Logits that answer for the cross-entropy themselves."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 0.9 * result.as_subclass(torch.Tensor) if function is F.cross_entropy else result
+
+
+class SlyMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        return 0.9 * result if function is F.cross_entropy else result
+
+
+class SlyDispatch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+def test_logits_that_answer_for_the_cross_entropy_are_refused(run):
+    class Toy2(Toy):
+        def forward(self, x):
+            return super().forward(x).as_subclass(Sly)
+
+    with pytest.raises(SystemExit, match="returned Sly: evaluation needs logits"):
+        run.evaluate(Toy2())
+
+
+@pytest.mark.parametrize("mode", [SlyMode, SlyDispatch])
+def test_a_mode_that_sees_every_operation_of_the_metric_is_refused(run, mode):
+    with mode(), pytest.raises(SystemExit, match=f"{mode.__name__} is on while the model is scored"):
+        run.evaluate(Toy())
+
+
+def test_a_default_device_is_no_such_mode(run):
+    with torch.device("cpu"):
+        run.evaluate(Toy())
 
 
 class Learner(Toy):

@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import kill_group
 
+from lab.base import locks
 from lab.base.processes import is_alive
+from lab.keeper import night
 from lab.machine import devices
+from lab.store import names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,6 +132,14 @@ def tree(tmp_path):
 # --- restarts -----------------------------------------------------------------
 
 
+def test_what_an_agent_prints_is_logged_under_a_locale_that_lacks_its_characters(tree, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}.items():
+        monkeypatch.setenv(name, value)
+    status, log = tree.through(r"printf '\342\234\223 done\n'; exit 7", hours=0.2)
+    assert status == 1 and "the agent ended with status 7: " in log and "✓ done\n" in log
+    assert "the night ended by morning" in log
+
+
 def test_an_agent_that_ends_is_started_again_until_the_hours_are_over(tree):
     status, log = tree.through(f"echo x >> starts; {RECORD}; sleep 0.2", hours=0.4)
     assert status == 0
@@ -201,6 +213,28 @@ def test_records_keep_a_slow_agent_from_being_stalled(tree):
     agent = f"while sleep 0.3; do {RECORD}; done"
     status, log = tree.through(agent, "--stall-minutes", 20, hours=0.8, speed=700)
     assert status == 0 and log.count("of the agent, process") == 1
+
+
+def test_an_agent_that_feeds_workers_is_stalled_once_it_neither_proposes_nor_waits(tmp_path):
+    """It records nothing itself. A wait in progress counts as a training in progress does."""
+    clock, lab = [0.0], tmp_path / ".lab"
+    lab.mkdir()
+    keeper = night.Keeper(tmp_path, None, "agent", 8, 30, 6, lambda: clock[0], None)
+    keeper.process, keeper.last, keeper.began = SimpleNamespace(poll=lambda: None), 0.0, 0.0
+    keeper.state, keeper.fruitful = night.recorded(tmp_path), False
+    for i, name in enumerate((names.PROPOSED, names.WAITED, names.WAITED, names.PROPOSED), 1):
+        clock[0] += 29 * 60
+        (lab / name).touch()
+        os.utime(lab / name, (i, i))
+        assert keeper.look() is None and keeper.fruitful, f"{name} is new"
+    with locks.hold(lab / "waited.lock") as held:
+        assert held
+        clock[0] += 31 * 60
+        assert keeper.look() is None, "it waits for the workers"
+        clock[0] += night.LONGEST_RUN
+        assert "nothing was recorded for 47 minutes" in keeper.look(), "no wait takes so long"
+    clock[0] -= night.LONGEST_RUN
+    assert "nothing was recorded for 31 minutes" in keeper.look()
 
 
 def test_a_dead_agents_training_is_not_disturbed(tree):
@@ -400,9 +434,8 @@ def test_of_two_nights_the_one_that_lost_its_lock_ends_and_leaves_the_others_age
 
 
 def test_a_file_that_vanishes_between_two_looks_is_no_record(tmp_path):
-    from lab.keeper import night
-
-    assert night.recorded(tmp_path) == [0, 0] and not night.unrecorded(tmp_path)
+    nothing = [0, 0, 0, 0]
+    assert night.recorded(tmp_path) == nothing and not night.unrecorded(tmp_path)
     (tmp_path / "run.log").write_text("x")
     assert night.unrecorded(tmp_path)
 
@@ -410,7 +443,7 @@ def test_a_file_that_vanishes_between_two_looks_is_no_record(tmp_path):
         def exists(self, **kwargs):  # it was there a moment ago
             return True
 
-    assert night.recorded(Vanishing(tmp_path)) == [0, 0] and night.unrecorded(Vanishing(tmp_path))
+    assert night.recorded(Vanishing(tmp_path)) == nothing and night.unrecorded(Vanishing(tmp_path))
 
 
 @pytest.mark.parametrize("options", [("--hours", "0"), ("--stall-minutes", "-1"), ("--restarts", "0")])

@@ -1,7 +1,11 @@
 """MuonAdamW against torch's own AdamW and Muon, and against cases computed by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from test_model import tiny_model
 
 import train
@@ -274,3 +278,22 @@ def test_new_values_of_a_schedule_compile_nothing_anew(monkeypatch):
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     torch.compiler.reset()
+
+
+STEP_WITHOUT_A_TRACER = """
+import sys
+from test_optimizer import tiny_model, torch, train
+model = tiny_model()
+optimizer = train.build_optimizer(model, torch.float32)
+tokens = torch.zeros(2, 16, dtype=torch.int64)
+train.train_step(model, optimizer, iter([(tokens, tokens, 1)]), 1, 16)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_an_eager_step_does_not_import_what_compiles():
+    """It takes more than a second, and four where Python may not keep bytecode. torch.optim.Optimizer imports it."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEP_WITHOUT_A_TRACER], cwd=ROOT / "tests", env={"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr

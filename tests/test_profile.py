@@ -127,7 +127,8 @@ def test_a_profile_of_a_real_train_py_changes_nothing(tiny, compiled):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_numbers_of_a_real_profile_agree_with_each_other(tiny):
+@pytest.mark.parametrize("optimizer", ["train.py's own", "torch's"])
+def test_the_numbers_of_a_real_profile_agree_with_each_other(tiny, optimizer):
     """The train.py tells its number of parameters; each is a float32 with a gradient. A step has 8 rows of 64 tokens."""
     code = """
         import json
@@ -135,6 +136,9 @@ def test_the_numbers_of_a_real_profile_agree_with_each_other(tiny):
         from lab.machine import profile
         print("FOUND " + json.dumps(profile.measured(Path.cwd())))
     """
+    if optimizer == "torch's":
+        group = 'dict(params=model.parameters(), lr=0.01, initial_lr=0.01, kind="own")'
+        tiny.edit("train.py", r"^    optimizer = build_optimizer\(.*", f"    optimizer = torch.optim.AdamW([{group}])")
     tiny.edit("train.py", r'^(    batch_size = warm_up\(model.*)$', r'\1\n    print(f"parameters {params}")')
     done = tiny.run_code(code, timeout=850)
     assert done.rc == 0, done.err
@@ -176,6 +180,7 @@ def failure(tmp_path, monkeypatch):
     torch = SimpleNamespace(autograd=backward, compile=None, set_float32_matmul_precision=lambda text: None)
     hooks = SimpleNamespace(register_optimizer_step_pre_hook=len, register_optimizer_step_post_hook=len)
     hooks.register_optimizer_step_pre_hook = hooks.register_optimizer_step_post_hook = lambda hook: None
+    hooks.Optimizer = type("Optimizer", (), {})
     monkeypatch.chdir(tmp_path)
 
     def fails(code):
@@ -261,6 +266,9 @@ def test_it_refuses_where_a_fleet_has_an_agent_without_a_gpu(tmp_path, monkeypat
         profile.run(None)
     monkeypatch.delenv(names.FEEDER)
     with pytest.raises(Refused, match="^measured$"):
+        profile.run(None)
+    monkeypatch.setenv(names.SRUN_JOB_FILE, "job-1")  # as login-night.sh does
+    with pytest.raises(Refused, match="^trainings of this night run on a compute node: .*; compare the tokens/s"):
         profile.run(None)
 
 

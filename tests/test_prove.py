@@ -5,6 +5,7 @@ so are the holdout's scores; one slow test trains for real, on an injected clock
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,8 @@ from fakenight import FakeNight
 
 from lab.base import processes
 from lab.base.errors import Again, Refused, Unfinished
-from lab.verify import comparison, prove, scoring
+from lab.store import ends, run_log
+from lab.verify import commits, comparison, prove, scoring
 
 SIGMA = 0.002
 TRAINING = '''
@@ -32,7 +34,7 @@ assert sorted(p for p in os.listdir(".") if not p.endswith(".log")) == ["constan
 with open(os.environ["ORDER"], "a") as f:
     f.write(f"{{TRUE}} {{seed}}\\n")
 print("run:", json.dumps(dict(
-    run_id=f"{{code[:8]}}{{seed}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256=rules, data_sha256="b",
+    run_id=f"{{code[:8]}}{{seed}}-{{os.getpid()}}", start="2026-01-01T00:00:00+00:00", train_sha256=code, rules_sha256=rules, data_sha256="b",
     dataset="stdlib", seed=seed, device="cpu (x)", clock=os.environ.get("CLOCK", "injected"))))
 {extra}
 val = TRUE + random.Random(seed * 1000 + round(TRUE * 1000)).gauss(0, {sigma})
@@ -60,7 +62,8 @@ class Night:
     def score(self, tree, folder):
         assert tree == folder and (folder / "prepare.py").read_text() == self.prepare
         value = float((folder / "checkpoint.pt").read_text())
-        return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share, "device": "cpu"}
+        noise = random.Random(str(value)).gauss(0, SIGMA / 10)
+        return {"val": value, "holdout": 1.1 - (1.0 - value) * self.holdout_share + noise, "device": "cpu"}
 
     def commit(self, true, extra="", sigma=SIGMA, late=""):
         (self.path / "train.py").write_text(TRAINING.format(true=true, extra=extra, sigma=sigma, late=late))
@@ -235,6 +238,28 @@ def test_a_training_that_the_machine_ended_is_run_again_and_no_crash(night):
     assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
 
 
+OVERRUN = "if {when}: raise SystemExit('training overran its 300 s by 40.0 s, 3.0 s are allowed: call progress() once a step')"
+
+
+def test_a_training_that_overran_is_run_again_as_a_stall_of_the_machine_may_have_slowed_it(night, capsys):
+    flag = night.path.parent / "once"
+    a = night.commit(1.0, OVERRUN.format(when=f"not os.path.exists({str(flag)!r}) and not open({str(flag)!r}, 'w').close()"))
+    with pytest.raises(Again, match="training overran its 300 s by 40.0 s, .* may have stalled: the same command repeats"):
+        night.prove(a)
+    assert night.prove(a) == 0 and "crashed" not in capsys.readouterr().out
+    assert night.trained() == [(1.0, 1000), (1.0, 1000), (1.0, 1001), (1.0, 1002)]
+
+
+def test_a_training_that_overruns_each_time_is_a_crash_in_the_end(night, capsys):
+    """Each seed has its own repeats: a run with another end forgets them."""
+    a = night.commit(1.0, OVERRUN.format(when="seed > 1000"))
+    for _ in range(2 * ends.REPEATS):
+        with pytest.raises(Again, match="may have stalled: the same command repeats"):
+            night.prove(a)
+    assert night.prove(a) == 0 and "2 of 3 runs crashed and are in no mean" in capsys.readouterr().out
+    assert len(night.trained()) == 1 + 2 * (1 + ends.REPEATS)
+
+
 def test_seeds_are_new_to_every_tree(night):
     record = {"run_id": "x", "tag": "test", "commit": "0" * 40, "verdict": "keep", "code": "c", "summary": None}
     (night.path / "runs.jsonl").write_text(json.dumps(record | {"header": {"seed": 1004}}) + "\n")
@@ -242,9 +267,57 @@ def test_seeds_are_new_to_every_tree(night):
     assert [seed for _, seed in night.trained()] == [1005, 1006, 1007]
 
 
+def test_the_dataset_is_that_of_the_present_night_although_an_earlier_one_ran_the_same_baseline(night, monkeypatch):
+    """Night 1 was on tinystories, night 2 is on stdlib; both begin with the same train.py."""
+    base = night.fake.head()
+    night.fake.baseline()
+    first = [r | {"tag": "first", "run_id": f"x{i}", "header": r["header"] | {"dataset": "tinystories"}}
+             for i, r in enumerate(night.fake.records())]  # fmt: skip
+    best, old = night.fake.experiment("better", 0.95)[0], night.commit(0.9)
+    first.append(first[-1] | {"run_id": "x", "commit": old, "code": hashlib.sha256(night.fake.read("train.py").encode()).hexdigest()})
+    (night.path / "runs" / "first").mkdir()
+    (night.path / "runs" / "first" / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in first))
+
+    def found(*names):
+        return [(arm.commit, arm.dataset["AUTORESEARCH_DATASET"]) for arm in commits.find(names, [night.path])[0]]
+
+    assert found() == [(base, "stdlib"), (best, "stdlib")]
+    assert found(base) == [(base, "stdlib")]
+    assert found(base, old) == [(base, "tinystories"), (old, "tinystories")]
+    with pytest.raises(Refused, match="different datasets"):
+        found(best, old)
+    night.fake.git("switch", "-q", "--detach")  # on no night's branch the shell's dataset decides, if the commit ran on it
+    monkeypatch.setenv("AUTORESEARCH_DATASET", "stdlib")
+    assert found(base) == [(base, "stdlib")]
+    monkeypatch.setenv("AUTORESEARCH_DATASET", "tinystories")
+    assert found(base) == [(base, "tinystories")] and found(best) == [(best, "stdlib")]
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", scoring.SAME), ("bfloat16", scoring.OTHER)])
+def test_a_score_stands_if_a_few_rows_have_it_in_a_process_of_their_own(tmp_path, monkeypatch, dtype, limit):
+    header = {key: "x" for key in run_log.HEADER} | {"start": "2026-01-01T00:00:00+00:00", "seed": 1, "device": "cpu (x)"}
+    (tmp_path / "run.log").write_text(f"run: {json.dumps(header)}\ndtype: {dtype} (why)\n")
+    among = {"device": "cpu", "data_sha256": "b", "val": 0.9, "holdout": 0.91, "rows": [7, 3], "of_rows": 0.905}
+    result, asked = {key: among[key] for key in ("device", "data_sha256", "val", "holdout")}, []
+
+    def scored(alone):
+        def in_process(tree, folder, device, time_limit, rows=()):
+            asked.append(rows)
+            return among | alone if rows else dict(among)
+
+        monkeypatch.setattr(scoring, "in_process", in_process)
+        return scoring.score(tmp_path, tmp_path)
+
+    assert scored({"of_rows": 0.905 + 0.9 * limit}) == scored({"of_rows": 0.905 - 0.9 * limit}) == result
+    assert asked == [(), [7, 3]] * 2
+    for difference in (1.1 * limit, -1.1 * limit):
+        assert f"after other rows ({difference:+.6f} bpb" in scored({"of_rows": 0.905 + difference})["refused"]
+    assert scored({"refused": "not finite"})["refused"] == "not finite"
+
+
 def test_refusals(night, monkeypatch):
     a = night.commit(1.0)
-    for commits, options, says in [
+    for given, options, says in [
         ([a], {"seeds": 2}, "fewer than 3"),
         (["nothing"], {}, "there is no commit nothing"),
         (["--help"], {}, "is not a commit"),
@@ -253,7 +326,7 @@ def test_refusals(night, monkeypatch):
         ([a], {"clocks": ("monotonic",)}, "injected clock"),
     ]:
         with pytest.raises(Refused, match=says):
-            night.prove(*commits, **options)
+            night.prove(*given, **options)
     (night.path / "constants.py").write_text("TIME_BUDGET = 600\n")
     b = night.commit(0.9)
     with pytest.raises(Refused, match="different rules"):
@@ -308,7 +381,23 @@ def test_a_report_of_made_up_runs():
     runs = [{"code": "c", "seed": s, "val": rng.gauss(1, SIGMA), "holdout": None, "tokens_per_second": 10.0, "refused": "it peeks"}
             for s in range(3)]  # fmt: skip
     text = comparison.report([arm], runs, range(3))
-    assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: 0 values are too few" in text
+    assert "3 of 3 runs were refused and are in no mean: it peeks" in text and "holdout: too few runs to tell" in text
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-9])  # of the holdout's sums, which a GPU may add in another order
+def test_equal_values_under_all_seeds_prove_nothing(jitter):
+    """A train.py that seeds a generator itself has one training under all seeds."""
+    arms = [argparse.Namespace(code=c, short=c * 7, description="") for c in "abc"]
+    runs = [{"code": c, "seed": s, "val": val, "holdout": val + s * jitter, "tokens_per_second": 1.0}
+            for c, mean in (("a", 1.0), ("b", 0.9999), ("c", 0.8)) for s in range(3)
+            for val in [mean if c < "c" else mean + 0.001 * s]]  # fmt: skip
+    text = comparison.report(arms, runs, range(3))
+    for split in ("val", "holdout"):
+        assert f"bbbbbbb against aaaaaaa on {split}: the seed changes nothing in aaaaaaa and bbbbbbb: cannot be told" in text
+        assert f"ccccccc against aaaaaaa on {split}: the seed changes nothing in aaaaaaa: cannot be told" in text
+    assert "real" not in text and "aaaaaaa: 2 of 3 runs had the val of another seed: equal values count as one" in text
+    text = comparison.report(arms[:1], runs, range(3))
+    assert "val: the seed changes nothing in aaaaaaa: cannot be told" in text and "σ of one run" not in text
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One agent, many workers: lab propose, lab work, lab wait. Made-up trainings, real git."""
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from fakequeue import Proposer, inside, scores
 
 from lab.base import files, locks
 from lab.base import git as base_git
+from lab.keeper import night
 from lab.loop import checks, record
 from lab.queue import wait, work
 from lab.queue.board import Board, machine
@@ -130,15 +132,20 @@ def test_a_propose_that_was_killed_before_the_branch_moved_is_completed(agent):
 
 
 def test_a_worker_runs_what_was_proposed_and_wait_tells_it_once(agent):
+    progress = [night.recorded(agent.path)]  # as `lab night` sees it, which ends an agent without any
     agent.proposed("more A", **KEEP)
+    progress.append(night.recorded(agent.path))
     agent.proposed("worse B", B=-0.02)
     agent.proposed("an error", END="crash")
     agent.proposed("less A", A=-0.01)
+    progress.append(night.recorded(agent.path))
     assert "no worker is running, and 4 proposals wait" in waits(agent, rc=1)
     tree = agent.worktree("w1")
     tree.work()
     assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard", "an error": "crash", "less A": "returned"}
     told = waits(agent)
+    progress.append(night.recorded(agent.path))
+    assert all(before != after for before, after in itertools.pairwise(progress)), progress
     for words in ["keep: 0.98", "discard: 1.0", "crash: an error", "ValueError: made up", "handed back: less A", "A = 0.01\n",
                   "A = -0.01\n", "[w1/0001]", "queue: 0 proposals wait", "next: uv run -m lab adopt"]:  # fmt: skip
         assert words in told, told
@@ -170,6 +177,20 @@ def test_without_a_baseline_the_workers_measure_it_first(tmp_path):
     runs = [r["header"]["seed"] for r in agent.team.night.records if r["description"] == "baseline"]
     assert sorted(runs) == [42, 43, 44]
     assert one_verdict_each(agent) == {"more A": "keep"} and worker.done == 0
+
+
+def test_the_baseline_does_not_run_again_under_a_seed_that_it_crashed_under(tmp_path, monkeypatch):
+    agent = Proposer(tmp_path / "agent")
+    agent.run(1.0)
+    agent.recorded("baseline")
+    agent.run(tail="FAIL: loss is nan\n", seed=43)
+    assert agent.recorded().verdict == "crash"
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker, asked = tree.worker(), []
+        monkeypatch.setattr(worker, "slot", lambda queue, id, *args: asked.append(id))
+        worker.measure_baseline(worker.board.look(), worker.team())
+    assert asked == ["baseline-44", "baseline-45"]
 
 
 @pytest.mark.slow
@@ -388,6 +409,29 @@ def test_what_a_worker_that_is_gone_left_of_itself_is_removed_and_not_counted(ag
     far.signed = float("-inf")
     far.sign(far.board.look())  # it was only asleep
     assert seen() == [[], ["w2"]]
+
+
+def test_status_and_propose_show_no_worker_that_can_be_seen_to_be_gone(agent):
+    """One on this machine, before it was rebooted, and one on a machine that nobody can look into. Nothing is changed."""
+    agent.proposed("more A", **KEEP)
+    trees = [agent.worktree("w1"), agent.worktree("w2")]
+    near, far = (tree.worker() for tree in trees)
+    near.identity["machine"], lock = "the boot before", trees[0].path / ".lab" / "worker.lock"
+    far.identity |= {"machine": "another", "host": "elsewhere"}
+    with locks.hold(lock):
+        lock.write_text(near.member.name)
+        for worker in (near, far):
+            worker.sign(worker.board.look())
+        assert near.slot(near.board.look(), "baseline-45", "baseline", "baseline") and near.claim(near.board.look().items[0])
+        shown = agent.lab("status").out
+        assert "queue: 0 proposals wait, 2 run, 0 decided; workers: 2\n" in shown and "\n  w1: more A (begins)\n" in shown
+    before = agent.git("for-each-ref")
+    shown = agent.lab("status").out
+    assert "queue: 1 proposals wait, 0 run, 0 decided; workers: 1\n  waits: more A\n" in shown and "1 workers run, 1 proposals" in shown
+    assert agent.git("for-each-ref") == before
+    agent.git("update-ref", "-d", names.queue_ref("gpus", f"worker-{far.member.name}"))
+    said = agent.proposed("more B", B=0.01).out
+    assert "queue: 2 wait, 0 run" in said and "note: no worker is running yet" in said
 
 
 def taken_over(worker, tree):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakenight import PROGRESS, SUMMARY, TRAIN, FakeNight
+from fakenight import CLOSE, PROGRESS, SUMMARY, TRAIN, FakeNight
 from test_one_best import records
 
 from lab.analysis import holdout, verdict
@@ -220,6 +220,57 @@ def test_the_branch_steps_back_by_a_new_commit_and_everybody_sees_it(doubted):
     night.check()
 
 
+def test_a_doubted_tip_that_holds_is_shown_with_the_mean_of_all_its_runs_and_keeps_its_row(doubted):
+    from lab.loop import many_trees
+
+    night, _ = doubted
+    rows, tip = night.rows(), night.read("train.py")
+    night.run(0.9971, seed=43)
+    assert "keep: val_bpb 0.996800 (mean of 2)" in night.recorded().out and night.read("train.py") == tip
+    shown = night.lab("status").out
+    assert "best: 0.996800 (mean of 2), row 0003" in shown and "0.003200 below the baseline" in shown
+    known = many_trees.read(night.path)
+    assert known["best"]["mean"] == pytest.approx(0.9968) and known["best"]["n"] == 2 and known["baseline"] == pytest.approx(1.0)
+    assert night.rows() == rows and rows[2][1] == "0.996500"
+
+
+def test_a_run_that_was_ignored_stays_so_when_its_keep_runs_again():
+    """As the rule has it: a slowed run does not count once there is one that is not."""
+    found = made(("keep", 0.99, 2))
+    found[-2]["slowed"], found[-1]["mean"], found[-1]["n"] = 0.5, found[-1]["summary"]["val_bpb"], 1
+    night = Night(records=found)
+    assert night.mean_of(night.best_record) == {"mean": 0.991, "n": 1}
+    night = Night(records=[*found, again(found, 2, 0.993, "a")])
+    assert night.mean_of(night.best_record) == {"mean": pytest.approx(0.992), "n": 2} and night.search.tip.mean == pytest.approx(0.992)
+
+
+def test_a_doubted_tip_whose_repeats_crash_gets_new_seeds_and_after_two_crashes_no_more_runs(doubted):
+    night, _ = doubted
+    train, rows = night.read("train.py"), night.rows()
+    night.run(tail="FAIL: loss is nan\n", seed=43)
+    once = night.recorded()
+    assert once.verdict == "crash" and AGAIN.replace("43", "44") in once.out and "crashed, so" not in once.out
+    assert night.lab("status").out.rstrip().endswith(AGAIN.replace("43", "44"))
+    night.run(tail="FAIL: loss is nan\n", seed=44)
+    twice = night.recorded()
+    dropped = "doubt: 2 more runs of row 0003 crashed, so 1 run alone decided it and it does not run again"
+    assert twice.verdict == "crash" and dropped in twice.out and "Edit train.py" in twice.out
+    shown = night.lab("status").out
+    assert dropped in shown and "edit train.py" in shown and "best: 0.996500 (mean of 1), row 0003" in shown
+    assert night.read("train.py") == train and night.rows() == rows
+    night.check()
+
+
+def test_crashes_before_a_commit_was_kept_do_not_end_the_doubt_of_it():
+    found = made(("keep", 0.995, 1), *[("discard", 1.02 + i / 100, 1) for i in range(12)])
+    assert Night(records=found).doubted
+    crash = again(found, 2, 1.0, "crash", "crash") | {"summary": None}
+    crashes = [{**crash, "run_id": f"crash {i}"} for i in range(2)]
+    assert Night(records=[*found, crashes[0]]).doubted and not Night(records=[*found, *crashes]).doubted
+    place = next(i for i, r in enumerate(found) if r["row"] == 2)
+    assert Night(records=[*found[:place], *crashes, *found[place:]]).doubted
+
+
 def test_what_was_given_up_can_be_tried_again_under_a_new_seed_only(doubted):
     night, _ = doubted
     until_stepped_back(night)
@@ -299,9 +350,14 @@ def test_a_discard_that_a_slow_machine_could_explain_is_run_again_and_the_slow_r
         assert result.verdict == expected, result.out
         assert ("slowed: its steps were" in result.out) == slow
         if expected == "confirm":
+            keep, short = verdict.bar(read_night(night.path).search).keep, night.head()[:7]
+            assert f"keep below {keep:.6f}: one more run of {short}, if the machine does not slow it, too" in result.out
             with_speeds([1_648_000] * 20, 0.99, 43)
             assert night.recorded().verdict == "keep" and night.records()[-1]["mean"] == 0.99
     assert read_night(night.path).replayed[0].line[1].values == (0.99,)
+    with_speeds([1_648_000] * 20, 0.992, 44)
+    assert "keep: val_bpb 0.991000 (mean of 2)" in night.recorded().out, "the slowed run counts again"
+    assert "best: 0.991000 (mean of 2)" in night.lab("status").out
 
 
 def test_a_slowed_run_counts_where_all_are_slow():
@@ -331,6 +387,40 @@ def test_after_a_confirm_it_is_the_number_for_the_mean_of_two(tmp_path):
     commit, result = night.close_call()
     keep = verdict.bar(read_night(night.path).search, 2).keep
     assert f"keep below {keep:.6f}: the mean of 2 runs of {commit[:7]}" in result.out
+
+
+def test_the_number_after_a_confirm_is_for_the_runs_that_will_count(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.baseline()
+    commit, _ = night.close_call()
+    night.run(CLOSE + 1e-5, seed=43, steps=880)
+    result, keep = night.recorded(), verdict.bar(read_night(night.path).search, 2).keep
+    assert result.verdict == "confirm" and f"keep below {keep:.6f}: the mean of 2 runs of {commit[:7]}" in result.out
+    night.run(keep - (CLOSE - keep) - 1e-5, seed=44)
+    result = night.recorded()
+    assert result.verdict == "keep" and f"the mean of 2 runs must be below {keep:.6f}" in result.out
+
+
+@pytest.mark.parametrize("simpler", [False, True])
+def test_a_close_call_whose_repeats_are_all_slowed_ends_after_three_runs(tmp_path, simpler):
+    night = FakeNight(tmp_path / "night")
+    night.baseline()
+    if simpler:
+        night.change_train(night.read("train.py").replace("WIDTH = 512\n", ""))
+        night.commit("no width")
+        night.run(1.0)
+        assert night.recorded("no width", "--simpler").verdict == "confirm"
+    else:
+        night.close_call()
+    row = len(night.rows()) + 1
+    said = []
+    for seed in (43, 44):
+        night.run(CLOSE + seed * 1e-6, seed=seed, steps=880)
+        said.append(night.recorded())
+    assert [result.verdict for result in said] == ["confirm", "discard"]
+    assert "3 runs did not decide it, as the machine slowed 2 of them" in said[1].out
+    assert len(night.rows()) == row and night.rows()[-1][3] == "discard"
+    night.check()
 
 
 def test_the_cost_of_a_run_and_how_many_fit_are_told(monkeypatch):

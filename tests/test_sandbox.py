@@ -172,6 +172,37 @@ def test_downloaded_kernels_are_shown_read_only_wherever_they_are(variable, tmp_
     assert f"--ro-bind {kernels} {kernels} " in " ".join(sandbox.arguments(tree))
 
 
+def writable(tree):
+    """What a sandbox in `tree` binds to be written, besides the tree."""
+    args = sandbox.arguments(tree.path)
+    return {Path(args[i + 2]) for i, word in enumerate(args) if word == "--bind"} - {tree.path}
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"])
+def test_the_compile_caches_that_variables_name_are_created_and_can_be_written(variable, tree, tmp_path, monkeypatch):
+    """Or inductor could write nothing, and every such training would run eager."""
+    monkeypatch.setenv(variable, str(tmp_path / "caches" / "one"))
+    assert writable(tree) == {tree.cache / "compile", tmp_path / "caches" / "one"}
+    assert (tmp_path / "caches" / "one").is_dir()
+
+
+@pytest.mark.parametrize("place", ["home", "TMPDIR", "cache", "above", "data"])
+def test_a_compile_cache_that_is_a_shared_folder_moves_one_folder_down(place, tree, tmp_path, isolated, monkeypatch):
+    folders = {"home": isolated, "TMPDIR": tmp_path / "job", "cache": tree.cache, "above": tmp_path, "data": tree.data}
+    folders["TMPDIR"].mkdir()
+    monkeypatch.setenv("TMPDIR", str(folders["TMPDIR"]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folders[place]))
+    assert writable(tree) == {tree.cache / "compile", folders[place] / "torchinductor"}
+    assert os.environ["TRITON_CACHE_DIR"] == str(folders[place] / "torchinductor")
+
+
+def test_no_variable_makes_more_of_the_tree_writable_nor_settings_of_matplotlib(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tree.path / ".git"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/nowhere")  # cannot be created
+    assert writable(tree) == {tree.cache / "compile"}
+
+
 @pytest.mark.parametrize(
     "name", ["HF_TOKEN", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "DB_PASSWORD"]
 )
@@ -212,6 +243,7 @@ def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
             "save": "open('checkpoint.pt.tmp', 'w').write('weights')",
             "move": "os.replace('checkpoint.pt.tmp', 'checkpoint.pt')",
             "compile": f"open('{cache}/compile/graph', 'w').write('x')",
+            "named cache": "open(os.environ['TORCHINDUCTOR_CACHE_DIR'] + '/graph', 'w').write('x')",
             "tmp": "open('/tmp/x', 'w').write('x')",
             "frozen": "open('constants.py', 'a').write('x')",
             "replace": "os.replace('new.txt', 'prepare.py')",
@@ -228,12 +260,13 @@ def test_only_the_tree_and_the_compile_cache_can_be_written(tree, tmp_path):
             "more data": f"open('{cache}/more', 'w').write('x')",
             "archive": "open('runs/x', 'w').write('x')",
             "hub": "open(os.path.expanduser('~/.cache/huggingface/hub/kernel'), 'w').write('x')",
-        }
+        },
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
     )
-    allowed = {"new", "save", "move", "compile", "tmp"}
+    allowed = {"new", "save", "move", "compile", "named cache", "tmp"}
     assert {name for name, result in found.items() if result not in REFUSED} - {"beside"} == allowed
     assert (tree.path / "checkpoint.pt").read_text() == "weights"
-    assert (cache / "compile" / "graph").exists()
+    assert (cache / "compile" / "graph").exists() and (tmp_path / "inductor" / "graph").exists()
     assert not (tmp_path / "beside").exists()  # it was written to the sandbox's own /tmp, where this one lies
     for name in ("prepare.py", "results.tsv", "runs.jsonl"):
         assert (tree.path / name).read_text() == f"this is {name}\n"

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_refused, kill_group
 
+ROOT = Path(__file__).resolve().parent.parent
 FAKES = {
     "squeue": 'echo "$*" >> "$FAKES/squeue.called"; cat "$FAKES/state" 2> /dev/null',
     "scontrol": 'echo "$*" >> "$FAKES/scontrol.called"',
@@ -205,6 +206,28 @@ def test_workers_are_tasks_of_one_team_on_one_remote(cluster):
     assert cluster.lab("--workers", "2").rc == 2 and "not allowed with argument" in cluster.lab("--workers", "2").err
 
 
+@pytest.mark.parametrize("given", ["hub", "../hub.git", "rewritten:hub.git"])
+def test_the_remote_of_workers_means_in_their_clones_what_it_means_here(cluster, given):
+    """In a clone there is no remote "hub", no folder beside it, and nothing of the user's configuration."""
+    hub = cluster.repo.path.parent / "hub.git"
+    cluster.git(f"init -q --bare {shlex.quote(str(hub))}")
+    cluster.git("remote add hub ../hub.git")
+    cluster.git(f"config url.{shlex.quote(str(hub.parent))}/.insteadOf rewritten:")
+    cluster.git(f"config autoresearch.remote {given}")
+    result = cluster.lab("--workers", "1", agent=None)
+    assert result.rc == 0, result.err
+    assert f"; git config autoresearch.remote {shlex.quote(str(hub))}\n" in result.out
+    assert f"\nremote={shlex.quote(str(hub))}\n" in (cluster.folder / "array.sbatch").read_text()
+    assert not (cluster.folder / "team.git").exists()
+
+
+def test_a_remote_that_is_nothing_here_is_refused_before_workers_idle(cluster):
+    cluster.git("config autoresearch.remote huv")
+    assert_refused(cluster.lab("--workers", "1", agent=None), "autoresearch.remote is 'huv'")
+    assert not any(cluster.scratch.iterdir()), "nothing was changed"
+    assert cluster.lab().rc == 0, "nights need none"
+
+
 def test_what_it_says_after_writing(cluster):
     first = cluster.lab()
     assert first.rc == 0 and f"next: sbatch {shlex.quote(str(cluster.folder / 'array.sbatch'))}" in first.out
@@ -225,6 +248,7 @@ def test_what_it_says_after_writing(cluster):
         ([], {"tag": "a..b"}, "--tag"),
         ([], {"tag": "x.lock"}, "--tag"),
         ([], {"tag": "a/b"}, "--tag"),
+        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "--tag"),
         ([], {"hours": 0}, "--hours 0"),
         ([], {"hours": "nan"}, "--hours nan"),
         ([], {"hours": "inf"}, "--hours inf"),
@@ -370,6 +394,40 @@ def test_a_clone_that_was_cut_short_is_made_again(cluster):
     assert cluster.git("branch --show-current", cluster.tree()) == "autoresearch/nov21-0"
 
 
+@pytest.fixture
+def signing(tmp_path):
+    """Settings of a person who signs commits, where nobody can type the passphrase."""
+    (tmp_path / "gitconfig").write_text("[commit]\n\tgpgsign = true\n[gpg]\n\tprogram = false\n")
+    return {"GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig")}
+
+
+def test_a_task_commits_its_program_without_a_signature(cluster, signing):
+    (cluster.repo.path / "other.md").write_text("Tune the optimizer.\n")
+    script = cluster.write("--programs", "program.md", "other.md")
+    cluster.until_at_work(process := cluster.start(script, 1, **signing), 1)
+    assert cluster.git("log -1 --format=%s", cluster.tree(1)) == "task 1: other.md"
+    cluster.end(process)
+
+
+@pytest.fixture
+def settings(cluster):
+    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there."""
+    made = {".codex/rules/own.rules": "RUNS = uv run train.py\n", ".claude/settings.json": '"Bash(uv run train.py)"\n',
+            ".agents/skills/SKILL.md": "a skill\n"}  # fmt: skip
+    for name, text in {**made, ".claude/worktrees/one/train.py": "another tree\n"}.items():
+        (cluster.repo.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (cluster.repo.path / name).write_text(text)
+    return made
+
+
+def test_a_task_has_the_agents_settings_of_the_checkout(cluster, settings):
+    cluster.until_at_work(process := cluster.start(cluster.write()))
+    tree = cluster.tree()
+    assert {name: (tree / name).read_text() for name in settings} == settings
+    assert not (tree / ".claude" / "worktrees").exists()
+    cluster.end(process)
+
+
 def test_two_jobs_do_not_work_in_one_tree(cluster):
     script = cluster.write()
     work = cluster.folder / "0"
@@ -419,6 +477,18 @@ def test_data_are_copied_to_the_node_and_removed_with_the_task(cluster, tmp_path
     assert not local.exists()
 
 
+def test_data_that_a_killed_task_copied_in_part_are_copied_anew(cluster, tmp_path):
+    """A requeued job may start on the same node again, with the same id."""
+    prepared = next(cluster.data.rglob("manifest.json")).parent
+    (left := tmp_path / "autoresearch-500" / prepared.relative_to(cluster.data)).mkdir(parents=True)
+    (left / "manifest.json").write_text("cut sho")
+    script = cluster.write("--copy-data")
+    cluster.until_at_work(process := cluster.start(script, TMPDIR=str(tmp_path)))
+    assert {path.name for path in left.iterdir()} == {path.name for path in prepared.iterdir()}
+    assert (left / "manifest.json").read_bytes() == (prepared / "manifest.json").read_bytes()
+    cluster.end(process)
+
+
 def test_a_node_without_room_for_the_data_reads_them_where_they_are(cluster, tmp_path):
     script = cluster.write("--copy-data")
     cluster.fake("cp", 'case "$*" in *-R*) echo "cp: no space" >&2; exit 1;; esac; exec /bin/cp "$@"')
@@ -466,3 +536,85 @@ def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_the
     assert Repo(tree).own_edits("nov21-0") == [], "lab record would ask for the baseline without this edit"
     cluster.end(process)
     assert json.loads(cluster.recorded()[0]) == {}
+
+
+# --- a night on the login node --------------------------------------------------
+
+# jobs: one file for each job that exists. srun prints the job that it was given.
+OF_A_LOGIN_NODE = {
+    "sinfo": "",
+    "sleep": "exec /bin/sleep 0.01",
+    "salloc": 'n=$(($(cat "$FAKES/granted" 2> /dev/null || echo 100) + 1)); echo $n > "$FAKES/granted"; mkdir -p "$FAKES/jobs"; '
+    'echo "$*" >> "$FAKES/salloc.called"; touch "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
+    "squeue": 'for job in "$FAKES"/jobs/*; do [ -e "$job" ] || continue; job=${job##*/}; case "$*" in *--jobs=$job\\ *|*--user*) echo "$job";; esac; done',
+    "scancel": 'echo "$*" >> "$FAKES/scancel.called"; rm -f "$FAKES/jobs/$1"',
+    "srun": 'echo "$*" >> "$FAKES/srun.called"; echo "val_bpb: 1.0"',
+    "uv": 'shift; case "$1" in *.sh) PATH=${REAL_PYTHON%/*}:$PATH exec "$@";; esac; exec "$REAL_PYTHON" "$@"',
+}
+
+
+@pytest.fixture
+def login_night(cluster):
+    """Starts login-night.sh with an agent, a shell command."""
+    for name in ("deploy", "agents"):
+        shutil.copytree(ROOT / name, cluster.repo.path / name)
+    cluster.git("add -A")
+    cluster.git("commit -q -m deploy")
+    for name, body in OF_A_LOGIN_NODE.items():
+        cluster.fake(name, body)
+
+    def start(agent, **env):
+        process = subprocess.Popen(
+            ["deploy/slurm/login-night.sh", "nov21", "1", agent], cwd=cluster.repo.path, env=cluster.env | env, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        cluster.started.append(process)
+        return process
+
+    return start
+
+
+def test_a_lost_allocation_is_replaced_and_the_next_training_uses_the_new_one(cluster, login_night):
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1 || echo failed >> failed"
+    process = login_night(f'{train}; rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    assert [re.search(r"--jobid=(\d+)", line)[1] for line in cluster.called("srun")] == ["101", "102"]
+    assert not (cluster.tree("login") / "failed").exists()
+    first, second = (int(re.search(r"--time (\d+)", line)[1]) for line in cluster.called("salloc"))
+    assert first == 85 and 0 < second <= first, "the new one is for the rest of the night"
+    out = cluster.end(process)[1]
+    assert cluster.called("scancel") == ["102"] and "job 101 is lost" in out
+    assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "the file with the job's id is gone"
+
+
+def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
+    waiting = 'touch "$FAKES/asked"; exec /bin/sleep 1000'  # in the queue
+    cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && {{ {waiting}; }}; {OF_A_LOGIN_NODE["salloc"]}')
+    process = login_night(f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
+    log = (cluster.tree("login") / "run.log").read_text()
+    assert "the allocation is lost" in log and log.endswith("\npreempted\n")
+    cluster.until((cluster.fakes / "asked").exists, process)
+    cluster.end(process)  # waits until nothing holds its output: a salloc left behind would be granted a job for nobody
+
+
+def test_a_login_night_commits_the_run_command_without_a_signature(cluster, login_night, signing):
+    process = login_night("echo {} >> runs.jsonl; exec /bin/sleep 100", **signing)
+    cluster.until_at_work(process, "login")
+    assert cluster.git("log -1 --format=%s", cluster.tree("login")) == "runs go to a compute node"
+    cluster.end(process)
+
+
+def test_a_login_night_has_the_agents_settings_with_its_own_run_command(cluster, login_night, settings):
+    process = login_night("echo {} >> runs.jsonl; exec /bin/sleep 100")
+    cluster.until_at_work(process, "login")
+    tree, train = cluster.tree("login"), "uv run deploy/slurm/train-under-srun.sh"
+    assert {name: (tree / name).read_text() for name in settings} == {
+        name: text.replace("uv run train.py", train) for name, text in settings.items()
+    }
+    for name in ("program.md", "agents/claude.json", "agents/codex/rules/autoresearch.rules"):
+        text = (tree / name).read_text()
+        assert train in text and "uv run train.py" not in text
+    cluster.end(process)

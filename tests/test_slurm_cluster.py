@@ -342,3 +342,31 @@ def test_a_training_under_srun_is_recorded_and_one_that_is_ended_is_not_a_result
     said = agent.next()
     assert "the last run was preempted" in said, f"{said}\n{(repo.path / 'run.log').read_text()}"
     assert f"AUTORESEARCH_SEED=43 {run}" in said
+
+
+def test_a_login_night_replaces_its_lost_allocation(slurm, source):
+    repo, _ = source
+    base, scratch = repo.path.parent, repo.path.parent / "a scratch"
+    subprocess.run(["git", "clone", "-q", "-b", "main", repo.path, base / "home clone"], env=repo.env, check=True)
+    agent = Agent(base / "home clone", repo.env)
+    shutil.copytree(ROOT / "agents", agent.tree / "agents")
+    agent.git("add agents")
+    agent.git("commit -q -m agents")
+    (scratch / "autoresearch-data").symlink_to(repo.cache)
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; cp run.log"
+    night = subprocess.Popen(
+        ["deploy/slurm/login-night.sh", "away", "1", f"{train} 1.log; scancel --name=autoresearch-away; {train} 2.log; sleep 600"],
+        cwd=agent.tree, env=repo.env | {"PARTITION": "main", "GRES": "none", "CPUS": "1", "MEM": "100M"}, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    tree = scratch / "autoresearch" / "away" / "login" / "tree"
+    try:
+        slurm.until((tree / "2.log").exists, 600, "no second training")
+    finally:
+        os.killpg(night.pid, signal.SIGTERM)
+        said, _ = night.communicate(timeout=60)
+    for name in ("1.log", "2.log"):
+        assert "\nval_bpb:" in (tree / name).read_text(), said
+    first, second = re.findall(r"Granted job allocation (\d+)", said)
+    assert f"job {first} is lost" in said
+    slurm.until(lambda: not slurm.state(second), 60, "the allocation outlived the night")

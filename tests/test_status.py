@@ -177,6 +177,17 @@ def test_a_crash_of_the_baseline_is_mended_first(tmp_path):
     assert status(night)[1] == f"the baseline has not run: {RUN}"
 
 
+def test_a_repeat_of_the_baseline_that_crashed_runs_under_another_seed(tmp_path):
+    night = FakeNight(tmp_path / "night")
+    night.run(1.0)
+    night.recorded("baseline")
+    for seed in (43, 44):
+        assert status(night)[1].endswith(f"AUTORESEARCH_SEED={seed} {RUN}")
+        night.run(tail="FAIL: loss is nan\n", seed=seed)
+        assert night.recorded().verdict == "crash"
+    assert status(night)[1].endswith(f"AUTORESEARCH_SEED=45 {RUN}")
+
+
 @pytest.mark.parametrize("value, verdict", [(0.99, "keep"), (1.02, "discard"), (CLOSE, "confirm"), (None, "crash")])
 def test_record_ends_with_what_status_says(begun, value, verdict):
     begun.fails()
@@ -243,6 +254,8 @@ def test_near_misses_are_listed_until_they_were_tried_together(begun):
     known = as_json(begun)
     assert [r["description"] for r in known["near_misses"]] == ["almost", "nearly"]
     assert [r["description"] for r in known["dead_ends"]] == ["no good"]
+    begun.experiment("embedding lr 0.0002, x0 .0003", 1.01)
+    assert len(as_json(begun)["near_misses"]) == 2, "a number is not a row"
     begun.experiment("0002 and 0003 together", 1.01)
     assert as_json(begun)["near_misses"] == []
 

@@ -23,6 +23,8 @@ from lab.analysis.history import replay
 from lab.base.errors import Refused
 from lab.base.git import GitError, change_refs, refs
 from lab.loop import team_status
+from lab.queue import wait
+from lab.queue.board import Board
 from lab.share import exchange, team
 from lab.share.membership import Member, membership
 from lab.store import archive, names
@@ -165,6 +167,27 @@ def test_another_tree_may_find_that_a_gain_does_not_hold():
     assert line(trees.seen("b")) == ["base", "deep"]
 
 
+def test_the_bests_value_is_the_mean_of_all_its_runs_whoever_made_them():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.99, "keep", on="base")
+    trees.add("b", "wide", 0.992, "keep", on="base", row=False).add("b", "base", 1.004, "keep", row=False)
+    for tag in "ab":
+        night = trees.seen(tag).night
+        assert night.mean_of(night.best_record) == {"mean": pytest.approx(0.991), "n": 2} and night.best_record["mean"] == 0.99
+        assert night.mean_of(night.kept[0]) == {"mean": pytest.approx(1.001), "n": 4}
+
+
+def test_repeats_of_the_best_that_crashed_in_another_tree_count_for_everybody():
+    trees = Trees("a", "b").baseline().add("a", "wide", 0.996, "keep", on="base", seed=42)
+    for i in range(12):
+        trees.add("a", f"worse{i}", 1.02 + i / 100, "discard", on="wide")
+    assert trees.seen("a").night.doubted
+    trees.add("b", "wide", None, "crash", on="base", row=False, seed=43)
+    night = trees.seen("a").night
+    assert night.doubted and night.seeds("wide") == [42, 43]
+    night = trees.add("a", "wide", None, "crash", on="base", row=False, seed=44).seen("b").night
+    assert not night.doubted and night.crashed_repeats == 2 and night.tip["code"] == "wide"
+
+
 def test_results_of_other_hardware_are_ideas_and_never_values():
     trees = Trees("a", "b").baseline()
     for value in (0.5, 0.51, 0.52):
@@ -241,9 +264,10 @@ def test_a_near_miss_that_was_tried_with_another_is_known_by_tree_and_number():
     for tag in "ab":
         trees.add(tag, f"x{tag}", 1.001, "discard", on="base").add(tag, f"y{tag}", 1.001, "discard", on="base")
     trees.add("a", "both", 1.0, "discard", on="base", description="0002 and b/0002 together")
+    trees.add("a", "decay", 1.01, "discard", on="base", description="weight decay 0.001 -> .0003, 0.0003 for wte")
     night = trees.seen("a").night
     tried = team_status.is_tried_together(night.rows)
-    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"]
+    assert [r["code"] for r in night.rows if tried(r)] == ["xa", "yb"], "a number is not a row"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -276,10 +300,12 @@ def shared(first):
     return first, second, hub
 
 
-def publish(night):
+def publish(night, minutes=0):
+    """minutes: how long ago it said what it does."""
     repo = night.repo
-    tag = repo.tag()
-    return exchange.publish(repo, membership(repo), tag, exchange.state_of(repo, tag, "makes the next experiment"))
+    tag, when = repo.tag(), datetime.now(timezone.utc) - timedelta(minutes=minutes)
+    state = exchange.state_of(repo, tag, "makes the next experiment") | {"when": when.isoformat()}
+    return exchange.publish(repo, membership(repo), tag, state)
 
 
 def fetch(night, **kwargs):
@@ -382,6 +408,34 @@ def test_two_trees_of_a_checkout_find_one_best(first):
     second.check_team()
 
 
+def test_adopt_and_wait_name_the_mean_of_all_runs_of_the_best(first):
+    first.run(0.992, seed=43)
+    assert first.recorded().verdict == "keep"
+    second = first.worktree("b")
+    second.adopted()
+    assert "val_bpb 0.991000 (mean of 2), found by test" in second.git("log", "-1", "--format=%b")
+    queue = Board(second.repo, membership(second.repo)).look(fresh=0)
+    assert wait.situation(second.repo, queue)[0][0].startswith("best: 0.991000, test/0002")
+
+
+def test_an_experiment_on_an_own_baseline_that_the_team_completed_names_it_as_the_team_does(tmp_path):
+    """The tree ran the baseline once, and has no row of it."""
+    a = Teammate(tmp_path / "a")
+    b = a.worktree("b")
+    a.run(1.0, seed=42)
+    a.recorded("baseline")
+    b.run(1.002, seed=50)
+    b.recorded("baseline")
+    a.run(0.998, seed=43)
+    assert a.recorded().verdict == "keep"
+    a.experiment("gain", 0.98)
+    _, late = b.experiment("own idea", 0.985)
+    assert late.verdict == "discard" and "it beats test/0001, on which it is based, but not test/0002" in late.out
+    base = b.git("rev-parse", "--short", "HEAD")
+    _, worse = b.experiment("worse", 1.2)
+    assert worse.verdict == "discard" and f"based on: test/0001 {base} (1.000000); the best is another by now" in worse.out
+
+
 def test_two_machines_share_through_a_remote(shared):
     first, second, hub = shared
     assert fetch(second) is None
@@ -396,6 +450,20 @@ def test_two_machines_share_through_a_remote(shared):
     fetch(first)
     assert seen(first).best["description"] == "deeper" and "deeper" in first.next()
     assert exchange.unpublished(second.repo, membership(second.repo)) == 0
+
+
+def test_what_a_tree_said_that_it_does_is_shown_for_an_hour_and_only_if_nobody_can_look(shared):
+    first, second, _ = shared
+    third = first.worktree("c")
+    third.adopted()
+    assert third.experiment("narrow", 1.02)[1].verdict == "discard" and publish(third) is None
+    for minutes, shown in ((1, "makes the next experiment"), (61, "")):
+        assert publish(first, minutes) is None and fetch(second) is None
+        found = {tree["name"]: tree for tree in team_status.gather(second.repo, seen(second))["trees"]}
+        assert found["test"]["runs"] == shown and not found["test"]["here"]
+    first.git("worktree", "remove", "--force", str(third.path))
+    found = {tree["name"]: tree for tree in team_status.gather(first.repo, seen(first))["trees"]}
+    assert found["c"]["runs"] == "" and found["c"]["here"]
 
 
 def test_a_tree_that_ran_on_another_device_has_a_baseline_of_its_own(first):
@@ -430,9 +498,9 @@ def test_prove_and_the_notebook_read_the_team_as_one_night(shared):
     assert [e.description for e in night.experiments] == ["baseline", "wider"] and night.best.val_bpb == 0.99
     assert night.sigma == pytest.approx(0.002) and night.by_estimate
     assert commits.default(second.repo) == [first.records()[0]["commit"], first.records()[-1]["commit"]]
-    assert {r["run_id"] for r in commits.of_the_team(second.repo)} == {r["run_id"] for r in first.records()}
+    assert {r["run_id"] for r in commits.present(second.repo)} == {r["run_id"] for r in first.records()}
     second.git("switch", "-q", "main")
-    assert team.read_night(second.path).experiments == () and commits.of_the_team(second.repo) == ()
+    assert team.read_night(second.path).experiments == () and commits.present(second.repo) == ()
 
 
 def test_members_with_one_branch_name_do_not_overwrite_each_other(first):

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakenight import PROGRESS
@@ -14,7 +16,7 @@ from starlette.testclient import TestClient
 
 from lab.analysis import history
 from lab.base import git
-from lab.charts import plotly_charts, view
+from lab.charts import notebook, plotly_charts, view
 from lab.loop import checks, many_trees
 from lab.share import exchange, team
 from lab.share.membership import membership
@@ -213,7 +215,8 @@ def test_hostile_refs_are_notes_and_text(first, tmp_path):
     """A branch whose name is markup, refs that are no member's, a ref that is no commit, a state that is a script."""
     twin = first.copy(tmp_path / "twin")
     ref = next(ref for ref in Repo(twin.path).refs(f"{names.TEAM_REFS}gpus/") if ref.endswith("/b"))
-    state = twin.git("hash-object", "-w", "--stdin", stdin=json.dumps(dict.fromkeys(("tree", "host", "branch", "next", "code"), NASTY) | {"when": "2026-11-21T16:00:00+00:00"}))
+    state = dict.fromkeys(("tree", "host", "branch", "next", "code"), NASTY) | {"when": datetime.now(timezone.utc).isoformat()}
+    state = twin.git("hash-object", "-w", "--stdin", stdin=json.dumps(state))
     folder = twin.git("mktree", stdin=f"100644 blob {state}\t{names.STATE}\n")
     commit = twin.git("commit-tree", folder, "-m", "x")
     where = f"{names.MIRROR_REFS}gpus"
@@ -248,6 +251,16 @@ def test_the_notebook_knows_who_found_what(first):
     night = team.read_night(first.path)
     assert team.found_by(night) == {1: "test", 2: "test", 3: "b", 4: "b", 5: "c"} and night.best.number == 3
     assert team.found_by(history.read_night(first.path)) == {}
+
+
+def test_trees_that_train_at_the_same_time_share_the_hours():
+    """Two trees, each with two runs of 5 minutes in 24."""
+    times = [{"start": f"2026-11-21T00:{m:02}:00+00:00", "end": f"2026-11-21T00:{m + 6:02}:00+00:00"} for m in (0, 0, 18, 18)]
+    made = [SimpleNamespace(runs=[time], training_minutes=5.0) for time in times]
+    rows = [{"row": i, "found_by": f"w{i % 2}"} for i in range(4)]
+    assert notebook.pace(SimpleNamespace(experiments=made, rows=rows)) == (
+        "10.0 experiments an hour: 4 experiments in 4 runs and 0.40 hours on 2 trees, of which 42% was training"
+    )
 
 
 # --- lab status --trees -----------------------------------------------------------

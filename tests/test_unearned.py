@@ -3,6 +3,7 @@
 
 import importlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from begun import run
 
-V, T, B, R = 512, 128, 8, 128
+V, T, B, R = 256, 128, 8, 128
 BYTES = np.full(V, 3, dtype=np.int32)
 BITS = math.log(2) * 3  # nats a target that make one bit per byte
 
@@ -32,9 +33,11 @@ def text():
 
 
 @pytest.fixture
-def audited(run, text):
+def audited(run, text, monkeypatch):
     """audited(model, draw) -> the sentence of the refusal, or None."""
-    audit = importlib.import_module("frozen.audit")
+    audit, metric = importlib.import_module("frozen.audit"), importlib.import_module("frozen.metric")
+    monkeypatch.setattr(metric, "VOCAB_SIZE", V)
+    monkeypatch.setattr(audit, "NUM_ORDINARY", V - 4)
 
     def call(model, draw="a run"):
         try:
@@ -117,6 +120,10 @@ LEAKS |= {f"chunks of {n}": within_chunks(n) for n in (2, 8, 64)}
 LEAKS |= {f"distance {n}": at_distance(n) for n in (1, 2, 8, 32, 64)}
 
 
+# Much noise is refused for itself, and may look like learning.
+FOUND = re.compile(r"its own future: unearned|depend on other rows|identical inputs do not|learns while .*: (rows|of two)")
+
+
 @pytest.mark.parametrize("noise", [0.0, pytest.param(0.001, marks=pytest.mark.slow), 0.02])
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_worth_a_thousandth_of_a_bit_is_found(audited, text, name, noise):
@@ -126,7 +133,7 @@ def test_a_leak_worth_a_thousandth_of_a_bit_is_found(audited, text, name, noise)
     model = Leaky(table, leak, noise)
     for draw in "abc":
         torch.manual_seed(ord(draw))
-        assert audited(model, draw), f"{name} passed with noise {noise} under draw {draw}"
+        assert FOUND.search(audited(model, draw) or "it passed"), f"{name} with noise {noise} under draw {draw}"
 
 
 @pytest.mark.slow
@@ -136,7 +143,7 @@ def test_a_leak_worth_a_thousandth_of_a_bit_is_found(audited, text, name, noise)
 def test_it_is_found_in_twenty_runs_of_twenty(audited, text, name, noise):
     rows, table = text
     model = Leaky(table, worth_a_thousandth(table, rows, LEAKS[name]), noise)
-    assert all(audited(model, f"run {i}") for i in range(20))
+    assert all(FOUND.search(audited(model, f"run {i}") or "it passed") for i in range(20))
 
 
 def test_the_same_models_without_a_leak_pass(audited, text):

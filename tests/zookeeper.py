@@ -163,7 +163,7 @@ from lab.base.errors import Refused
 from lab.verify import scoring
 from lab.__main__ import main
 
-def score(tree, folder, device=None, *args, **kwargs):
+def in_process(tree, folder, device, time_limit, rows=()):
     answer, said = Path(tree, ".lab", "answer.json"), Path(tree, ".lab", "said.txt")
     answer.unlink(missing_ok=True)
     if (pid := os.fork()) == 0:
@@ -173,7 +173,7 @@ def score(tree, folder, device=None, *args, **kwargs):
             for name in [n for n in sys.modules if n.split(".")[0] in ("constants", "prepare", "corpus", "frozen")]:
                 del sys.modules[name]
             sys.path.insert(0, str(tree))
-            sys.argv = ["", str(Path(folder).resolve()), device or "", str(answer)]
+            sys.argv = ["", str(Path(folder).resolve()), device or "", str(answer), json.dumps([*rows])]
             scoring.main()
             status = 0
         except BaseException as error:
@@ -185,7 +185,7 @@ def score(tree, folder, device=None, *args, **kwargs):
         raise Refused(f"{folder}: {said.read_text().strip()}")
     return json.loads(answer.read_text())
 
-scoring.score = score
+scoring.in_process = in_process
 sys.exit(main(["audit", *sys.argv[1:]]))
 """
 

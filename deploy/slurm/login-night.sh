@@ -21,25 +21,46 @@ if [ ! -d "$work/tree" ]; then
     git clone --quiet "$source" "$new"
     git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
     cp "$program" "$new/program.md"
+    for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
+        [ ! -d "$settings" ] || tar --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+    done
     # The agents' permission files contain the run command too, once for each seed.
+    shopt -s nullglob
     sed -i 's#uv run train\.py#uv run deploy/slurm/train-under-srun.sh#g' \
-        "$new"/program.md "$new"/agents/claude.json "$new"/agents/codex/rules/*.rules
-    git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost \
+        "$new"/program.md "$new"/agents/claude.json "$new"/.claude/*.json "$new"/{agents/codex,.codex}/rules/*.rules
+    git -C "$new" -c user.name=autoresearch -c user.email=autoresearch@localhost -c commit.gpgsign=false \
         commit --quiet -m "runs go to a compute node" -- program.md agents
     git -C "$new" switch --quiet -c "autoresearch/$tag-login"
     mv "$new" "$work/tree"
 fi
 cd "$work/tree"
 
-# One allocation for the night: a run that waited in the queue would exceed the time limit of the agent's shell.
+# One allocation for the night: a run that waited in the queue would exceed the time limit of the agent's shell. If the
+# job is lost (preempted, cancelled, its node down), another one takes its place, for the rest of the night.
 options=(--partition "$PARTITION" --ntasks 1 --cpus-per-task "${CPUS:-8}" --mem "${MEM:-32G}")
 [ -z "$ACCOUNT" ] || options+=(--account "$ACCOUNT")
 [ "${GRES:-}" = none ] || options+=(--gres "${GRES:-gpu:1}")
-minutes=$(awk -v h="$hours" 'BEGIN { printf "%d", h * 60 + 25 }')
-job=$(salloc --no-shell --job-name "autoresearch-$tag" --time "$minutes" "${options[@]}" 2>&1 |
-    tee /dev/stderr | sed -n 's/.*Granted job allocation \([0-9]*\).*/\1/p')
-trap 'scancel "$job"' EXIT
+ends=$(awk -v h="$hours" -v now="$(date +%s)" 'BEGIN { printf "%d", now + h * 3600 + 25 * 60 }')
+job=$work/job-$$ # the id of the present one, for train-under-srun.sh
+allocate() {
+    local minutes=$(((ends - $(date +%s)) / 60))
+    [ "$minutes" -gt 0 ] &&
+        salloc --no-shell --job-name "autoresearch-$tag" --time "$minutes" "${options[@]}" 2>&1 < /dev/null |
+        tee /dev/stderr | sed -n 's/.*Granted job allocation \([0-9]*\).*/\1/p' > "$job.new" &&
+        mv "$job.new" "$job"
+}
+allocate
+set -m # a process group of its own, so that a salloc which is still waiting ends with the night
+while sleep 60; do # a squeue that fails tells nothing of the job
+    if jobs=$(squeue --noheader --user="$(id -un)" --format=%i) && ! grep -qx "$(cat "$job")" <<< "$jobs"; then
+        echo "job $(cat "$job") is lost: asking for another one" >&2
+        allocate || true
+    fi
+done &
+replace=$!
+set +m
+trap 'kill -- -"$replace" 2> /dev/null || true; scancel "$(cat "$job")"; rm -f "$job" "$job.new"' EXIT
 
-export SRUN_OPTIONS="--jobid=$job --overlap"
+export SRUN_JOB_FILE=$job SRUN_OPTIONS=--overlap
 export UV_PROJECT_ENVIRONMENT=$source/.venv UV_OFFLINE=1 UV_NO_SYNC=1
 uv run -m lab night --hours "$hours" --agent "$agent"

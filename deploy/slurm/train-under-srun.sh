@@ -4,7 +4,8 @@
 #
 #   uv run deploy/slurm/train-under-srun.sh > run.log 2>&1
 #
-# SRUN_OPTIONS: options of srun; --jobid=N runs in an existing allocation (login-night.sh makes one).
+# SRUN_OPTIONS: options of srun. SRUN_JOB_FILE: a file with the id of an allocation to run in (login-night.sh makes one, and
+# another one if that is lost: the training waits for it a while).
 # A training locks the folder of train.py, so that `lab record` knows that it is running. Such a lock is visible on one
 # machine only, on any file system. So this script holds the lock here, unless this machine is a compute node: there the
 # training, which may run on this very machine, could not take it.
@@ -21,6 +22,22 @@ fi
 read -ra options <<< "${SRUN_OPTIONS:---gres=gpu:1 --cpus-per-task=8 --mem=32G}"
 minutes=$(python -c 'from constants import GRACE, TIME_BUDGET; print((TIME_BUDGET + 2 * GRACE) // 60 + 2)')
 export HF_HUB_OFFLINE=1
+
+if [ -n "${SRUN_JOB_FILE:-}" ]; then
+    job=
+    for _ in {1..60}; do # with the training this stays below the time limit of an agent's command
+        if [ -n "$(squeue --noheader --states=running --jobs="$(cat "$SRUN_JOB_FILE")" --format=%i 2> /dev/null)" ]; then
+            job=$(cat "$SRUN_JOB_FILE")
+            break
+        fi
+        sleep 10
+    done
+    if [ -z "$job" ]; then
+        printf 'the allocation is lost, and Slurm has not granted another one yet: run this again\n\npreempted\n'
+        exit 75
+    fi
+    options+=("--jobid=$job")
+fi
 
 # The training's output, stderr included, goes to stdout; Slurm's own messages go to a file.
 mkdir -p .lab

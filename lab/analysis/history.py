@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +28,7 @@ from lab.analysis import verdict
 from lab.store import names, results_tsv, runs_jsonl
 
 SLOWED = 0.03  # a run that something other than its code slowed by more does not measure the code fairly
+CRASHED_REPEATS = 2  # runs of a doubted tip that crash: then it does not run again
 PACE = 10  # runs: only the latest ones give the time that an experiment takes, as an edit may change it
 LOWEST = "the lowest kept value, as runs.jsonl has no records to estimate it from"  # what a best is if not by_estimate
 
@@ -97,6 +99,13 @@ class Night:
     def values(self, code):
         return [r["summary"]["val_bpb"] for r in self.runs(code)]
 
+    def seeds(self, code):
+        """Seeds that a repeat of this code should not have: those of its complete runs and of its runs that crashed, as it may
+        crash under them again. [] before the first complete run: what stopped it was no matter of the seed."""
+        crashed = [r for r in self.records if r["code"] == code and r["verdict"] == "crash" and r["header"]]
+        runs = self.runs(code)
+        return [r["header"]["seed"] for r in [*runs, *crashed]] if runs else []
+
     def latest(self, code):
         """The last record of this code, complete or not; None if it never ran."""
         return next((r for r in reversed(self.records) if r["code"] == code), None)
@@ -150,12 +159,31 @@ class Night:
     @property
     def doubted(self):
         """Whether the next run should be one of the tip."""
-        return self.tip is not None and not self.waiting and verdict.doubted(self.search)
+        if self.tip is None or self.waiting or self.crashed_repeats >= CRASHED_REPEATS:
+            return False
+        return verdict.doubted(self.search)
+
+    @property
+    def crashed_repeats(self):
+        """How many runs of the tip crashed since it was kept; 0 without a tip."""
+        tip = self.tip
+        since = takewhile(lambda r: r is not tip, reversed(self.records)) if tip else ()
+        return sum(r["code"] == tip["code"] and r["verdict"] == "crash" for r in since)
 
     @property
     def given_up(self):
         """Records of the keeps that the branch stepped back from, in the order of their rows."""
         return [r for r in self.rows if r.get("given_up") and r["verdict"] == "discard"]
+
+    def kept_values(self, code):
+        """val_bpb of the runs that count of a keep in the line, those made after it was kept, too; () of other code."""
+        search, line = self.replayed
+        return next((search.line[i].values for i, keep in enumerate(line) if keep["code"] == code), ())
+
+    def mean_of(self, r):
+        """{"mean": val_bpb, "n": runs} of the keep that r records, by all its runs. The row has those that decided it."""
+        values = self.kept_values(r["code"])
+        return {"mean": verdict.mean(values), "n": len(values)} if values else {"mean": r["mean"], "n": r["n"]}
 
     @cached_property
     def estimates(self):
@@ -331,7 +359,11 @@ def kind(header):
 def measured(runs):
     """The runs of an experiment that count: those that the machine slowed are ignored once there is one that it did not
     slow. The choice depends on speed and not on value, so it adds no bias."""
-    return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED] or list(runs)
+    return not_slowed(runs) or list(runs)
+
+
+def not_slowed(runs):
+    return [r for r in runs if (r.get("slowed") or 0.0) <= SLOWED]
 
 
 def steps_per_second(run):
@@ -341,8 +373,7 @@ def steps_per_second(run):
 
 
 def label(r):
-    """What to call a record's experiment: its row, or in a team the tree and the row there. A tree's own run of a baseline that
-    its team repeats has none: its commit."""
+    """What to call a record's experiment: its row, in a team the tree and the row there, and without a row its commit."""
     return r.get("label") or (f"row {r['row']:04d}" if r["row"] else r["short"])
 
 

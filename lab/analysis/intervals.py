@@ -1,14 +1,14 @@
 """Standard deviations and 95 % intervals of a few runs. Pure functions of numbers.
 
 The interval of the gain between two commits is Welch's: their noise may differ, and is known only from the spread of
-their own few runs. It is computed here, and not by scipy's ttest_ind, which warns about runs with equal values;
-tests/test_intervals.py compares the two, and simulates how often the interval covers the truth.
+their own few runs. tests/test_intervals.py compares it with scipy's ttest_ind, and simulates how often it covers the truth.
 """
 
 import math
 from statistics import mean, stdev, variance
 from typing import NamedTuple
 
+from lab.analysis.verdict import distinct
 from lab.base.errors import Refused
 
 LEVEL = 0.95
@@ -34,15 +34,14 @@ def spread(values):
 
 
 def gain(before, after):
-    """(mean of before - mean of after, its Interval): positive if val_bpb fell. The interval is None if either has fewer
-    than two runs."""
+    """(mean of before - mean of after, its Interval): positive if val_bpb fell. Equal values count as one. The interval
+    is None if either has fewer than two."""
+    before, after = distinct(before), distinct(after)
     difference = mean(before) - mean(after)
     if min(len(before), len(after)) < 2:
         return difference, None
     parts = [variance(values) / len(values) for values in (before, after)]
     squared = sum(parts)
-    if squared == 0:  # each commit's runs are equal to the last bit: something fixed the clock or the seed
-        return difference, Interval(difference, difference)
     dof = squared**2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (before, after), strict=True))
     half = float(distributions().t.ppf((1 + LEVEL) / 2, dof)) * math.sqrt(squared)
     return difference, Interval(difference - half, difference + half)

@@ -162,15 +162,16 @@ def effort(night):
 
 
 def pace(night):
-    """Experiments and runs an hour, and the fraction of the time that was training."""
+    """Experiments and runs an hour, and the fraction of the time that was training, in the mean over a team's trees."""
     runs = [r for e in night.experiments for r in e.runs]
     times = [datetime.fromisoformat(r[key]) for r in runs for key in ("start", "end") if r[key]]
     hours = (max(times) - min(times)).total_seconds() / 3600 if times else 0
     if not hours:
         return "experiments an hour: not known, because runs.jsonl has no times of their runs"
     ran = sum(bool(e.runs) for e in night.experiments)
-    training = sum(e.training_minutes or 0 for e in night.experiments) / 60
+    trees = len(set(found_by(night).values())) or 1  # of a team, which train at the same time
+    training = sum(e.training_minutes or 0 for e in night.experiments) / 60 / trees
     return (
         f"{ran / hours:.1f} experiments an hour: {plural(ran, 'experiment')} in {plural(len(runs), 'run')} and "
-        f"{hours:.2f} hours, of which {training / hours:.0%} was training"
+        f"{hours:.2f} hours{f' on {trees} trees' * (trees > 1)}, of which {training / hours:.0%} was training"
     )

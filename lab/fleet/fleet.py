@@ -104,12 +104,12 @@ def plan(repo, args):
         raise Refused(f"--agents must be 0 to {args.slots}, the number of slots")
     if args.no_team and agents < args.slots:
         raise Refused("--no-team needs an agent in each slot: workers without a team have no queue; leave out --agents")
-    worktrees.check_name(repo, args.tag)
+    worktrees.check_name(repo, args.tag, team_of(args.tag))
     worktrees.check_checkout(repo)
     shares, note = devices.shares(args.slots)
     top, works = repo.top.resolve(), agents < args.slots
     beside = Path(args.folder).expanduser().absolute() if args.folder else top.parent
-    folder, slots = f"{top.name}-{args.tag.replace('/', '-')}", [f"gpu{i}" for i in range(args.slots)]
+    folder, slots = f"{top.name}-{args.tag}", [f"gpu{i}" for i in range(args.slots)]
     feeders = [f"agent{i}" for i in range(agents)] if works else []
     folders = {name: beside / f"{folder}-{name}" for name in [*slots, *feeders]}
     worktrees.check_free(repo, args.tag, folders)

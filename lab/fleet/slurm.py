@@ -99,8 +99,8 @@ def existing(path, what, test):
 
 def check(args):
     """Raises Refused for options that no task could work with. Returns the folder for the work directories."""
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]|\.(?=[A-Za-z0-9_-]))*(?<!\.lock)", args.tag):
-        raise Refused(f"--tag {args.tag!r}: use letters and digits, with - _ . between them")
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]|\.(?=[A-Za-z0-9_-]))*(?<!\.lock)", args.tag) or len(args.tag) > 63:
+        raise Refused(f"--tag {args.tag!r}: use letters and digits, at most 63, with - _ . between them")
     for name in ("hours", "limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -214,7 +214,21 @@ def team(args, repo, folder):
     """The variables of the script that make its tasks workers; empty for nights."""
     if args.workers is None:
         return {"team": "", "remote": ""}
-    return {"team": args.tag.replace(".", "-"), "remote": repo.ask("config", names.REMOTE) or folder / TEAM_REPOSITORY}
+    return {"team": args.tag.replace(".", "-"), "remote": remote_of(repo) or folder / TEAM_REPOSITORY}
+
+
+def remote_of(repo):
+    """The team's remote as a clone elsewhere can use it, which has no remote of that name and another folder: a URL or an
+    absolute path; None if the checkout has none. Raises Refused for what is no remote here."""
+    given = repo.ask("config", names.REMOTE)
+    if not given:
+        return None
+    url = repo.ask("ls-remote", "--get-url", "--", given) or given  # of a remote's name; without its insteadOf
+    if (repo.top / url).exists():
+        return str((repo.top / url).resolve())
+    if ":" not in url and not url.startswith("/"):
+        raise Refused(f"{names.REMOTE} is {given!r}, neither a remote of this checkout nor a path: git config {names.REMOTE} NAME-OR-PATH-OR-URL")
+    return url
 
 
 def make_remote(args, repo, folder):

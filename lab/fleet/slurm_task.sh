@@ -75,13 +75,17 @@ if [ ! -d "$tree" ]; then
     cp "$program" "$new/program.md"
     [ -z "$from" ] || cp "$from/runs/best/train.py" "$new/train.py"
     if ! git -C "$new" diff --quiet; then
-        git -C "$new" commit --quiet -m "task $task: $(basename "$program")${from:+, train.py from $from}" -- program.md train.py
+        git -C "$new" -c commit.gpgsign=false \
+            commit --quiet -m "task $task: $(basename "$program")${from:+, train.py from $from}" -- program.md train.py
     fi
     if [ -n "$team" ]; then
         git -C "$new" config autoresearch.team "$team"
         git -C "$new" config autoresearch.remote "$remote"
     fi
     git -C "$new" switch --quiet -c "autoresearch/$tag-$task"
+    for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
+        [ ! -d "$source/$settings" ] || tar -C "$source" --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+    done
     mv "$new" "$tree"
 fi
 cd "$tree"
@@ -102,6 +106,7 @@ unset VIRTUAL_ENV PYTHONPATH HF_HOME
 if [ -n "$copy" ]; then
     local_data=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/autoresearch-$SLURM_JOB_ID
     trap 'rm -rf "$local_data"' EXIT
+    rm -rf "$local_data" # half a copy, if this job was killed on this node before
     mkdir -p "$(dirname "$local_data/$copy")"
     if cp -R "$data/$copy" "$local_data/$copy"; then
         AUTORESEARCH_CACHE=$local_data

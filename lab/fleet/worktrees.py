@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from lab.base.errors import Refused, Stop, Unfinished
+from lab.share.membership import TEAM
 from lab.store import names
 from lab.store.names import PREFIX
 from lab.store.repository import Repo
@@ -24,9 +25,11 @@ def branch_of(tag, name):
     return f"{PREFIX}{tag}-{name}"
 
 
-def check_name(repo, tag):
-    if repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 'gpu0')}") is None or tag.startswith("-"):
-        raise Refused(f"{tag!r} cannot be part of a branch name: use letters, digits and hyphens")
+def check_name(repo, tag, team):
+    """Raises Refused for a tag that no branch of a night can have, or whose team name the slots would refuse."""
+    is_branch = "/" not in tag and repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 'gpu0')}") is not None
+    if not is_branch or not TEAM.fullmatch(team):
+        raise Refused(f"{tag!r} cannot name a fleet: use at most 63 letters (a to z), digits, - and _, a letter or digit first")
 
 
 def check_checkout(repo):

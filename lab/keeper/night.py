@@ -19,7 +19,7 @@ from pathlib import Path
 
 from constants import GRACE, TIME_BUDGET
 from lab.base.errors import Refused, os_reason
-from lab.base.locks import Kept, run_in_progress
+from lab.base.locks import Kept, is_held, run_in_progress
 from lab.base.processes import adopt_orphans, descendants, end, end_descendants, named, psutil, reap, send
 from lab.keeper import cleanup
 from lab.machine import devices
@@ -30,6 +30,8 @@ DESCRIPTION = """\
 Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
 for --stall-minutes: then the agent and all that it started are ended, after a training in progress has
 finished. If an agent ends while its training is running, the next start waits for that training.
+Of an agent that feeds workers and records nothing itself, every `lab propose` and every return of `lab wait`
+counts as a record, and a `lab wait` in progress as a training in progress.
 On a machine with several GPUs, the trainings use the first, unless CUDA_VISIBLE_DEVICES is set.
 
 When the hours are over, a training in progress may finish, and the agent has a few minutes to record it.
@@ -67,9 +69,16 @@ def add_arguments(parser):
 
 
 def recorded(root):
-    """The sizes in bytes of runs.jsonl and results.tsv, one of which grows with every recorded run."""
-    found = status_of(root / names.RUNS_JSONL), status_of(root / names.RESULTS_TSV)
-    return [status.st_size if status else 0 for status in found]
+    """What changes with every step of an agent: the sizes in bytes of runs.jsonl and results.tsv, one of which grows with
+    every recorded run, and, of an agent that feeds workers, when it proposed last and when `lab wait` returned last, in ns."""
+    sizes = [status_of(root / name) for name in (names.RUNS_JSONL, names.RESULTS_TSV)]
+    times = [status_of(root / names.LAB / name) for name in (names.PROPOSED, names.WAITED)]
+    return [s.st_size if s else 0 for s in sizes] + [s.st_mtime_ns if s else 0 for s in times]
+
+
+def is_busy(root):
+    """Whether a training is in progress in the tree, or a `lab wait`, which may take as long."""
+    return run_in_progress(root) or is_held((root / names.LAB / names.WAITED).with_suffix(".lock"))
 
 
 def unrecorded(root):
@@ -109,7 +118,7 @@ class Keeper:
         """Writes the sentence to night.log and to the terminal."""
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
         with contextlib.suppress(OSError):  # a full disk
-            with open(self.log, "a") as f:
+            with open(self.log, "a", encoding="utf-8", errors="replace") as f:
                 f.write(line + "\n")
         with contextlib.suppress(OSError):  # the terminal was closed, the log is still written
             print(line, flush=True)
@@ -176,7 +185,7 @@ class Keeper:
             self.not_found = self.not_found + 1 if status in (126, 127) else 0
             return f"the agent ended with status {status}{self.last_words()}"
         idle = self.now() - self.last
-        if idle > self.stall and (idle > self.stall + LONGEST_RUN or not run_in_progress(self.root)):
+        if idle > self.stall and (idle > self.stall + LONGEST_RUN or not is_busy(self.root)):
             return f"nothing was recorded for {idle / 60:.0f} minutes: the agent is ended"
         return None
 

@@ -5,7 +5,7 @@
     uv run -m lab sandbox -- COMMAND ...                         any other command
 
 bubblewrap makes the sandbox (Linux). A run may create new files in the working tree and write checkpoint.pt and the
-compile cache, and it has a /tmp of its own. It can change nothing else. Of earlier runs it sees no weights, of the data
+compile caches, and it has a /tmp of its own. It can change nothing else. Of earlier runs it sees no weights, of the data
 only what prepare.py reads in the same process: the prepared training and validation rows.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from corpus import layout
 from frozen.device import kernel_cache
-from frozen.guard import WEIGHTS
+from frozen.guard import CACHES, SYSTEM, TEMPORARY, WEIGHTS
 from lab.base.errors import Refused
 from lab.base.git import read_only, worktrees
 from lab.base.locks import hold, run_in_progress
@@ -37,7 +37,7 @@ Runs COMMAND (`uv run train.py` if none is given) in a bubblewrap sandbox:
 
   no network; other processes are not visible and cannot be reached
   read-only: the whole file system, with the prepared rows and the Hugging Face cache
-  writable: the compile cache, checkpoint.pt, and new files in this directory. What already exists here (git's
+  writable: the compile caches, checkpoint.pt, and new files in this directory. What already exists here (git's
     metadata, the virtual environment, the frozen files, the results) is read-only: a training needs to write
     none of it. New code or configuration that the run leaves in this directory is moved to .lab/left, and the
     exit status is 1
@@ -139,7 +139,7 @@ def mounts(tree, archives):
                 found[path.resolve()] = (SHOW, Path(os.devnull))
         if (holdout := data / "holdout_rows.npy").is_file():
             found |= {place / holdout.name: (SHOW, blank(tree, holdout)) for place in places(data)}
-    put(WRITE, compile_cache(cache))
+    put(WRITE, *named_caches(tree, list(found)), compile_cache(cache))
     if common := read_only(tree, "rev-parse", "--git-common-dir"):  # of a working tree it is in another one
         put(SHOW, tree / common.strip())
     return found
@@ -154,6 +154,25 @@ def compile_cache(cache):
     folder = cache / "compile"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def named_caches(tree, taken):
+    """The folders of the compile caches that the environment names, each created. One that is all of $HOME or $TMPDIR, say,
+    or contains a folder of `taken`, moves one folder down, as in prepare.choose_compile_cache: the run may write no more."""
+    temporary = filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP")))
+    taken = [*taken, *(Path(path).resolve() for path in (*TEMPORARY, *SYSTEM, *temporary))]
+    found = []
+    for name in CACHES:
+        folder = Path(os.environ.get(name) or tree).resolve()
+        # What is in the tree stays read-only. Matplotlib's folder also holds settings that other programs obey.
+        if folder.is_relative_to(tree.resolve()) or name == "MPLCONFIGDIR":
+            continue
+        if any(place.is_relative_to(folder) for place in taken):
+            os.environ[name] = os.path.join(os.environ[name], "torchinductor")
+        with contextlib.suppress(OSError):  # nobody may write there: the run says so, with or without a sandbox
+            os.makedirs(os.environ[name], exist_ok=True)
+        found.append(os.environ[name])
+    return found
 
 
 def blank(tree, path):

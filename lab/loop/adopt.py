@@ -11,7 +11,7 @@ from lab.analysis.history import label
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.base.text import one_line
-from lab.loop import checks
+from lab.loop import checks, team_status
 from lab.loop.next_step import next_step
 from lab.loop.record import name_author
 from lab.share import exchange, queue_refs
@@ -78,7 +78,8 @@ def adopt(repo, team):
         raise Refused(f"train.py of {best['short']} is not what its record says: nothing was changed")
     author = (repo.ask("show", "--no-patch", "--format=%an%x00%ae", best["commit"]) or "").split("\0")
     title = one_line(f"adopt {best['short']}: {best['description']}", TITLE)
-    value = "" if best["mean"] is None else f"val_bpb {best['mean']:.6f} (mean of {best['n']}), "
+    known = team.night.mean_of(best)
+    value = "" if known["mean"] is None else f"val_bpb {known['mean']:.6f} (mean of {known['n']}), "
     message = f"{title}\n\n{value}found by {team.who(best)}\n"
     name_author(repo)
     blob = repo.git("rev-parse", f"HEAD:{names.TRAIN}").strip()
@@ -102,6 +103,6 @@ def run(args):
     if note:
         print(f"note: {note}")
     step = next_step(Repo(repo.top))
-    queue = queue_refs.read(repo, member)
+    queue = team_status.living(queue_refs.read(repo, member))
     print(f"next: {queue_refs.instead(queue, member, bool(checks.night_of(repo).records), step) or step.sentence}")
     return 0

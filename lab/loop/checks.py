@@ -142,9 +142,9 @@ def run_command(top):
 
 
 def next_run(top, history, code):
-    """The command for the next run of this code: a repeat has a seed that the code has not run under. So has the first run
-    of a team's baseline: the members may begin at the same time."""
-    used = [r["header"]["seed"] for r in history.runs(code)]
+    """The command for the next run of this code: a repeat has a seed that the code has not run under, complete or not. So
+    has the first run of a team's baseline: the members may begin at the same time."""
+    used = history.seeds(code)
     if not used and (not history.spread or history.anchors):
         return run_command(top)
     begin = (history.spread - 1) % len(SEEDS) if history.spread else 0

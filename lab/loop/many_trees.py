@@ -53,8 +53,8 @@ def of_records(records):
     ends = [datetime.fromisoformat(r["end"]) for r in records if r["end"]]
     return {
         "branch": records[-1]["tag"], "counts": count(r["verdict"] for r in history.rows), "rows": len(history.rows),
-        "best": best and short_of(best),
-        "baseline": history.kept[0]["mean"] if history.kept else None, "sigma": history.sigma,
+        "best": best and short_of(best, history),
+        "baseline": history.mean_of(history.kept[0])["mean"] if history.kept else None, "sigma": history.sigma,
         "last": max(ends).timestamp() if ends else None, "kind": kind(header), "by_estimate": history.by_estimate,
         "may_be_in_a_team": any(r.get("seq") for r in records),
     }  # fmt: skip
@@ -135,8 +135,8 @@ def of_member(team, path):
     standing = [e for e in night.standing if e.number in numbers]
     best = kept_record(min(standing, key=lambda e: night.worth[e.number])) if standing else None
     return {
-        "counts": count(r["verdict"] for r in rows), "rows": len(rows), "best": best and short_of(best) | {"row": best["home_row"]},
-        "baseline": night.kept[0]["mean"] if night.kept else None, "sigma": night.sigma, "by_estimate": night.by_estimate,
+        "counts": count(r["verdict"] for r in rows), "rows": len(rows), "best": best and short_of(best, night) | {"row": best["home_row"]},
+        "baseline": night.mean_of(night.kept[0])["mean"] if night.kept else None, "sigma": night.sigma, "by_estimate": night.by_estimate,
     }  # fmt: skip
 
 
@@ -145,13 +145,13 @@ def of_team(team, name, place):
     return {
         "name": name, "place": printable(exchange.clean(place)), "rows": len(team.night.rows),
         "by_estimate": team.night.by_estimate,
-        "best": best and short_of(best) | {"label": printable(best["label"])},
+        "best": best and short_of(best, team.night) | {"label": printable(best["label"])},
         "found_by": best and printable(best["found_by"]), "notes": [printable(note) for note in team.notes],
     }  # fmt: skip
 
 
-def short_of(r):
-    return {key: r[key] for key in ("mean", "n", "row", "short", "description")}
+def short_of(r, night):
+    return {key: r[key] for key in ("row", "short", "description")} | night.mean_of(r)
 
 
 def count(verdicts):

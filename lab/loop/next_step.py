@@ -6,7 +6,7 @@ to record, the state of the branch decides. No check is made twice: all of them 
 
 from typing import NamedTuple
 
-from lab.analysis.history import label
+from lab.analysis.history import CRASHED_REPEATS, label
 from lab.base.errors import Damaged, Stop
 from lab.loop import checks
 from lab.store import journal, names
@@ -97,9 +97,16 @@ def adopt(team):
 
 
 def doubt(night):
-    """Why the tip runs again."""
-    failures, runs = night.search.tip.failures, len(night.search.tip.values)
+    """Why the tip runs again, or no longer does though it was doubted; None if it was not doubted."""
+    if not night.tip:
+        return None
+    failures, n = night.search.tip.failures, len(night.search.tip.values)
+    runs = f"{n} run{'s' * (n > 1)}"
+    if night.crashed_repeats >= CRASHED_REPEATS:
+        return f"{night.crashed_repeats} more runs of {label(night.tip)} crashed, so {runs} alone decided it and it does not run again"
+    if not night.doubted:
+        return None
     return (
-        f"{failures} experiments in a row did not beat {label(night.tip)}, which {runs} run{'s' * (runs > 1)} "
+        f"{failures} experiments in a row did not beat {label(night.tip)}, which {runs} "
         f"decided: {night.tip['short']} runs again"
     )

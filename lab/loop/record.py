@@ -100,6 +100,8 @@ def judge(case, history, record):
     record.update(tokens=case.log.tokens, slowed=round(slowed(case.log, runs), 4))
     counted = measured(runs) if case.edits else runs
     values = [r["summary"]["val_bpb"] for r in counted]
+    if not case.edits and not case.baseline and (known := history.kept_values(case.code)):
+        values = [*known, record["summary"]["val_bpb"]]
     record.update(mean=verdict.mean(values), n=len(values))
     record["memory_gb"] = max(r["summary"]["peak_vram_mb"] for r in runs) / 1024
     if case.baseline:
@@ -114,6 +116,9 @@ def judge(case, history, record):
             judged = verdict.Verdict("discard", judged.gain, "as you say")
         elif judged.status == "discard" and len(runs) == 1:
             judged = doubt_the_machine(search, judged, record)
+        elif judged.status == "confirm" and len(runs) >= verdict.MOST_RUNS:
+            why = f"{len(runs)} runs did not decide it, as the machine slowed {len(runs) - len(counted)} of them"
+            judged = verdict.Verdict("discard", judged.gain, why)
         if case.team and judged.status == "discard" and not record["discard"]:
             judged = late_gain(case, history, record, values) or judged
     record.update(verdict=judged.status, gain=judged.gain, why=judged.why)
@@ -131,7 +136,8 @@ def late_gain(case, history, record, values):
         return None
     record["late"] = True
     tip, gain = history.tip, (verdict.belief(history.search) - record["mean"]) / history.sigma if history.sigma else None
-    why = f"it beats {label(case.anchor)}, on which it is based, but not {label(tip)}, the best since: it is tried again there"
+    base = label(history.replayed[1][place])  # the team's record: the own one has no row if others completed the baseline
+    why = f"it beats {base}, on which it is based, but not {label(tip)}, the best since: it is tried again there"
     return verdict.Verdict("discard", gain, why)
 
 

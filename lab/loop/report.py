@@ -5,8 +5,8 @@ import time
 from statistics import median
 
 from lab.analysis import verdict
-from lab.analysis.history import SLOWED, label, speed, steps_per_second
-from lab.loop.next_step import RECORD
+from lab.analysis.history import SLOWED, label, not_slowed, speed, steps_per_second
+from lab.loop.next_step import RECORD, doubt
 from lab.store import names
 
 STEPS_OFF = 1.5  # steps: in a short run a difference this small is rounding
@@ -34,8 +34,11 @@ def to_beat(night):
     waiting = night.waiting
     if not waiting:
         return f"keep below {verdict.bar(night.search).keep:.6f}: one run of the next experiment"
-    runs = waiting["n"] + 1
-    keep = verdict.bar(night.search, runs, len(night.runs(waiting["code"])) + 1, waiting["simpler"]).keep
+    values = [r["summary"]["val_bpb"] for r in not_slowed(night.runs(waiting["code"]))]  # those that count beside the next one
+    runs = len(verdict.distinct(values)) + 1
+    keep = verdict.bar(night.search, runs, len(values) + 1, waiting["simpler"]).keep
+    if runs == 1:
+        return f"keep below {keep:.6f}: one more run of {waiting['short']}, if the machine does not slow it, too"
     return f"keep below {keep:.6f}: the mean of {runs} runs of {waiting['short']}"
 
 
@@ -150,6 +153,8 @@ def lines(case, record, history, changed, team=None):
     said, history = [], team.night if team else history
     if record["verdict"] == "crash":
         said += [f"crash: {record['why']}", *(["the end of run.log:", case.log.trace()] if case.log.lines else [])]
+        if history.tip and record["code"] == history.tip["code"] and not history.doubted and (why := doubt(history)):
+            said.append(f"doubt: {why}")
     else:
         gain = "" if record["gain"] is None else f", {record['gain']:+.2f}σ"
         said += [f"{record['verdict']}: val_bpb {number(record)}{gain}: {record['why']}"]
@@ -160,6 +165,7 @@ def lines(case, record, history, changed, team=None):
                 "explain that, the machine was busy, and the verdict says little"
             )
         base = case.anchor if team and case.edits else None
+        base = base and next((r for r in history.rows if r["code"] == base["code"]), base)  # the own record may have no row
         if base and record["row"] and not record.get("late") and history.tip and history.tip["code"] not in (base["code"], record["code"]):
             value = f" ({base['mean']:.6f})" if base["mean"] is not None else ""
             said.append(f"based on: {label(base)} {base['short']}{value}; the best is another by now")

@@ -60,7 +60,7 @@ def gather(path, fetch=False):
     team = checks.team_of(repo, own)
     notes += [*team.notes, team_status.behind(repo, member)] if team else []
     history = team.night if team else own
-    queue, step = queue_refs.read(repo, member) if team else None, next_step(repo)
+    queue, step = team_status.living(queue_refs.read(repo, member)) if team else None, next_step(repo)
     best, waiting, search = history.best_record, checks.waiting(own, team), history.search
     is_tried = team_status.is_tried_together(history.rows) if team else lambda r: combined(r, history.rows)
     rows = own.rows or history.rows  # who feeds workers has no rows of its own, and wants to see theirs
@@ -71,12 +71,12 @@ def gather(path, fetch=False):
         "team": team and team_status.gather(repo, team),
         "queue": queue and queue_refs.as_data(queue),
         "beside_the_best": beside_the_best(repo.top, history) if known["in_progress"] else None,
-        "best": best and row(best) | {"best_known": history.estimates.get(best["row"])},
-        "baseline": history.kept[0]["mean"] if history.kept else None,
+        "best": best and row(best) | history.mean_of(best) | {"best_known": history.estimates.get(best["row"])},
+        "baseline": history.mean_of(history.kept[0])["mean"] if history.kept else None,
         "sigma": history.sigma, "dof": round(search.dof) if search else 0,
         "keep_below": verdict.bar(search).keep if history.tip else None,
         "lately": report.lately(history), "to_beat": report.to_beat(history), "plateau": report.plateau(history),
-        "cost": report.cost(own), "doubt": doubt(history) if history.doubted else None,
+        "cost": report.cost(own), "doubt": doubt(history),
         "given_up": [row(r) | {"why": r["why"]} for r in history.given_up],
         "counts": Counter(r["verdict"] for r in rows),
         "runs": len(own.records), "runs_an_hour": own.runs_per_hour,
@@ -121,7 +121,7 @@ def tried_again(r, rows):
 
 def combined(r, rows):
     """Whether a later description names the row, as in "0012 and 0015 together"."""
-    named = re.compile(rf"(?<!\d){r['row']:04d}(?!\d)")
+    named = re.compile(rf"(?<![\d.]){r['row']:04d}(?!\d)")
     return any(named.search(other["description"]) for other in rows if other["row"] > r["row"])
 
 

@@ -1,5 +1,6 @@
 """What `lab status` says of a team: who is in it, what each tree runs, what was tried by anybody."""
 
+import os
 import re
 from collections import Counter
 from datetime import datetime, timezone
@@ -9,12 +10,13 @@ from lab.analysis.history import label
 from lab.base import locks
 from lab.base.text import aligned, one_line
 from lab.share import exchange
+from lab.share.team import ABANDONED
 from lab.store import names, run_log
 from lab.store.names import PREFIX
 
 SHOWN_TREES, SHOWN_IDEAS = 8, 4
 BRIEF = 60  # characters of what a tree runs
-TOKEN = re.compile(r"(?<![\w/])(?:[\w.-]+/)?\d{4}(?!\d)|(?<!\w)[0-9a-f]{7,40}(?!\w)")
+TOKEN = re.compile(r"(?<![\w/.])(?:[\w.-]+/)?\d{4}(?!\d)|(?<!\w)[0-9a-f]{7,40}(?!\w)")
 
 
 def gather(repo, team):
@@ -46,7 +48,7 @@ def tree_of(team, tree, here):
     ends = [datetime.fromisoformat(r["end"]).timestamp() for r in tree.records if r["end"]]
     last = next((r for r in reversed(tree.records)), None)
     own_name = {"member": tree.member, "tag": tree.tag}
-    runs = what_it_runs(here[tree.tag]) if tree.is_here and tree.tag in here else tree.state.get("next", "")
+    runs = what_it_runs(here[tree.tag]) if tree.is_here and tree.tag in here else "" if tree.is_here else what_it_said(tree)
     return {
         "name": team.name_of(own_name), "branch": PREFIX + tree.tag, "host": tree.state.get("host", ""), "here": tree.is_here,
         "own": tree.is_own, "rows": sum(bool(r["row"]) for r in tree.records),
@@ -78,6 +80,38 @@ def what_it_runs(at):
         return ""
     step = run_log.progress(path / names.RUN_LOG).partition("|")[0].strip() or "setting up"
     return f"runs {one_line(subject, BRIEF)!r}: {step}"
+
+
+def what_it_said(tree):
+    """What a tree said that it does; "" if that is so long ago that it is over, or that the tree may be gone."""
+    if not tree.state:
+        return ""
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(tree.state["when"])
+    return tree.state["next"] if abs(age.total_seconds()) < ABANDONED else ""
+
+
+def living(queue):
+    """The Queue for the screen: without the workers that can be seen to be gone and their claims; what they had claimed waits.
+    Nothing is changed: whoever works with the queue removes what they left (lab.queue.board)."""
+    items = [
+        item._replace(state=item.state | {"kind": "open"}) if item.kind == "claimed" and is_gone(item.state) else item for item in queue.items
+    ]
+    slots, workers = (tuple(item for item in found if not is_gone(item.state)) for found in (queue.slots, queue.workers))
+    return queue._replace(items=tuple(items), slots=slots, workers=workers)
+
+
+def is_gone(state):
+    """Whether the worker of this sign or claim can be seen to be gone: it ran on the machine of this name, also before that was
+    rebooted, and nobody holds the lock that has the worker's name in it. lab.queue.board, which takes claims away, also wants
+    the same boot: another machine may have the same name."""
+    if not hasattr(os, "uname") or state["host"] != os.uname().nodename or not Path(state["tree"]).is_absolute():
+        return False
+    lock = Path(state["tree"], names.LAB, names.WORKER_LOCK)
+    try:
+        named = lock.is_file() and lock.read_text(encoding="utf-8", errors="replace").strip() == state["worker"]
+    except (OSError, ValueError):  # the name of the tree is what somebody published
+        return False
+    return named and locks.is_free(lock)
 
 
 def runs_an_hour(records):

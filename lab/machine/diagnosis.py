@@ -1,6 +1,8 @@
 """All checks in order, then the measurements, then the verdict. What fails inside a check becomes its line."""
 
 import importlib
+import re
+import shlex
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -221,7 +223,11 @@ class Doctor:
 
     def agent(self, command):
         m = self.machine
-        wanted = command.split()[0] if command and command.split() else None
+        try:
+            words = shlex.split(command or "")
+        except ValueError:  # an open quote
+            words = command.split()
+        wanted = next((word for word in words if not re.match(r"\w+=", word)), None)  # after HOME=$REAL_HOME and the like
         programs = [wanted] if wanted else checks.AGENTS
         return checks.agent(wanted, {program: found for program in programs if (found := m.which(program))})
 

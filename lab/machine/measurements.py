@@ -127,17 +127,19 @@ class Session:
         """A run up to its first step: seconds from the start of the process until the warm-up is done."""
         import torch
 
-        process = importlib.import_module("frozen.process")
+        process, frozen_device = importlib.import_module("frozen.process"), importlib.import_module("frozen.device")
         self.prepare, self.trainer = prepare, train = self.core()
         # prepare's run without data, lock and deadline; it only tells train.py the device.
         self.run = prepare._run = prepare.Run(
             time.monotonic, process.Watchdog(lambda: 0.0), prepare.pick_device(), SEED, None, None
         )
         self.device = self.run.device
+        if self.device.type == "cpu":
+            frozen_device.keep_freed_memory()  # as begin_run does
         torch.set_float32_matmul_precision("high")
         self.model, self.optimizer = self.build()
         self.batch_size = train.warm_up(self.model, self.optimizer, self.device)
-        graphs = importlib.import_module("frozen.device").compiled_graphs()
+        graphs = frozen_device.compiled_graphs()
         return {
             "seconds": process.process_age(), "device_batch": self.batch_size, "attention": self.model.attention.name,
             "compiled": graphs > 0, "graphs": graphs, "device_name": self.run.device_name,

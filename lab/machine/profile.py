@@ -31,8 +31,8 @@ and takes less than a minute, plus what torch.compile takes. It does not touch r
   faults      pages that the system had to map anew. Many, and much system time, mean that memory is freed and fetched
               again in each step
 
-Exit status: 0, or 1 with one sentence: a run is in progress, train.py or the profiler fails, or this is the tree of an
-agent that feeds a fleet's workers and has no GPU."""
+Exit status: 0, or 1 with one sentence: a run is in progress, train.py or the profiler fails, or the agent
+has no GPU here: it feeds a fleet's workers, or its trainings go to a compute node."""
 
 TIME_LIMIT = 900  # seconds; a cold torch.compile of a large model takes minutes
 WIDTH = 100  # columns
@@ -158,6 +158,11 @@ def run(args):
         raise Refused(
             "the agent of this fleet has no GPU: this would measure the settings for a CPU, and take cores from the workers; "
             "profile on a GPU that no worker uses"
+        )
+    if os.environ.get(names.SRUN_JOB_FILE):
+        raise Refused(
+            "trainings of this night run on a compute node: this would measure the login node instead; "
+            "compare the tokens/s that their logs print"
         )
     if locks.run_in_progress(tree):
         raise Refused("a run is in progress in this tree, and both would be slow: wait for its end (uv run -m lab status)")

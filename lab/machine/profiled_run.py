@@ -175,7 +175,7 @@ class MeasuringClock:
 
     def install(self):
         """Hooks on what a step consists of. Those that cost time are idle until `parts.on`."""
-        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+        from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         torch, parts = self.torch, self.parts
         torch.autograd.backward = parts.wrapped("backward", torch.autograd.backward)
@@ -193,6 +193,22 @@ class MeasuringClock:
 
         register_optimizer_step_pre_hook(before)
         register_optimizer_step_post_hook(after)
+
+        def hooked(step):
+            def call(optimizer, *args, **kwargs):
+                if not hasattr(optimizer, "param_groups"):  # a schedule, say
+                    return step(optimizer, *args, **kwargs)
+                before(optimizer, args, kwargs)
+                try:
+                    return step(optimizer, *args, **kwargs)
+                finally:
+                    after(optimizer, args, kwargs)
+
+            return call
+
+        for cls in vars(sys.modules["__main__"]).values():  # train.py's own optimizers, which torch's hooks do not know
+            if isinstance(cls, type) and "step" in vars(cls) and not issubclass(cls, Optimizer):
+                cls.step = hooked(cls.step)
 
     def whole_steps(self):
         """Blocks of steps, undisturbed: seconds of one step, tokens of one, faults and CPU seconds."""
@@ -276,7 +292,7 @@ class MeasuringClock:
         torch, owned = self.torch, getattr(self.model, "parameters", list)
         parameters = nbytes([*owned(), *getattr(self.model, "buffers", list)()])
         gradients = sum(self.gradients.values()) if self.gradients else None
-        states = [list(optimizer.state.values()) for optimizer in self.optimizers.values()]
+        states = [list(getattr(optimizer, "state", {}).values()) for optimizer in self.optimizers.values()]
         state = nbytes(tensors_in(torch, states)) if self.optimizers else None
         peak = None
         if self.device.type == "cuda":

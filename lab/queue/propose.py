@@ -3,6 +3,7 @@
 The proposal is a ref before the branch moves, so a kill between the two loses nothing: the same command completes it.
 """
 
+import contextlib
 import secrets
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lab.base import git as base_git
 from lab.base import locks
 from lab.base.errors import Refused
 from lab.base.text import one_line
-from lab.loop import checks
+from lab.loop import checks, team_status
 from lab.queue.board import Board, now
 from lab.share import queue_refs
 from lab.share.team import read_trees
@@ -115,8 +116,10 @@ def run(args):
             item = queue_refs.Item(id, ref, commit, state, bool(member.remote))
         if not repo.drop([head]):
             raise Refused("the branch has moved meanwhile: the experiment is queued, and stays on the branch too")
+        with contextlib.suppress(OSError):  # a full disk
+            (repo.top / names.LAB / names.PROPOSED).touch()  # so that `lab night` sees that its agent makes progress
     note = board.publish([item]) if item.unpublished else None
-    queue = queue_refs.read(repo, member)
+    queue = team_status.living(queue_refs.read(repo, member))
     waiting, running = len(queue.of("open")), len(queue.running)
     print(f"proposed: {one_line(item.state['description'], checks.BRIEF)}")
     print(f"queue: {waiting} wait, {running} run; HEAD is {repo.short(repo.head())} again")

@@ -82,7 +82,8 @@ def situation(repo, queue):
     team = checks.team_of(repo, checks.night_of(repo))
     lines = []
     if best := team.best:
-        value = "" if best["mean"] is None else f"{best['mean']:.6f}, "
+        mean = team.night.mean_of(best)["mean"]
+        value = "" if mean is None else f"{mean:.6f}, "
         lines.append(f"best: {value}{best['label']} {best['short']} ({one_line(best['description'], checks.BRIEF)}), found by {team.who(best)}")
         lines += filter(None, [report.to_beat(team.night)])
     lines += queue_refs.lines(queue_refs.as_data(queue), limit=16)

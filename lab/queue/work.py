@@ -129,7 +129,7 @@ class Worker:
         self.said = sentence
         line = f"{datetime.now():%Y-%m-%d %H:%M:%S} {sentence}"
         with contextlib.suppress(OSError):  # a full disk
-            with open(self.repo.top / names.NIGHT_LOG, "a", encoding="utf-8") as f:
+            with open(self.repo.top / names.NIGHT_LOG, "a", encoding="utf-8", errors="replace") as f:
                 f.write(line + "\n")
         with contextlib.suppress(OSError):  # the terminal was closed
             print(line, flush=True)
@@ -589,8 +589,7 @@ class Worker:
         else:
             self.tidy(team)
         code = names.sha256(self.repo.top / names.TRAIN)
-        runs = team.night.runs(code) if first else []
-        used = {r["header"]["seed"] for r in runs}
+        runs, used = team.night.runs(code), set(team.night.seeds(code))
         missing = max(1, verdict.BASELINE_RUNS - len(verdict.distinct([r["summary"]["val_bpb"] for r in runs])))
         seeds = [seed for seed in range(FIRST_SEED, FIRST_SEED + len(used) + missing) if seed not in used][:missing]
         for seed in seeds:

@@ -23,11 +23,13 @@ JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", 
 ENDS = "ends.json"  # of runs without a result
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 WORKER_LOCK, WAITED, FAULT_LOG = "worker.lock", "waited.json", "fault.log"
+PROPOSED = "proposed"  # empty; when the latest proposal was made from this tree
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
 ASIDE, ASIDE_LOCK, BLANK = "aside", "aside.lock", "blank"  # of the sandbox: checkpoints it hides; what it shows as the holdout
 
 NIGHT_ENDS = "AUTORESEARCH_NIGHT_ENDS"  # environment variable: when `lab night` ends, in seconds since 1970
 FEEDER = "AUTORESEARCH_FEEDER"  # environment variable of an agent that feeds a fleet's workers and has no GPU
+SRUN_JOB_FILE = "SRUN_JOB_FILE"  # environment variable of an agent on a cluster's login node: where its trainings run
 
 PREFIX = "autoresearch/"  # of a night's branch
 LOG_REF = "log"  # beside the numbers of recorded commits

@@ -21,6 +21,7 @@ from lab.share.team import team_of
 from lab.store import archive, names, rules, runs_jsonl
 from lab.store.repository import Repo
 
+DATASET = "AUTORESEARCH_DATASET"
 NEEDED = {*rules.FIRST_FILES, "corpus"}
 
 
@@ -33,7 +34,7 @@ class Arm(NamedTuple):
     listed: set  # paths of the rules in the header of a recorded run of it; empty if that has no list
     description: str
     seconds: float | None  # mean duration of its recorded runs; None if there are none
-    dataset: dict  # {"AUTORESEARCH_DATASET": name} if a run of it is recorded, else {}
+    dataset: dict  # {DATASET: name} if a run of it is recorded, else {}
 
 
 def find(given, tops):
@@ -41,11 +42,22 @@ def find(given, tops):
     tree's baseline and best."""
     repos = [Repo.find(top) for top in tops]
     nights = [path for repo in repos for path in (repo.top / names.RUNS_JSONL, *repo.top.glob("runs/**/runs.jsonl"))]
-    records = [record for path in nights for record in runs_jsonl.read_runs(path)[0]]
-    records += [r for repo in repos for r in of_the_team(repo)]
+    earlier = [record for path in nights for record in runs_jsonl.read_runs(path)[0]]
+    earlier.sort(key=lambda r: dataset_of(r) == os.environ.get(DATASET))
+    # The last record of a commit counts: that of the present night, and the first tree's before the others'.
+    records = earlier + [record for repo in repos[::-1] for record in present(repo)]
+    used = {r["header"]["seed"] for r in records if r.get("header")}
     if not given:
         given = default(repos[0])
     arms = [find_one(name, repos, records) for name in given]
+    datasets = [{dataset_of(r) for r in records if r["code"] == arm.code and r["summary"]} for arm in arms]
+    if len(set().union(*datasets)) > 1:  # a baseline may be that of several nights, on several datasets
+        common = set.intersection(*filter(None, datasets))
+        if not common:
+            raise Refused("these commits were trained on different datasets: they cannot be compared")
+        own = [r for r in records if r["code"] in {arm.code for arm in arms} and r["summary"] and dataset_of(r) in common]
+        records = [r for r in records if dataset_of(r) == dataset_of(own[-1])]
+        arms = [find_one(arm.commit, repos, records) for arm in arms]
     for arm in arms[1:]:
         paths = arm.listed | arms[0].listed or {*arm.rules, *arms[0].rules}
         if others := sorted(path for path in paths if arm.rules.get(path) != arms[0].rules.get(path)):
@@ -55,24 +67,30 @@ def find(given, tops):
             )
     if len({arm.code for arm in arms}) < len(arms):
         raise Refused("two of these commits have the same train.py: name each once")
-    if len({arm.dataset["AUTORESEARCH_DATASET"] for arm in arms if arm.dataset}) > 1:
-        raise Refused("these commits were trained on different datasets: they cannot be compared")
-    return arms, {r["header"]["seed"] for r in records if r.get("header")}
+    return arms, used
 
 
-def of_the_team(repo):
-    """The records of everybody in the tree's team that compare with its own; () without a team."""
+def dataset_of(record):
+    return (record.get("header") or {}).get("dataset")
+
+
+def night_of(repo):
+    """The Night of the branch; of the team if the tree is in one: the runs of all that compare with its own."""
+    tag, team = repo.tag(), team_of(repo)
+    return team.night if team else Night(records=archive.records_of(repo.top, tag))
+
+
+def present(repo):
+    """The records of the present night, oldest first; () on a branch that is not a night's."""
     try:
-        team = team_of(repo)
-    except Refused:  # it is on no night's branch
+        return night_of(repo).records
+    except Refused:
         return ()
-    return team.night.records if team else ()
 
 
 def default(repo):
-    """The baseline and the best, of the team if the tree is in one."""
-    tag, team = repo.tag(), team_of(repo)
-    history = team.night if team else Night(records=archive.records_of(repo.top, tag))
+    """The baseline and the best of the present night."""
+    history = night_of(repo)
     if not history.kept:
         raise Refused("nothing was kept on this branch yet: name the commits, or record a baseline first")
     baseline, best = min(history.kept, key=lambda r: r["row"]), history.best_record
@@ -96,7 +114,7 @@ def find_one(name, repos, records):
     described = own[-1]["description"] if own else repo.git("log", "-1", "--format=%s", commit).strip()
     seconds = sum(r["summary"]["total_seconds"] for r in own) / len(own) if own else None
     listed = {path for r in own[-1:] for path in rules.listed(r["header"]) or ()}
-    dataset = {"AUTORESEARCH_DATASET": own[-1]["header"]["dataset"]} if own else {}
+    dataset = {DATASET: dataset_of(own[-1])} if own else {}
     described = text.one_line(described, 200)
     frozen = rules.objects_of(repo, commit)
     return Arm(repo.short(commit), commit, repo.top, code, frozen, listed, described, seconds, dataset)

@@ -1,15 +1,26 @@
 """The report of a proof: a table, and a sentence for each comparison. Pure functions of the runs of `lab prove`."""
 
 from lab.analysis import intervals
-from lab.analysis.verdict import mean
+from lab.analysis.verdict import distinct, mean
 from lab.base.text import aligned
 
 SPLITS = ("val", "holdout")
 
 
+def results(arm, runs, split):
+    """The arm's values on a split, from the runs that completed and were not refused. Six decimals, as runs print them."""
+    return [round(r[split], 6) for r in runs if r["code"] == arm.code and r[split] is not None and not r.get("refused")]
+
+
 def values(arm, runs, split):
-    """The arm's values on a split, from the runs that completed and were not refused."""
-    return [r[split] for r in runs if r["code"] == arm.code and r[split] is not None and not r.get("refused")]
+    """The different ones of `results`: equal values under several seeds are one measurement, not several."""
+    return distinct(results(arm, runs, split))
+
+
+def too_few(arms, runs, split):
+    """Why these arms have too few values, in words."""
+    pinned = [arm.short for arm in arms if len(values(arm, runs, split)) == 1 < len(results(arm, runs, split))]
+    return f"the seed changes nothing in {' and '.join(pinned)}: cannot be told" if pinned else "too few runs to tell"
 
 
 def report(arms, runs, seeds):
@@ -24,6 +35,9 @@ def report(arms, runs, seeds):
             lines.append(f"{arm.short}: {len(crashes)} of {len(own)} runs crashed and are in no mean")
         if refused:
             lines.append(f"{arm.short}: {len(refused)} of {len(own)} runs were refused and are in no mean: {refused[0]['refused']}")
+        equal = len(results(arm, runs, "val")) - len(values(arm, runs, "val"))
+        if equal:
+            lines.append(f"{arm.short}: {equal} of {len(own)} runs had the val of another seed: equal values count as one")
     lines += noise(arms[0], runs) if len(arms) == 1 else [s for arm in arms[1:] for s in gain(arms[0], arm, runs)]
     return "\n".join(lines)
 
@@ -48,7 +62,7 @@ def noise(arm, runs):
     for split in SPLITS:
         own = values(arm, runs, split)
         if len(own) < 2:
-            lines.append(f"{split}: {len(own)} values are too few to estimate the noise")
+            lines.append(f"{split}: {too_few([arm], runs, split)}")
             continue
         low, high = intervals.spread_interval(own)
         lines.append(f"{split}: σ of one run {intervals.spread(own):.6f} [{low:.6f}, {high:.6f}] with 95 %, n = {len(own)}")
@@ -61,7 +75,7 @@ def gain(base, arm, runs):
     for split in SPLITS:
         before, after = values(base, runs, split), values(arm, runs, split)
         if min(len(before), len(after)) < 2:
-            lines.append(f"{arm.short} against {base.short} on {split}: too few runs to tell")
+            lines.append(f"{arm.short} against {base.short} on {split}: {too_few([base, arm], runs, split)}")
             continue
         difference, interval = intervals.gain(before, after)
         real[split] = (interval.low > 0) - (interval.high < 0)

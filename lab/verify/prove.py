@@ -21,7 +21,7 @@ from pathlib import Path
 from lab.analysis import intervals
 from lab.base import files, locks, processes
 from lab.base.errors import Again, Refused, Unfinished
-from lab.store import names, rules, run_log
+from lab.store import ends, names, rules, run_log
 from lab.store.repository import Repo
 from lab.verify import commits, comparison, scoring
 
@@ -76,6 +76,7 @@ class Proof:
 
     def add(self, run):
         self.runs.append(run)
+        ends.forget(self.place)
         lines = [json.dumps(r, ensure_ascii=False) for r in self.runs]
         files.write(self.place / names.RUNS_JSONL, "".join(f"{line}\n" for line in lines))
 
@@ -119,6 +120,9 @@ class Proof:
             raise Refused(f"{arm.short} was not trained: {log.trace(300)}")
         if log.ended == "machine":
             raise Again(f"this machine ended the training of {arm.short} ({log.fault}): mend that, then the same command repeats it")
+        if log.ended == "overran" and ends.before(self.place, arm.code, log.run_id) < ends.REPEATS:
+            ends.note(self.place, arm.code, log.run_id)
+            raise Again(f"{arm.short}: {log.fault}; this machine may have stalled: the same command repeats the training")
         if log.ended in ("killed", "preempted", "interrupted", "nothing"):
             raise Again(f"the training of {arm.short} was {log.ended}: the same command repeats it")
         if log.ended != "complete":
@@ -167,10 +171,11 @@ def run(args, clocks=("monotonic",)):
         it = Proof(top, found, used, args.seeds, clocks)
         todo, minutes = it.todo(), it.minutes()
         cost = f"about {minutes:.0f} minutes" if minutes else "duration unknown, because none of these commits has a recorded run"
-        print(f"{len(todo)} runs to do, {len(found) * args.seeds - len(todo)} done: {cost}", flush=True)
+        where = next((f" on {arm.dataset[commits.DATASET]}" for arm in found if arm.dataset), "")
+        print(f"{len(todo)} runs to do{where}, {len(found) * args.seeds - len(todo)} done: {cost}", flush=True)
         if args.dry_run:
             return 0
-        it.place.mkdir(parents=True, exist_ok=True)
+        (it.place / names.LAB).mkdir(parents=True, exist_ok=True)
         it.end_orphans()
         files.write(it.place / "plan.json", json.dumps({"first_seed": it.first_seed}) + "\n")
         work(it, todo)

@@ -104,7 +104,8 @@ def create(trees, token=None, local_only=True):
 
     @app.get("/", include_in_schema=False)
     def night_page(tree: TreeName = None):
-        return page("night.html", **whole(*night_of(tree)), live=live_of(tree_of(tree)), team=team_name(tree_of(tree)))
+        live = live_of(tree_of(tree))  # first: a record in between must leave an old version, with which the page reloads
+        return page("night.html", **whole(*night_of(tree)), live=live, team=team_name(tree_of(tree)))
 
     @app.get("/team", include_in_schema=False)
     def team_as_page(tree: TreeName = None):

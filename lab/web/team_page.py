@@ -90,7 +90,7 @@ def now(team, shown):
 def runs_now(name, tree, shown):
     """What the tree runs right now, as far as can be seen from here; else what it said last."""
     if name not in shown:
-        return content.plain(tree.state.get("next", ""), TEXT)
+        return content.plain(team_status.what_it_said(tree), TEXT)
     live = shown[name].live()
     if not live["running"]:
         return ""
