@@ -9,7 +9,7 @@ the Hugging Face cache. A tour, in the order in which a run calls:
 
     clock = begin_run(__file__)      watchdog on, folder locked, header printed          "The run"
     warmup_batch(B, T)               random tokens: compile and tune on these            "Data"
-    clock.start(model, batch_size)   checks the untrained model, then time counts        "The run"
+    clock.start(model, batch_size)   checks the untrained model; time counts             "The run"
     make_dataloader(...)             packed rows of the training text                    "Data"
     clock.progress()                 fraction of the time budget used, once a step       "The clock"
     evaluate_bpb(...)                stops the clock, audits the model, scores it        "Metric"
@@ -143,7 +143,8 @@ class Run(Clock):
         self.injected = injected
 
     def start(self, model, batch_size):
-        """Checks the untrained model, then starts the clock: from here every second and every step counts.
+        """Checks the untrained model and starts the clock, in whose time the model first sees text: from here every
+        second and every step counts.
 
         batch_size: rows per batch of the later evaluation, whose memory and only compiled graph are tried here."""
         if self.started is not None:

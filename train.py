@@ -361,8 +361,7 @@ class MuonAdamW:  # no torch.optim.Optimizer: its constructor imports torch.comp
     """Groups of kind "muon" hold matrices of one shape, which are stepped as a stack; the others are "adamw"."""
 
     def __init__(self, groups, dtype):
-        self.param_groups, self.state = groups, {}
-        self.dtype = dtype  # of the orthogonalisation
+        self.param_groups, self.state, self.dtype = groups, {}, dtype  # dtype: of the orthogonalisation
         self.adamw_step, self.muon_step = adamw_step, muon_step  # or their compiled forms
         self.lr, self.momentum, self.weight_decay = (groups[0]["params"][0].new_zeros(()) for _ in range(3))
         for group in self.param_groups:
@@ -375,6 +374,10 @@ class MuonAdamW:  # no torch.optim.Optimizer: its constructor imports torch.comp
                 for p in group["params"]:
                     zeros = torch.zeros_like(p)
                     self.state[p] = dict(exp_avg=zeros, exp_avg_sq=zeros.clone(), step=zeros.new_zeros(()))
+
+    def zero_grad(self, set_to_none=True):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.grad = None
 
     @torch.no_grad()
     def step(self):
@@ -469,7 +472,7 @@ def snapshot(model, optimizer, device):
             tensor.copy_(value)
         for p in set(optimizer.state) - stepped:  # state that an optimizer creates at its first step
             del optimizer.state[p]
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for set_state, state in rngs:
             set_state(state)
 
@@ -484,7 +487,7 @@ def train_step(model, optimizer, batches, micro_batches, T):
         loss.backward()
         losses.append(loss.detach())
     optimizer.step()
-    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     return sum(losses), epoch
 
 

@@ -202,7 +202,7 @@ def split(train, model, optimizer, loader, micro_batches, synchronize, steps):
             loss.backward()
             lap("backward")
         optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         lap("optimizer")
         for name, ms in spent.items():
             seen[name].append(ms)

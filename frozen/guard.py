@@ -128,7 +128,7 @@ def allow():
 def _on_event(event, args):
     if _state.folder is None or getattr(_thread, "depth", 0):
         return
-    if event in ("socket.connect", "socket.sendto") and not is_local(*args):
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and not is_local(*args):
         refuse("a run may not use the network: what it learns comes from make_dataloader")
     if event != "open":
         return
@@ -139,10 +139,10 @@ def _on_event(event, args):
         writes, empties = flags & (os.O_WRONLY | os.O_TRUNC), flags & os.O_TRUNC
     else:
         writes, empties = not mode.startswith("r") and not ("a" in mode and "+" in mode), mode[:1] in "wx"
-    if writes:
-        return note_older(os.fsdecode(path), empties)
-    for named in [path] if mode else below_open_folders(path):
-        if sentence := why_not(os.fsdecode(named)):
+    for named in map(os.fsdecode, [path] if mode else below_open_folders(path)):
+        if writes:
+            note_older(named, empties and (mode or os.path.isabs(path)))
+        elif sentence := why_not(named):
             refuse(sentence)
 
 
@@ -153,8 +153,8 @@ def refuse(sentence):
 
 def is_local(connection, address):
     """Whether it stays on this machine: a Unix socket, or the loopback interface."""
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return True
+    if address is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return True  # None: to the address that it is connected with
     try:
         return address[0] == "localhost" or ip_address(address[0]).is_loopback
     except ValueError:  # a name

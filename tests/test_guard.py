@@ -180,7 +180,11 @@ except OSError:
         ("os.open('checkpoint.pt', os.O_RDONLY, dir_fd=os.open(folder + '/runs', os.O_RDONLY))", WEIGHTS),
         ("os.open(b'notes', os.O_RDONLY, dir_fd=os.open(folder + '/runs', os.O_RDONLY))", FOREIGN),
         ("os.open('train.py', os.O_RDONLY, dir_fd=os.open(folder, os.O_RDONLY)), print('open')", "open"),
+        ("fd = os.open(folder + '/runs', os.O_RDONLY)\nos.open('notes', os.O_WRONLY, dir_fd=fd), os.utime(folder + '/runs/notes')"
+         "\nopen(folder + '/runs/notes')", FOREIGN),
         ("socket.create_connection(('203.0.113.1', 80), timeout=0.01)", "may not use the network"),
+        ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendmsg([b''], [], 0, ('203.0.113.1', 9))", "may not use the network"),
+        ("a, b = socket.socketpair(); print(a.sendmsg([b'x']), a.send(b'x'))", "1 1"),
         ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'', ('203.0.113.1', 9))", "may not use the network"),
         ("print(guard.is_local(socket.socket(), ('a.name', 80)), guard.is_local(socket.socket(), ('127.0.0.2', 80)))", "False True"),
         ("socket.create_connection(('127.0.0.1', 9))", "asked the system"),

@@ -234,6 +234,9 @@ class Recorder:
     def step(self):
         self.grads = [p.grad.clone() for p in self.model.parameters()]
 
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
 
 def test_a_step_does_not_depend_on_the_device_batch_size():
     model, rows = tiny_model(), tokens(8)

@@ -286,11 +286,20 @@ def test_the_dataset_is_that_of_the_present_night_although_an_earlier_one_ran_th
     assert found(base, old) == [(base, "tinystories"), (old, "tinystories")]
     with pytest.raises(Refused, match="different datasets"):
         found(best, old)
+    assert found(new := night.commit(0.8), best) == [(new, "stdlib"), (best, "stdlib")], "a commit without a run"
     night.fake.git("switch", "-q", "--detach")  # on no night's branch the shell's dataset decides, if the commit ran on it
     monkeypatch.setenv("AUTORESEARCH_DATASET", "stdlib")
     assert found(base) == [(base, "stdlib")]
     monkeypatch.setenv("AUTORESEARCH_DATASET", "tinystories")
     assert found(base) == [(base, "tinystories")] and found(best) == [(best, "stdlib")]
+
+
+def test_runs_on_another_dataset_are_another_proof(night, monkeypatch):
+    commit = night.commit(1.0)
+    for dataset, runs in [("stdlib", 3), ("tinystories", 6), ("stdlib", 6)]:
+        monkeypatch.setenv("AUTORESEARCH_DATASET", dataset)
+        night.prove(commit)
+        assert len(night.trained()) == runs
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", scoring.SAME), ("bfloat16", scoring.OTHER)])

@@ -126,7 +126,7 @@ def self_distillation(t):
             loss = loss + 0.1 * F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
             loss.backward()
             optimizer.step()
-            model.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             return loss.detach(), epoch
     """)
 
@@ -718,7 +718,7 @@ def trains_in_a_thread(t):
                     loss = model(batch[0], batch[1])
                     loss.backward()
                 HELD["optimizer"].step()
-                model.zero_grad(set_to_none=True)
+                HELD["optimizer"].zero_grad(set_to_none=True)
 
         thread = threading.Thread(target=go_on, daemon=True)
         atexit.register(lambda: (HELD.update(end=True), thread.join()))

@@ -227,8 +227,9 @@ def feed(pipe, text):
             step()
 
 
-def kill_group(process, number=signal.SIGKILL):
-    """Kills the process and everything that it started, by this signal."""
+def kill_group(process, number=None):
+    """Kills the process and everything that it started, by this signal or SIGKILL (which Windows lacks)."""
+    number = number or signal.SIGKILL
     if process.returncode is None:
         try:
             os.killpg(process.pid, number)

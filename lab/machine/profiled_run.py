@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager
+from inspect import isfunction
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -184,7 +185,7 @@ class MeasuringClock:
         def before(optimizer, args, kwargs):
             self.optimizers[id(optimizer)] = optimizer
             if not parts.on:
-                self.gradients[id(optimizer)] = nbytes(p.grad for g in optimizer.param_groups for p in g["params"])
+                self.gradients |= {id(p): nbytes([p.grad]) for g in optimizer.param_groups for p in g["params"]}
             parts.begin("optimizer")
 
         def after(optimizer, args, kwargs):
@@ -207,7 +208,7 @@ class MeasuringClock:
             return call
 
         for cls in vars(sys.modules["__main__"]).values():  # train.py's own optimizers, which torch's hooks do not know
-            if isinstance(cls, type) and "step" in vars(cls) and not issubclass(cls, Optimizer):
+            if isinstance(cls, type) and isfunction(vars(cls).get("step")) and not issubclass(cls, Optimizer):
                 cls.step = hooked(cls.step)
 
     def whole_steps(self):

@@ -34,7 +34,7 @@ class Arm(NamedTuple):
     listed: set  # paths of the rules in the header of a recorded run of it; empty if that has no list
     description: str
     seconds: float | None  # mean duration of its recorded runs; None if there are none
-    dataset: dict  # {DATASET: name} if a run of it is recorded, else {}
+    dataset: dict  # {DATASET: name} if a run of it, or of one that it is compared with, is recorded, else {}
 
 
 def find(given, tops):
@@ -67,7 +67,8 @@ def find(given, tops):
             )
     if len({arm.code for arm in arms}) < len(arms):
         raise Refused("two of these commits have the same train.py: name each once")
-    return arms, used
+    known = next((arm.dataset for arm in arms if arm.dataset), {})
+    return [arm._replace(dataset=known) for arm in arms], used
 
 
 def dataset_of(record):

@@ -48,7 +48,9 @@ class Proof:
 
     def __init__(self, top, found, used, seeds, clocks=("monotonic",)):
         self.top, self.arms, self.clocks = top, found, clocks
-        name = hashlib.sha256("".join(f"{arm.code}{sorted(arm.rules.items())}" for arm in found).encode()).hexdigest()[:8]
+        environ = os.environ.get(commits.DATASET)
+        arms = [(arm.code, sorted(arm.rules.items()), arm.dataset.get(commits.DATASET, environ)) for arm in found]
+        name = hashlib.sha256(repr(arms).encode()).hexdigest()[:8]
         self.place = top / names.LAB / names.PROVE / name
         plan = self.read("plan.json")
         first = json.loads(plan)["first_seed"] if plan else max({FIRST_SEED - 1, *used}) + 1
