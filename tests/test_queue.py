@@ -986,6 +986,31 @@ def test_a_worker_takes_over_a_remote_that_is_configured_while_it_runs(agent, mo
         assert agent.kinds() == {"worse C": "discard"} and worker.done == 3
 
 
+@pytest.mark.parametrize("mended", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mended", "unset"])
+def test_a_remote_that_was_mistyped_while_a_worker_trains_is_mended_or_unset(agent, mended):
+    agent.proposed("more A", **KEEP)
+    tree, hub = agent.worktree("w1"), agent.hub()
+    with inside(tree):
+        worker = tree.worker()
+        train, pauses = worker.train, []
+
+        def during(seed):
+            agent.git("config", names.REMOTE, str(hub) + "-mistyped")
+            return train(seed)
+
+        def pause(seconds):
+            assert len(pauses) < 3, worker.said_all
+            pauses.append(seconds)
+            agent.git("config", *([names.REMOTE, str(hub)] if mended else ["--unset", names.REMOTE]))
+
+        worker.train, worker.pause = during, pause
+        worker.begin()
+        while worker.step():
+            pass
+    assert pauses and worker.done == 1 and [line for line in worker.said_all if "discarded" in line] == []
+    assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1
+
+
 # --- reading ------------------------------------------------------------------
 
 

@@ -184,6 +184,7 @@ class Worker:
 
     def taken_along(self, refs):
         """Takes what is only here to a remote that is new, and raises Stop as long as it does not have these refs."""
+        self.follow()  # its name may have been mistyped, and is mended or unset by now
         queue = self.board.look(fresh=0)
         left = [item for item in (*queue.items, *queue.slots, *queue.workers) if item.unpublished and item.ref in refs]
         if self.board.note or left:
@@ -219,7 +220,7 @@ class Worker:
         """Board.swap, for as long as it takes. publish, patient: see change; if the remote does not take both at once, what was recorded
         goes there by itself."""
         if not self.member.remote and self.follow():  # the claim may be there by now, and nothing that runs is lost
-            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]))
+            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]), patient)
         refused = False
         if publish and self.member.remote:
             with contextlib.suppress(Stop, OSError):
