@@ -1011,6 +1011,40 @@ def test_a_remote_that_was_mistyped_while_a_worker_trains_is_mended_or_unset(age
     assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1
 
 
+@pytest.mark.parametrize("moment, kept", [("settle", 1), pytest.param("train", 0, marks=pytest.mark.slow)])
+def test_a_worker_whose_remote_is_dead_goes_on_at_the_next_one(agent, moment, kept):
+    """A record goes along; a run that was not recorded may be discarded."""
+    hub, other = agent.hub(), agent.hub("other.git")
+    agent.git("config", names.REMOTE, str(hub))
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        call, pauses = getattr(worker, moment), []
+
+        def during(*args):
+            if hub.exists():
+                hub.rename(hub.with_name("dead.git"))
+            return call(*args)
+
+        def pause(seconds):
+            assert len(pauses) < 3, worker.said_all
+            pauses.append(seconds)
+            agent.git("config", names.REMOTE, str(other))
+
+        setattr(worker, moment, during)
+        worker.pause = pause
+        worker.begin()
+        while worker.step():
+            pass
+        assert pauses and [r["description"] for r in tree.records()] == ["more A"] * kept
+        assert len(base_git.refs(other, worker.member.refs + worker.member.name + "/")) == kept
+        agent.proposed("worse B", B=-0.02)
+        while worker.step():
+            pass
+    assert agent.kinds() == {"worse B": "discard"} and len(tree.records()) == kept + 1
+
+
 # --- reading ------------------------------------------------------------------
 
 

@@ -151,7 +151,7 @@ class Worker:
 
     def patiently(self, change, patient=True):
         """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped. patient=False:
-        it is called once, and what it raises is raised."""
+        it is called once, and what it raises is raised. If another remote was configured meanwhile, the next call goes there."""
         wait = BACKOFF
         while True:
             try:
@@ -164,6 +164,8 @@ class Worker:
                 self.say(f"it is tried again every {LONGEST_BACKOFF} s: {sentence_of(error)}", once=True)
             self.pause(wait)
             wait = min(2 * wait, LONGEST_BACKOFF)
+            if self.member.remote:  # dead or mistyped, and by now another one is configured; a first one: swap takes the claim there
+                self.follow()
 
     # --- the queue ---
 
@@ -184,7 +186,6 @@ class Worker:
 
     def taken_along(self, refs):
         """Takes what is only here to a remote that is new, and raises Stop as long as it does not have these refs."""
-        self.follow()  # its name may have been mistyped, and is mended or unset by now
         queue = self.board.look(fresh=0)
         left = [item for item in (*queue.items, *queue.slots, *queue.workers) if item.unpublished and item.ref in refs]
         if self.board.note or left:
@@ -230,7 +231,7 @@ class Worker:
             if not refused:
                 self.publish()
         done = self.patiently(lambda: self.board.swap(changes), patient)
-        if done and refused:
+        if done and publish:  # it may not be where the item is
             self.publish()
         return done
 
