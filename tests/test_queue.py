@@ -1011,6 +1011,29 @@ def test_a_remote_that_was_mistyped_while_a_worker_trains_is_mended_or_unset(age
     assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1
 
 
+def test_a_worker_whose_claim_was_not_answered_claims_no_other_proposal(agent):
+    agent.proposed("worse A", A=-0.02)
+    agent.proposed("worse B", B=-0.02)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        swap = worker.board.swap
+
+        def unanswered(changes, publish=False):
+            swap(changes, publish)
+            if agent.queue.of("claimed"):
+                worker.board.swap = swap
+                raise base_git.GitError(("push",), "no answer within 15 s")
+            return True
+
+        worker.board.swap = unanswered
+        with pytest.raises(base_git.GitError):
+            worker.step()
+        assert agent.kinds() == {"worse A": "claimed", "worse B": "open"}
+        assert worker.step() and agent.kinds() == {"worse A": "discard", "worse B": "open"}
+
+
 @pytest.mark.parametrize("moment, kept", [("settle", 1), pytest.param("train", 0, marks=pytest.mark.slow)])
 def test_a_worker_whose_remote_is_dead_goes_on_at_the_next_one(agent, moment, kept):
     """A record goes along; a run that was not recorded may be discarded."""

@@ -718,8 +718,10 @@ class Worker:
             brought = self.brought(item, team)
             try:
                 claimed = self.claim(item, "run 1", running=brought.code) if brought else self.claim(item)
-            except GitError as error:  # of this proposal alone, such as a lock in the remote: others can run
-                failed = error
+            except GitError as error:
+                if error.status is None or self.stopped_by:  # no answer: it may be claimed, and nobody has two
+                    raise
+                failed = error  # of this proposal alone, such as a lock in the remote: others can run
                 continue
             if claimed:
                 self.take(claimed, team if brought else None, brought)
