@@ -605,6 +605,27 @@ def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
     assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1 and again.done == 1
 
 
+def test_a_verdict_that_a_stopped_worker_did_not_tell_is_told_though_the_best_is_another_by_now(agent):
+    agent.proposed("more A", **KEEP)
+    agent.proposed("worse B", B=-0.02)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        next = worker.next
+
+        def stopped(*args):
+            raise work.Stopped
+
+        worker.next, worker.settle = lambda *args: next(*args)[1:], stopped
+        worker.begin()
+        with pytest.raises(work.Stopped):
+            worker.step()
+    assert agent.kinds() == {"more A": "open", "worse B": "open"}
+    second.work()
+    assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard"}
+    assert [r["description"] for r in second.records()] == ["more A"], "worse B does not run again"
+
+
 @pytest.mark.slow
 def test_a_run_that_was_complete_and_not_recorded_is_recorded_by_the_next_start(agent):
     agent.proposed("more A", **KEEP)

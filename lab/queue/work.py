@@ -742,8 +742,9 @@ class Worker:
     def brought(self, item, team):
         """The Brought of a proposal that waits, if it can run: then the claim is the sign of life before the run, too. None:
         it is claimed first, and everything else found out then."""
-        if item.kind != "open":
-            return None
+        running = item.state["running"]
+        if item.kind != "open" or running and (r := team.decided(running)) and not r.get("late"):
+            return None  # decided: only its verdict is missing, see release
         try:
             found = bring(self.repo, item.state, team.best)
         except Refused:
