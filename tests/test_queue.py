@@ -1089,6 +1089,22 @@ def test_a_worker_whose_remote_is_dead_goes_on_at_the_next_one(agent, moment, ke
     assert agent.kinds() == {"worse B": "discard"} and len(tree.records()) == kept + 1
 
 
+def test_a_verdict_at_a_remote_that_was_moved_has_its_record_beside_it(agent):
+    hub, moved = agent.hub(), agent.path.parent / "moved.git"
+    agent.git("config", names.REMOTE, str(hub))
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        settle = worker.settle
+        worker.settle = lambda *args: (hub.rename(moved), settle(*args))
+        worker.pause = lambda seconds: agent.git("config", names.REMOTE, str(moved))
+        worker.begin()
+        assert worker.step()
+        assert list(base_git.refs(moved, worker.member.refs + worker.member.name + "/")) == [worker.member.ref("w1")]
+    assert agent.kinds() == {"more A": "keep"}
+
+
 # --- reading ------------------------------------------------------------------
 
 
