@@ -605,6 +605,27 @@ def test_a_verdict_that_was_not_published_is_found_by_the_next_start(agent):
     assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1 and again.done == 1
 
 
+def test_a_verdict_that_a_stopped_worker_did_not_tell_is_told_though_the_best_is_another_by_now(agent):
+    agent.proposed("more A", **KEEP)
+    agent.proposed("worse B", B=-0.02)
+    first, second = agent.worktree("w1"), agent.worktree("w2")
+    with inside(first):
+        worker = first.worker()
+        next = worker.next
+
+        def stopped(*args):
+            raise work.Stopped
+
+        worker.next, worker.settle = lambda *args: next(*args)[1:], stopped
+        worker.begin()
+        with pytest.raises(work.Stopped):
+            worker.step()
+    assert agent.kinds() == {"more A": "open", "worse B": "open"}
+    second.work()
+    assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard"}
+    assert [r["description"] for r in second.records()] == ["more A"], "worse B does not run again"
+
+
 @pytest.mark.slow
 def test_a_run_that_was_complete_and_not_recorded_is_recorded_by_the_next_start(agent):
     agent.proposed("more A", **KEEP)
@@ -984,6 +1005,104 @@ def test_a_worker_takes_over_a_remote_that_is_configured_while_it_runs(agent, mo
         while worker.step():
             pass
         assert agent.kinds() == {"worse C": "discard"} and worker.done == 3
+
+
+@pytest.mark.parametrize("mended", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mended", "unset"])
+def test_a_remote_that_was_mistyped_while_a_worker_trains_is_mended_or_unset(agent, mended):
+    agent.proposed("more A", **KEEP)
+    tree, hub = agent.worktree("w1"), agent.hub()
+    with inside(tree):
+        worker = tree.worker()
+        train, pauses = worker.train, []
+
+        def during(seed):
+            agent.git("config", names.REMOTE, str(hub) + "-mistyped")
+            return train(seed)
+
+        def pause(seconds):
+            assert len(pauses) < 3, worker.said_all
+            pauses.append(seconds)
+            agent.git("config", *([names.REMOTE, str(hub)] if mended else ["--unset", names.REMOTE]))
+
+        worker.train, worker.pause = during, pause
+        worker.begin()
+        while worker.step():
+            pass
+    assert pauses and worker.done == 1 and [line for line in worker.said_all if "discarded" in line] == []
+    assert one_verdict_each(agent) == {"more A": "keep"} and len(tree.records()) == 1
+
+
+def test_a_worker_whose_claim_was_not_answered_claims_no_other_proposal(agent):
+    agent.proposed("worse A", A=-0.02)
+    agent.proposed("worse B", B=-0.02)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        worker.begin()
+        swap = worker.board.swap
+
+        def unanswered(changes, publish=False):
+            swap(changes, publish)
+            if agent.queue.of("claimed"):
+                worker.board.swap = swap
+                raise base_git.GitError(("push",), "no answer within 15 s")
+            return True
+
+        worker.board.swap = unanswered
+        with pytest.raises(base_git.GitError):
+            worker.step()
+        assert agent.kinds() == {"worse A": "claimed", "worse B": "open"}
+        assert worker.step() and agent.kinds() == {"worse A": "discard", "worse B": "open"}
+
+
+@pytest.mark.parametrize("moment, kept", [("settle", 1), pytest.param("train", 0, marks=pytest.mark.slow)])
+def test_a_worker_whose_remote_is_dead_goes_on_at_the_next_one(agent, moment, kept):
+    """A record goes along; a run that was not recorded may be discarded."""
+    hub, other = agent.hub(), agent.hub("other.git")
+    agent.git("config", names.REMOTE, str(hub))
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        call, pauses = getattr(worker, moment), []
+
+        def during(*args):
+            if hub.exists():
+                hub.rename(hub.with_name("dead.git"))
+            return call(*args)
+
+        def pause(seconds):
+            assert len(pauses) < 3, worker.said_all
+            pauses.append(seconds)
+            agent.git("config", names.REMOTE, str(other))
+
+        setattr(worker, moment, during)
+        worker.pause = pause
+        worker.begin()
+        while worker.step():
+            pass
+        assert pauses and [r["description"] for r in tree.records()] == ["more A"] * kept
+        assert len(base_git.refs(other, worker.member.refs + worker.member.name + "/")) == kept
+        agent.proposed("worse B", B=-0.02)
+        while worker.step():
+            pass
+    assert agent.kinds() == {"worse B": "discard"} and len(tree.records()) == kept + 1
+
+
+def test_a_verdict_at_a_remote_that_was_moved_has_its_record_beside_it(agent):
+    hub, moved = agent.hub(), agent.path.parent / "moved.git"
+    agent.git("config", names.REMOTE, str(hub))
+    agent.proposed("more A", **KEEP)
+    tree = agent.worktree("w1")
+    with inside(tree):
+        worker = tree.worker()
+        settle = worker.settle
+        worker.settle = lambda *args: (hub.rename(moved), settle(*args))
+        worker.pause = lambda seconds: agent.git("config", names.REMOTE, str(moved))
+        worker.begin()
+        assert worker.step()
+        assert list(base_git.refs(moved, worker.member.refs + worker.member.name + "/")) == [worker.member.ref("w1")]
+    assert agent.kinds() == {"more A": "keep"}
 
 
 # --- reading ------------------------------------------------------------------

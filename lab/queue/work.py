@@ -151,7 +151,7 @@ class Worker:
 
     def patiently(self, change, patient=True):
         """Calls change() until it neither runs out of disk nor misses the remote; what it returns. Raises Stopped. patient=False:
-        it is called once, and what it raises is raised."""
+        it is called once, and what it raises is raised. If another remote was configured meanwhile, the next call goes there."""
         wait = BACKOFF
         while True:
             try:
@@ -164,6 +164,8 @@ class Worker:
                 self.say(f"it is tried again every {LONGEST_BACKOFF} s: {sentence_of(error)}", once=True)
             self.pause(wait)
             wait = min(2 * wait, LONGEST_BACKOFF)
+            if self.member.remote:  # dead or mistyped, and by now another one is configured; a first one: swap takes the claim there
+                self.follow()
 
     # --- the queue ---
 
@@ -219,7 +221,7 @@ class Worker:
         """Board.swap, for as long as it takes. publish, patient: see change; if the remote does not take both at once, what was recorded
         goes there by itself."""
         if not self.member.remote and self.follow():  # the claim may be there by now, and nothing that runs is lost
-            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]))
+            self.patiently(lambda: self.taken_along([ref for ref, _, _ in changes]), patient)
         refused = False
         if publish and self.member.remote:
             with contextlib.suppress(Stop, OSError):
@@ -229,7 +231,7 @@ class Worker:
             if not refused:
                 self.publish()
         done = self.patiently(lambda: self.board.swap(changes), patient)
-        if done and refused:
+        if done and publish:  # it may not be where the item is
             self.publish()
         return done
 
@@ -716,8 +718,10 @@ class Worker:
             brought = self.brought(item, team)
             try:
                 claimed = self.claim(item, "run 1", running=brought.code) if brought else self.claim(item)
-            except GitError as error:  # of this proposal alone, such as a lock in the remote: others can run
-                failed = error
+            except GitError as error:
+                if error.status is None or self.stopped_by:  # no answer: it may be claimed, and nobody has two
+                    raise
+                failed = error  # of this proposal alone, such as a lock in the remote: others can run
                 continue
             if claimed:
                 self.take(claimed, team if brought else None, brought)
@@ -738,8 +742,9 @@ class Worker:
     def brought(self, item, team):
         """The Brought of a proposal that waits, if it can run: then the claim is the sign of life before the run, too. None:
         it is claimed first, and everything else found out then."""
-        if item.kind != "open":
-            return None
+        running = item.state["running"]
+        if item.kind != "open" or running and (r := team.decided(running)) and not r.get("late"):
+            return None  # decided: only its verdict is missing, see release
         try:
             found = bring(self.repo, item.state, team.best)
         except Refused:
