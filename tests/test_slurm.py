@@ -540,14 +540,14 @@ def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_the
 
 # --- a night on the login node --------------------------------------------------
 
-# jobs: one file for each job that exists. srun prints the job that it was given.
+# jobs: one file for each job that exists, with the options it was asked for by. srun prints the job that it was given.
 OF_A_LOGIN_NODE = {
     "sinfo": "",
     "sleep": "exec /bin/sleep 0.01",
     "salloc": 'n=$(($(cat "$FAKES/granted" 2> /dev/null || echo 100) + 1)); echo $n > "$FAKES/granted"; mkdir -p "$FAKES/jobs"; '
-    'echo "$*" >> "$FAKES/salloc.called"; touch "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
+    'echo "$*" >> "$FAKES/salloc.called"; echo "$*" > "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
     "squeue": 'for job in "$FAKES"/jobs/*; do [ -e "$job" ] || continue; job=${job##*/}; case "$*" in *--jobs=$job\\ *|*--user*) echo "$job";; esac; done',
-    "scancel": 'echo "$*" >> "$FAKES/scancel.called"; rm -f "$FAKES/jobs/$1"',
+    "scancel": 'for job in $(grep -l -e "--job-name ${2#--name=} " "$FAKES"/jobs/*); do rm "$job"; done; exit 1',
     "srun": 'echo "$*" >> "$FAKES/srun.called"; echo "val_bpb: 1.0"',
     "uv": 'shift; case "$1" in *.sh) PATH=${REAL_PYTHON%/*}:$PATH exec "$@";; esac; exec "$REAL_PYTHON" "$@"',
 }
@@ -583,8 +583,44 @@ def test_a_lost_allocation_is_replaced_and_the_next_training_uses_the_new_one(cl
     first, second = (int(re.search(r"--time (\d+)", line)[1]) for line in cluster.called("salloc"))
     assert first == 85 and 0 < second <= first, "the new one is for the rest of the night"
     out = cluster.end(process)[1]
-    assert cluster.called("scancel") == ["102"] and "job 101 is lost" in out
+    assert not any((cluster.fakes / "jobs").iterdir()) and "job 101 is lost" in out
     assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "the file with the job's id is gone"
+
+
+def test_a_job_that_was_granted_as_the_night_ends_is_cancelled_too(cluster, login_night):
+    """salloc has not told its id yet. A job of the same user and TAG, an array's, goes on."""
+    told = OF_A_LOGIN_NODE["salloc"].replace('; echo "salloc:', '; [ "$n" = 101 ] || exec /bin/sleep 1000; echo "salloc:')
+    cluster.fake("salloc", told)
+    process = login_night('rm "$FAKES"/jobs/*; echo {} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    cluster.until((cluster.fakes / "jobs" / "102").exists, process)
+    (cluster.fakes / "jobs" / "7").write_text("--job-name autoresearch-nov21 --array 0-3\n")
+    cluster.end(process)
+    assert [path.name for path in (cluster.fakes / "jobs").iterdir()] == ["7"]
+    assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "though scancel fails"
+
+
+def test_no_job_is_allocated_for_a_night_whose_script_was_killed(cluster, login_night):
+    """Not even the one that the script was waiting for."""
+    late = OF_A_LOGIN_NODE["salloc"].replace("n=$", 'while [ -e "$FAKES/jobs" ] && [ ! -e "$FAKES/now" ]; do sleep; done; n=$', 1)
+    cluster.fake("salloc", late)
+    process = login_night('rm "$FAKES"/jobs/*; echo {} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    process.kill()
+    process.wait()
+    (cluster.fakes / "now").touch()
+    deadline = time.monotonic() + 30
+    while in_progress := [e for e in Path("/proc").iterdir() if e.name.isdigit() and is_script(e, cluster.tree("login"))]:
+        assert time.monotonic() < deadline, f"{in_progress} goes on without the night"
+        time.sleep(0.05)
+    assert not any((cluster.fakes / "jobs").iterdir())
+
+
+def is_script(entry, tree):
+    try:
+        return in_tree(entry, tree) and b"login-night.sh" in (entry / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
