@@ -236,6 +236,7 @@ def test_what_it_says_after_writing(cluster):
     assert printed.out == (cluster.folder / "array.sbatch").read_text()
     elsewhere = cluster.scratch / "elsewhere.sh"
     assert cluster.lab("--output", str(elsewhere)).rc == 0 and elsewhere.read_text() == printed.out
+    assert cluster.lab(tag="x" * 64).rc == 0, "only a team has a shorter name"
     cluster.tree().mkdir(parents=True)
     assert "1 of these nights have started before" in cluster.lab().out
 
@@ -248,7 +249,7 @@ def test_what_it_says_after_writing(cluster):
         ([], {"tag": "a..b"}, "--tag"),
         ([], {"tag": "x.lock"}, "--tag"),
         ([], {"tag": "a/b"}, "--tag"),
-        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "--tag"),
+        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "workers are a team of that name"),
         ([], {"hours": 0}, "--hours 0"),
         ([], {"hours": "nan"}, "--hours nan"),
         ([], {"hours": "inf"}, "--hours inf"),
