@@ -628,13 +628,25 @@ def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
     train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
     waiting = 'touch "$FAKES/asked"; exec /bin/sleep 1000'  # in the queue
     cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && {{ {waiting}; }}; {OF_A_LOGIN_NODE["salloc"]}')
-    process = login_night(f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    agent = f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100'
+    process = login_night(agent, SRUN_JOB_WAIT="1")
     cluster.until_at_work(process, "login")
     assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
     log = (cluster.tree("login") / "run.log").read_text()
     assert "the allocation is lost" in log and log.endswith("\npreempted\n")
     cluster.until((cluster.fakes / "asked").exists, process)
     cluster.end(process)  # waits until nothing holds its output: a salloc left behind would be granted a job for nobody
+
+
+def test_a_slurm_that_does_not_answer_makes_no_training_wait_longer(cluster, login_night):
+    """With the 10 minutes that it may wait, an agent's command would reach its time limit."""
+    cluster.fake("squeue", 'case "$*" in *--jobs*) echo >> "$FAKES/squeue.called"; exec /bin/sleep 1000;; esac')
+    cluster.fake("timeout", f'[ "$1" = 20 ] && shift && exec {shutil.which("timeout")} 2 "$@"')
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
+    process = login_night(f"{train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100", SRUN_JOB_WAIT="1")
+    cluster.until_at_work(process, "login")
+    assert (cluster.tree("login") / "status").read_text() == "75\n" and len(cluster.called("squeue")) == 1
+    cluster.end(process)
 
 
 def test_a_login_night_commits_the_run_command_without_a_signature(cluster, login_night, signing):
