@@ -412,7 +412,11 @@ def test_a_task_commits_its_program_without_a_signature(cluster, signing):
 
 @pytest.fixture
 def settings(cluster):
-    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there."""
+    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there. .claude
+    is a link to the user's own settings, which change while tar reads them."""
+    (cluster.repo.path.parent / "own" / "claude").mkdir(parents=True)
+    (cluster.repo.path / ".claude").symlink_to("../own/claude")
+    cluster.fake("tar", f'{shutil.which("tar")} "$@" || exit; case "$*" in *-cf*) exit 1;; esac')
     made = {".codex/rules/own.rules": "RUNS = uv run train.py\n", ".claude/settings.json": '"Bash(uv run train.py)"\n',
             ".agents/skills/SKILL.md": "a skill\n"}  # fmt: skip
     for name, text in {**made, ".claude/worktrees/one/train.py": "another tree\n"}.items():
@@ -663,6 +667,7 @@ def test_a_login_night_has_the_agents_settings_with_its_own_run_command(cluster,
     assert {name: (tree / name).read_text() for name in settings} == {
         name: text.replace("uv run train.py", train) for name, text in settings.items()
     }
+    assert {name: (cluster.repo.path / name).read_text() for name in settings} == settings, "the user's own are as they were"
     for name in ("program.md", "agents/claude.json", "agents/codex/rules/autoresearch.rules"):
         text = (tree / name).read_text()
         assert train in text and "uv run train.py" not in text

@@ -22,7 +22,10 @@ if [ ! -d "$work/tree" ]; then
     git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
     cp "$program" "$new/program.md"
     for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
-        [ ! -d "$settings" ] || tar --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+        [ -d "$settings" ] || continue
+        [ ! -L "$new/$settings" ] || rm "$new/$settings" # a link to the user's own, which sed below would change
+        mkdir -p "$new/$settings"
+        { tar -C "$settings" --exclude=worktrees -cf - . || [ $? -eq 1 ]; } | tar -C "$new/$settings" -xf - # 1: a file has changed
     done
     # The agents' permission files contain the run command too, once for each seed.
     shopt -s nullglob
