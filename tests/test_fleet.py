@@ -255,6 +255,13 @@ def test_a_tag_is_accepted_up_to_the_longest_and_oddest_that_a_team_can_have(fle
         assert team_name(Repo(fleet.tree(0, tag)))
 
 
+def test_without_a_team_a_tag_need_be_no_name_of_one(fleet):
+    fleet.no_tmux()
+    result = fleet.launch("--no-team", agent=AGENT, tag="_" + "x" * 64, slots=1, CUDA_VISIBLE_DEVICES="0")
+    assert result.rc == 0, result.err
+    one_line(fleet.launch("--no-team", agent=AGENT, tag="no..name", CUDA_VISIBLE_DEVICES="0,1"), "cannot name a fleet")
+
+
 def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_made(fleet, monkeypatch):
     from lab.fleet import worktrees
 

@@ -140,6 +140,7 @@ def test_a_worker_runs_what_was_proposed_and_wait_tells_it_once(agent):
     agent.proposed("less A", A=-0.01)
     progress.append(night.recorded(agent.path))
     assert "no worker is running, and 4 proposals wait" in waits(agent, rc=1)
+    progress.append(night.recorded(agent.path))  # a cluster may take hours to start the workers
     tree = agent.worktree("w1")
     tree.work()
     assert one_verdict_each(agent) == {"more A": "keep", "worse B": "discard", "an error": "crash", "less A": "returned"}
@@ -150,6 +151,7 @@ def test_a_worker_runs_what_was_proposed_and_wait_tells_it_once(agent):
                   "A = -0.01\n", "[w1/0001]", "queue: 0 proposals wait", "next: uv run -m lab adopt"]:  # fmt: skip
         assert words in told, told
     assert "the queue is empty" in waits(agent, rc=1)
+    assert night.recorded(agent.path) == progress[-1], "an agent that should propose is not kept"
     assert tree.git("log", "-1", "--format=%an %s") == "Some One more A"
     agent.adopted()
     agent.edit(A=0.02)

@@ -236,6 +236,7 @@ def test_what_it_says_after_writing(cluster):
     assert printed.out == (cluster.folder / "array.sbatch").read_text()
     elsewhere = cluster.scratch / "elsewhere.sh"
     assert cluster.lab("--output", str(elsewhere)).rc == 0 and elsewhere.read_text() == printed.out
+    assert cluster.lab(tag="x" * 64).rc == 0, "only a team has a shorter name"
     cluster.tree().mkdir(parents=True)
     assert "1 of these nights have started before" in cluster.lab().out
 
@@ -248,7 +249,7 @@ def test_what_it_says_after_writing(cluster):
         ([], {"tag": "a..b"}, "--tag"),
         ([], {"tag": "x.lock"}, "--tag"),
         ([], {"tag": "a/b"}, "--tag"),
-        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "--tag"),
+        (["--workers", "1"], {"tag": "x" * 64, "agent": None}, "workers are a team of that name"),
         ([], {"hours": 0}, "--hours 0"),
         ([], {"hours": "nan"}, "--hours nan"),
         ([], {"hours": "inf"}, "--hours inf"),
@@ -411,7 +412,11 @@ def test_a_task_commits_its_program_without_a_signature(cluster, signing):
 
 @pytest.fixture
 def settings(cluster):
-    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there."""
+    """An agent's settings in the checkout, untracked: {path: text}; and a working tree that Claude Code made there. .claude
+    is a link to the user's own settings, which change while tar reads them."""
+    (cluster.repo.path.parent / "own" / "claude").mkdir(parents=True)
+    (cluster.repo.path / ".claude").symlink_to("../own/claude")
+    cluster.fake("tar", f'{shutil.which("tar")} "$@" || exit; case "$*" in *-cf*) exit 1;; esac')
     made = {".codex/rules/own.rules": "RUNS = uv run train.py\n", ".claude/settings.json": '"Bash(uv run train.py)"\n',
             ".agents/skills/SKILL.md": "a skill\n"}  # fmt: skip
     for name, text in {**made, ".claude/worktrees/one/train.py": "another tree\n"}.items():
@@ -540,14 +545,14 @@ def test_an_array_begins_from_the_best_of_an_earlier_night_whose_baseline_it_the
 
 # --- a night on the login node --------------------------------------------------
 
-# jobs: one file for each job that exists. srun prints the job that it was given.
+# jobs: one file for each job that exists, with the options it was asked for by. srun prints the job that it was given.
 OF_A_LOGIN_NODE = {
     "sinfo": "",
     "sleep": "exec /bin/sleep 0.01",
     "salloc": 'n=$(($(cat "$FAKES/granted" 2> /dev/null || echo 100) + 1)); echo $n > "$FAKES/granted"; mkdir -p "$FAKES/jobs"; '
-    'echo "$*" >> "$FAKES/salloc.called"; touch "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
+    'echo "$*" >> "$FAKES/salloc.called"; echo "$*" > "$FAKES/jobs/$n"; echo "salloc: Granted job allocation $n" >&2',
     "squeue": 'for job in "$FAKES"/jobs/*; do [ -e "$job" ] || continue; job=${job##*/}; case "$*" in *--jobs=$job\\ *|*--user*) echo "$job";; esac; done',
-    "scancel": 'echo "$*" >> "$FAKES/scancel.called"; rm -f "$FAKES/jobs/$1"',
+    "scancel": 'for job in $(grep -l -e "--job-name ${2#--name=} " "$FAKES"/jobs/*); do rm "$job"; done; exit 1',
     "srun": 'echo "$*" >> "$FAKES/srun.called"; echo "val_bpb: 1.0"',
     "uv": 'shift; case "$1" in *.sh) PATH=${REAL_PYTHON%/*}:$PATH exec "$@";; esac; exec "$REAL_PYTHON" "$@"',
 }
@@ -583,21 +588,69 @@ def test_a_lost_allocation_is_replaced_and_the_next_training_uses_the_new_one(cl
     first, second = (int(re.search(r"--time (\d+)", line)[1]) for line in cluster.called("salloc"))
     assert first == 85 and 0 < second <= first, "the new one is for the rest of the night"
     out = cluster.end(process)[1]
-    assert cluster.called("scancel") == ["102"] and "job 101 is lost" in out
+    assert not any((cluster.fakes / "jobs").iterdir()) and "job 101 is lost" in out
     assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "the file with the job's id is gone"
+
+
+def test_a_job_that_was_granted_as_the_night_ends_is_cancelled_too(cluster, login_night):
+    """salloc has not told its id yet. A job of the same user and TAG, an array's, goes on."""
+    told = OF_A_LOGIN_NODE["salloc"].replace('; echo "salloc:', '; [ "$n" = 101 ] || exec /bin/sleep 1000; echo "salloc:')
+    cluster.fake("salloc", told)
+    process = login_night('rm "$FAKES"/jobs/*; echo {} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    cluster.until((cluster.fakes / "jobs" / "102").exists, process)
+    (cluster.fakes / "jobs" / "7").write_text("--job-name autoresearch-nov21 --array 0-3\n")
+    cluster.end(process)
+    assert [path.name for path in (cluster.fakes / "jobs").iterdir()] == ["7"]
+    assert [path.name for path in cluster.tree("login").parent.iterdir()] == ["tree"], "though scancel fails"
+
+
+def test_no_job_is_allocated_for_a_night_whose_script_was_killed(cluster, login_night):
+    """Not even the one that the script was waiting for."""
+    late = OF_A_LOGIN_NODE["salloc"].replace("n=$", 'while [ -e "$FAKES/jobs" ] && [ ! -e "$FAKES/now" ]; do sleep; done; n=$', 1)
+    cluster.fake("salloc", late)
+    process = login_night('rm "$FAKES"/jobs/*; echo {} >> runs.jsonl; exec /bin/sleep 100')
+    cluster.until_at_work(process, "login")
+    process.kill()
+    process.wait()
+    (cluster.fakes / "now").touch()
+    deadline = time.monotonic() + 30
+    while in_progress := [e for e in Path("/proc").iterdir() if e.name.isdigit() and is_script(e, cluster.tree("login"))]:
+        assert time.monotonic() < deadline, f"{in_progress} goes on without the night"
+        time.sleep(0.05)
+    assert not any((cluster.fakes / "jobs").iterdir())
+
+
+def is_script(entry, tree):
+    try:
+        return in_tree(entry, tree) and b"login-night.sh" in (entry / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
     train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
     waiting = 'touch "$FAKES/asked"; exec /bin/sleep 1000'  # in the queue
     cluster.fake("salloc", f'[ -e "$FAKES/jobs" ] && {{ {waiting}; }}; {OF_A_LOGIN_NODE["salloc"]}')
-    process = login_night(f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100')
+    agent = f'rm "$FAKES"/jobs/*; {train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100'
+    process = login_night(agent, SRUN_JOB_WAIT="1")
     cluster.until_at_work(process, "login")
     assert (cluster.tree("login") / "status").read_text() == "75\n" and not cluster.called("srun")
     log = (cluster.tree("login") / "run.log").read_text()
     assert "the allocation is lost" in log and log.endswith("\npreempted\n")
     cluster.until((cluster.fakes / "asked").exists, process)
     cluster.end(process)  # waits until nothing holds its output: a salloc left behind would be granted a job for nobody
+
+
+def test_a_slurm_that_does_not_answer_makes_no_training_wait_longer(cluster, login_night):
+    """With the 10 minutes that it may wait, an agent's command would reach its time limit."""
+    cluster.fake("squeue", 'case "$*" in *--jobs*) echo >> "$FAKES/squeue.called"; exec /bin/sleep 1000;; esac')
+    cluster.fake("timeout", f'[ "$1" = 20 ] && shift && exec {shutil.which("timeout")} 2 "$@"')
+    train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; echo $? > status"
+    process = login_night(f"{train}; echo {{}} >> runs.jsonl; exec /bin/sleep 100", SRUN_JOB_WAIT="1")
+    cluster.until_at_work(process, "login")
+    assert (cluster.tree("login") / "status").read_text() == "75\n" and len(cluster.called("squeue")) == 1
+    cluster.end(process)
 
 
 def test_a_login_night_commits_the_run_command_without_a_signature(cluster, login_night, signing):
@@ -614,6 +667,7 @@ def test_a_login_night_has_the_agents_settings_with_its_own_run_command(cluster,
     assert {name: (tree / name).read_text() for name in settings} == {
         name: text.replace("uv run train.py", train) for name, text in settings.items()
     }
+    assert {name: (cluster.repo.path / name).read_text() for name in settings} == settings, "the user's own are as they were"
     for name in ("program.md", "agents/claude.json", "agents/codex/rules/autoresearch.rules"):
         text = (tree / name).read_text()
         assert train in text and "uv run train.py" not in text

@@ -355,7 +355,7 @@ def test_a_login_night_replaces_its_lost_allocation(slurm, source):
     (scratch / "autoresearch-data").symlink_to(repo.cache)
     train = "uv run deploy/slurm/train-under-srun.sh > run.log 2>&1; cp run.log"
     night = subprocess.Popen(
-        ["deploy/slurm/login-night.sh", "away", "1", f"{train} 1.log; scancel --name=autoresearch-away; {train} 2.log; sleep 600"],
+        ["deploy/slurm/login-night.sh", "away", "1", f'{train} 1.log; scancel "$(cat "$SRUN_JOB_FILE")"; {train} 2.log; sleep 600'],
         cwd=agent.tree, env=repo.env | {"PARTITION": "main", "GRES": "none", "CPUS": "1", "MEM": "100M"}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip

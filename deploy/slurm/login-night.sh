@@ -22,7 +22,10 @@ if [ ! -d "$work/tree" ]; then
     git -C "$new" checkout --quiet -B main "$(git rev-parse HEAD)"
     cp "$program" "$new/program.md"
     for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
-        [ ! -d "$settings" ] || tar --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+        [ -d "$settings" ] || continue
+        [ ! -L "$new/$settings" ] || rm "$new/$settings" # a link to the user's own, which sed below would change
+        mkdir -p "$new/$settings"
+        { tar -C "$settings" --exclude=worktrees -cf - . || [ $? -eq 1 ]; } | tar -C "$new/$settings" -xf - # 1: a file has changed
     done
     # The agents' permission files contain the run command too, once for each seed.
     shopt -s nullglob
@@ -42,24 +45,29 @@ options=(--partition "$PARTITION" --ntasks 1 --cpus-per-task "${CPUS:-8}" --mem 
 [ "${GRES:-}" = none ] || options+=(--gres "${GRES:-gpu:1}")
 ends=$(awk -v h="$hours" -v now="$(date +%s)" 'BEGIN { printf "%d", now + h * 3600 + 25 * 60 }')
 job=$work/job-$$ # the id of the present one, for train-under-srun.sh
+name=autoresearch-${tag//[^A-Za-z0-9_.-]/-}-login-$(hostname -s)-$$ # of no other job: an array may have the same TAG
+cancel() { scancel --user="$(id -un)" --name="$name" || true; }     # the job whose id is not known yet, too
 allocate() {
     local minutes=$(((ends - $(date +%s)) / 60))
     [ "$minutes" -gt 0 ] &&
-        salloc --no-shell --job-name "autoresearch-$tag" --time "$minutes" "${options[@]}" 2>&1 < /dev/null |
+        salloc --no-shell --job-name "$name" --time "$minutes" "${options[@]}" 2>&1 < /dev/null |
         tee /dev/stderr | sed -n 's/.*Granted job allocation \([0-9]*\).*/\1/p' > "$job.new" &&
         mv "$job.new" "$job"
 }
+replace=
+trap '[ -z "$replace" ] || kill -- -"$replace" 2> /dev/null || true; cancel; rm -f "$job" "$job.new"' EXIT
 allocate
 set -m # a process group of its own, so that a salloc which is still waiting ends with the night
-while sleep 60; do # a squeue that fails tells nothing of the job
+# It ends by itself if this script was killed and could not end it. A squeue that fails tells nothing of the job.
+while sleep 60 && kill -0 $$ 2> /dev/null && [ "$(date +%s)" -lt "$ends" ]; do
     if jobs=$(squeue --noheader --user="$(id -un)" --format=%i) && ! grep -qx "$(cat "$job")" <<< "$jobs"; then
         echo "job $(cat "$job") is lost: asking for another one" >&2
         allocate || true
+        kill -0 $$ 2> /dev/null || cancel
     fi
 done &
 replace=$!
 set +m
-trap 'kill -- -"$replace" 2> /dev/null || true; scancel "$(cat "$job")"; rm -f "$job" "$job.new"' EXIT
 
 export SRUN_JOB_FILE=$job SRUN_OPTIONS=--overlap
 export UV_PROJECT_ENVIRONMENT=$source/.venv UV_OFFLINE=1 UV_NO_SYNC=1

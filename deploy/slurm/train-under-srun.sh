@@ -5,7 +5,8 @@
 #   uv run deploy/slurm/train-under-srun.sh > run.log 2>&1
 #
 # SRUN_OPTIONS: options of srun. SRUN_JOB_FILE: a file with the id of an allocation to run in (login-night.sh makes one, and
-# another one if that is lost: the training waits for it a while).
+# another one if that is lost: the training waits for it). SRUN_JOB_WAIT: for how many seconds, 600 if it is not set; with the
+# training this must stay below the time limit of an agent's command.
 # A training locks the folder of train.py, so that `lab record` knows that it is running. Such a lock is visible on one
 # machine only, on any file system. So this script holds the lock here, unless this machine is a compute node: there the
 # training, which may run on this very machine, could not take it.
@@ -25,8 +26,9 @@ export HF_HUB_OFFLINE=1
 
 if [ -n "${SRUN_JOB_FILE:-}" ]; then
     job=
-    for _ in {1..60}; do # with the training this stays below the time limit of an agent's command
-        if [ -n "$(squeue --noheader --states=running --jobs="$(cat "$SRUN_JOB_FILE")" --format=%i 2> /dev/null)" ]; then
+    until=$((SECONDS + ${SRUN_JOB_WAIT:-600}))
+    while [ "$SECONDS" -lt "$until" ]; do # Slurm may take a minute or more to say that it does not answer
+        if [ -n "$(timeout 20 squeue --noheader --states=running --jobs="$(cat "$SRUN_JOB_FILE")" --format=%i 2> /dev/null)" ]; then
             job=$(cat "$SRUN_JOB_FILE")
             break
         fi

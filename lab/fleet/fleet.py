@@ -104,7 +104,7 @@ def plan(repo, args):
         raise Refused(f"--agents must be 0 to {args.slots}, the number of slots")
     if args.no_team and agents < args.slots:
         raise Refused("--no-team needs an agent in each slot: workers without a team have no queue; leave out --agents")
-    worktrees.check_name(repo, args.tag, team_of(args.tag))
+    worktrees.check_name(repo, args.tag, None if args.no_team else team_of(args.tag))
     worktrees.check_checkout(repo)
     shares, note = devices.shares(args.slots)
     top, works = repo.top.resolve(), agents < args.slots

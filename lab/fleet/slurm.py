@@ -99,8 +99,10 @@ def existing(path, what, test):
 
 def check(args):
     """Raises Refused for options that no task could work with. Returns the folder for the work directories."""
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]|\.(?=[A-Za-z0-9_-]))*(?<!\.lock)", args.tag) or len(args.tag) > 63:
-        raise Refused(f"--tag {args.tag!r}: use letters and digits, at most 63, with - _ . between them")
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_-]|\.(?=[A-Za-z0-9_-]))*(?<!\.lock)", args.tag):
+        raise Refused(f"--tag {args.tag!r}: use letters and digits, with - _ . between them")
+    if args.workers is not None and len(args.tag) > 63:
+        raise Refused(f"--tag {args.tag!r}: workers are a team of that name, which may have 63 characters at most")
     for name in ("hours", "limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

@@ -84,7 +84,11 @@ if [ ! -d "$tree" ]; then
     fi
     git -C "$new" switch --quiet -c "autoresearch/$tag-$task"
     for settings in .claude .codex .agents; do # the agent's, which git does not carry; without Claude Code's own trees
-        [ ! -d "$source/$settings" ] || tar -C "$source" --exclude=worktrees -cf - "$settings" | tar -C "$new" -xf -
+        [ -d "$source/$settings" ] || continue
+        [ ! -L "$new/$settings" ] || rm "$new/$settings" # a link, which may lead nowhere from here
+        mkdir -p "$new/$settings"
+        { tar -C "$source/$settings" --exclude=worktrees -cf - . || [ $? -eq 1 ]; } | # 1: a file changed meanwhile
+            tar -C "$new/$settings" -xf -
     done
     mv "$new" "$tree"
 fi

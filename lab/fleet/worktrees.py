@@ -26,9 +26,9 @@ def branch_of(tag, name):
 
 
 def check_name(repo, tag, team):
-    """Raises Refused for a tag that no branch of a night can have, or whose team name the slots would refuse."""
+    """Raises Refused for a tag that no branch of a night can have, or whose team name (None: no team) the slots would refuse."""
     is_branch = "/" not in tag and repo.ask("check-ref-format", f"refs/heads/{branch_of(tag, 'gpu0')}") is not None
-    if not is_branch or not TEAM.fullmatch(team):
+    if not is_branch or team is not None and not TEAM.fullmatch(team):
         raise Refused(f"{tag!r} cannot name a fleet: use at most 63 letters (a to z), digits, - and _, a letter or digit first")
 
 

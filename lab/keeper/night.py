@@ -30,8 +30,9 @@ DESCRIPTION = """\
 Starts the agent's command in this tree, and starts it again when it ends, or when nothing was recorded
 for --stall-minutes: then the agent and all that it started are ended, after a training in progress has
 finished. If an agent ends while its training is running, the next start waits for that training.
-Of an agent that feeds workers and records nothing itself, every `lab propose` and every return of `lab wait`
-counts as a record, and a `lab wait` in progress as a training in progress.
+Of an agent that feeds workers and records nothing itself, every `lab propose`, every return of `lab wait` and
+every one refused because no worker runs its proposals counts as a record, and a `lab wait` in progress as a
+training in progress.
 On a machine with several GPUs, the trainings use the first, unless CUDA_VISIBLE_DEVICES is set.
 
 When the hours are over, a training in progress may finish, and the agent has a few minutes to record it.
@@ -70,7 +71,8 @@ def add_arguments(parser):
 
 def recorded(root):
     """What changes with every step of an agent: the sizes in bytes of runs.jsonl and results.tsv, one of which grows with
-    every recorded run, and, of an agent that feeds workers, when it proposed last and when `lab wait` returned last, in ns."""
+    every recorded run, and, of an agent that feeds workers, when it proposed last, or found no worker
+    for what it proposed, and when `lab wait` returned last, in ns."""
     sizes = [status_of(root / name) for name in (names.RUNS_JSONL, names.RESULTS_TSV)]
     times = [status_of(root / names.LAB / name) for name in (names.PROPOSED, names.WAITED)]
     return [s.st_size if s else 0 for s in sizes] + [s.st_mtime_ns if s else 0 for s in times]

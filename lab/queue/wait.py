@@ -122,6 +122,8 @@ def check(board, queue):
     if not waiting and not queue.of("claimed"):
         raise Refused("the queue is empty, so there is nothing to wait for: edit train.py, commit it, uv run -m lab propose \"...\"")
     if not alive:
+        with contextlib.suppress(OSError):  # a full disk
+            (board.repo.top / names.LAB / names.PROPOSED).touch()  # so that `lab night` lets an agent wait for the first worker
         raise Refused(
             f"no worker is running, and {len(waiting) + len(queue.of('claimed'))} proposals wait: start one in a working tree of its "
             "own: uv run -m lab work --hours 8"

@@ -23,7 +23,7 @@ JOURNAL, DAMAGED_JOURNAL, INDEX, LOCK = "journal.json", "journal-damaged.json", 
 ENDS = "ends.json"  # of runs without a result
 NIGHT_LOCK, AGENT_LOG, FLEET_ERRORS = "night.lock", "agent.log", "fleet.err"
 WORKER_LOCK, WAITED, FAULT_LOG = "worker.lock", "waited.json", "fault.log"
-PROPOSED = "proposed"  # empty; when the latest proposal was made from this tree
+PROPOSED = "proposed"  # empty; when this tree made its latest proposal, or `lab wait` found no worker for those that wait
 AUDIT_MEMORY, PROVE, FLEET, LEFT, SAMPLE_LOG = "audit.json", "prove", "fleet", "left", "sample.log"
 ASIDE, ASIDE_LOCK, BLANK = "aside", "aside.lock", "blank"  # of the sandbox: checkpoints it hides; what it shows as the holdout
 
