@@ -135,6 +135,7 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_everything(monkeypat
     assert windows("S", 2) == [16, 64]
 
 
+@pytest.mark.slow
 def test_flex_stays_in_one_graph_for_training_and_evaluation():
     """What is compiled on CUDA, as far as a CPU can follow it: no graph break, and a graph for each of the two."""
     graphs = []

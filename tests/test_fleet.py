@@ -130,6 +130,7 @@ def test_without_tmux_the_trees_are_made_and_the_commands_printed(fleet):
     assert fleet.git("status", "--porcelain") == "" and fleet.git("branch", "--show-current") == "main"
 
 
+@pytest.mark.slow
 def test_each_slot_has_its_own_program_in_a_commit_that_outlives_the_tree(fleet):
     fleet.no_tmux()
     result = fleet.launch("--programs", "programs/wild.md", "programs/tame.md", slots=3, CUDA_VISIBLE_DEVICES="0,1,2")
@@ -482,6 +483,7 @@ def test_status_is_one_table_and_one_best(nights):
     assert "not to be compared" not in out
 
 
+@pytest.mark.slow
 def test_slots_on_different_devices_have_no_common_best(launched):
     for k, device in enumerate(["cuda (A)", "cuda (B)"]):
         night = launched.night_in(k)

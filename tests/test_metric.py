@@ -293,7 +293,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(run, sin, ready):
         run.evaluate(model)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 6])
+@pytest.mark.parametrize("batch_size", [2, 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_one_row_that_reads_one_other_is_found_whichever_they_are(run, batch_size):
     for source in range(batch_size):
         for reader in set(range(batch_size)) - {source}:

@@ -362,7 +362,7 @@ def short_of_memory(model, limit, error):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        pytest.param(RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), marks=pytest.mark.slow),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
@@ -380,7 +380,7 @@ NEIGHBOUR = (
 )
 
 
-@pytest.mark.parametrize("stage", ["forward", "backward", "optimizer", "evaluation"])
+@pytest.mark.parametrize("stage", ["backward", "evaluation", *(pytest.param(s, marks=pytest.mark.slow) for s in ("forward", "optimizer"))])
 @pytest.mark.parametrize("fits", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 0))])  # after one size that is too large, two, three, and all of them
 def test_memory_that_runs_out_anywhere_in_the_warm_up_halves_the_batch(stage, fits, warmup, monkeypatch, capsys):
     class Stage(torch.autograd.Function):

@@ -1015,7 +1015,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("encoding", NARROW)
+@pytest.mark.parametrize("encoding", ["ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("cp1252", "no locale"))])
 def test_every_help_and_message_can_be_shown_in_a_narrow_encoding(night, encoding):
     from lab.__main__ import COMMANDS
 

@@ -428,7 +428,10 @@ def test_the_standard_library_is_prepared_by_the_run_itself(make_training, pytho
     assert "\nval_bpb: " in result.out and manifest.exists()
 
 
-@pytest.mark.parametrize("name", ["train_00000_offsets.npy", "val_rows.npy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train_00001.npy", "tokenizer.tiktoken"))])
+@pytest.mark.parametrize(
+    "name",
+    ["val_rows.npy", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train_00000_offsets.npy", "train_00001.npy", "tokenizer.tiktoken"))],
+)
 def test_a_truncated_file_of_the_data_is_one_line(make_training, python, name):
     repo = make_training()
     (path,) = repo.cache.rglob(name)
@@ -481,7 +484,7 @@ GPT.forward = spoilt
 """
 
 
-@pytest.mark.parametrize("change, loss", [("* float('nan')", "nan"), ("* float('inf')", "inf"), ("+ 200", "206")])
+@pytest.mark.parametrize("change, loss", [("* float('nan')", "nan"), pytest.param("* float('inf')", "inf", marks=pytest.mark.slow), ("+ 200", "206")])
 def test_a_loss_that_is_none_fails(make_training, python, change, loss):
     repo = make_training(LOSS.format(change))
     result = python.run(repo, "train.py")
@@ -524,7 +527,10 @@ DEVICE_FAILURES = {  # what fails: (function of train.py, at which call, the err
 }
 
 
-@pytest.mark.parametrize("what", DEVICE_FAILURES)
+PLAIN = "the GPU, in training", "the GPU, in evaluation", "memory, in training"
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.slow] * (what not in PLAIN)) for what in DEVICE_FAILURES])
 def test_a_device_that_fails_ends_the_run_with_one_line(make_training, python, what):
     """And the line is a crash to whoever reads the log, so that a night records it and goes on."""
     function, call, error, says = DEVICE_FAILURES[what]

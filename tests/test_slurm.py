@@ -494,6 +494,7 @@ def test_data_that_a_killed_task_copied_in_part_are_copied_anew(cluster, tmp_pat
     cluster.end(process)
 
 
+@pytest.mark.slow
 def test_a_node_without_room_for_the_data_reads_them_where_they_are(cluster, tmp_path):
     script = cluster.write("--copy-data")
     cluster.fake("cp", 'case "$*" in *-R*) echo "cp: no space" >&2; exit 1;; esac; exec /bin/cp "$@"')
@@ -642,6 +643,7 @@ def test_a_training_that_gets_no_allocation_is_no_result(cluster, login_night):
     cluster.end(process)  # waits until nothing holds its output: a salloc left behind would be granted a job for nobody
 
 
+@pytest.mark.slow
 def test_a_slurm_that_does_not_answer_makes_no_training_wait_longer(cluster, login_night):
     """With the 10 minutes that it may wait, an agent's command would reach its time limit."""
     cluster.fake("squeue", 'case "$*" in *--jobs*) echo >> "$FAKES/squeue.called"; exec /bin/sleep 1000;; esac')
