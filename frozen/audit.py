@@ -45,6 +45,7 @@ Z = 1.96  # of a 95 % interval; there are hundreds of differences or more
 FEWEST_CUTS = 250  # below it an interval says little: short rows are cut more than once at each position
 CUT_SHARE = 0.4  # cut rows per scored row, if rows are long enough for a choice: about 30 % of the evaluation
 RESCORED = 2  # batches that are scored again at the end; passes in which half of the rows are replaced
+SURE = 2  # half widths by which scored rows must gain to be called learning and not noise: 3.9 standard errors
 ROUNDING = 1e-5  # nats: how much a loss in float32 changes when sums are added in another order
 
 
@@ -177,9 +178,9 @@ class Audit:
             found = "0 unearned bits, exactly" if exact else f"unearned bits {self.cuts}, from other rows {self.halves}"
             return None, f"passed: {found} ({len(self.position)} cuts, limit {LIMIT})"
         noise = self.two_passes()
-        if not self.again.passes and self.again.mean > self.again.half:
+        if not self.again.passes and self.again.mean > SURE * self.again.half:
             return f"the model learns while it is scored: rows scored again gain {self.again}: refused", None
-        if not noise.passes and noise.mean > noise.half:
+        if not noise.passes and noise.mean > SURE * noise.half:
             return f"the model learns while it is scored: of two identical passes the second gains {noise}: refused", None
         if self.again.passes and noise.passes and not self.since_stop.passes:
             return f"the model changed after the clock had stopped: the same rows gain {self.since_stop}: refused", None
