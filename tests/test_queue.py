@@ -217,6 +217,23 @@ def test_a_proposal_that_is_no_longer_simpler_is_judged_as_any_other(agent):
     assert [r["simpler"] for r in agent.team.night.records if r["description"] == "more A"] == [False]
 
 
+def meanwhile(worker, first, second):
+    """While `worker` of the tree `first` does its next training, the tree `second` works until its queue is empty."""
+    train = worker.train
+
+    def slow(seed, once=[1]):  # noqa: B006
+        status = train(seed)
+        if once:
+            once.clear()
+            with locks.hold(first.path / ".lab" / "worker.lock"):
+                (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
+                second.work()
+            os.chdir(first.path)
+        return status
+
+    worker.train = slow
+
+
 @pytest.mark.slow
 def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
     """While one worker trains, another keeps something better that does not conflict."""
@@ -225,19 +242,7 @@ def test_a_late_gain_is_tried_again_on_the_new_best_by_itself(agent):
     first, second = agent.worktree("w1"), agent.worktree("w2")
     with inside(first):
         worker = first.worker()
-        train = worker.train
-
-        def slow(seed, once=[1]):  # noqa: B006
-            status = train(seed)
-            if once:
-                once.clear()
-                with locks.hold(first.path / ".lab" / "worker.lock"):
-                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
-                    second.work()
-                os.chdir(first.path)
-            return status
-
-        worker.train = slow
+        meanwhile(worker, first, second)
         worker.begin()
         while worker.step():
             pass
@@ -293,19 +298,7 @@ def test_a_late_gain_may_be_the_first_experiment_of_a_tree_that_ran_a_part_of_th
             second.work()
         agent.proposed("more A", **KEEP)
         agent.proposed("much B", B=0.05)
-        train = worker.train
-
-        def slow(seed, once=[1]):  # noqa: B006
-            status = train(seed)
-            if once:
-                once.clear()
-                with locks.hold(first.path / ".lab" / "worker.lock"):
-                    (first.path / ".lab" / "worker.lock").write_text(worker.member.name)
-                    second.work()
-                os.chdir(first.path)
-            return status
-
-        worker.train = slow
+        meanwhile(worker, first, second)
         assert [r["row"] for r in first.records()] == [None] and worker.step()
     assert one_verdict_each(agent) == {"more A": "keep", "much B": "keep"}
     assert "which it is based" in [r for r in first.records() if r.get("late")][0]["why"]
